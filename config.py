@@ -1,0 +1,164 @@
+"""Frozen configurations. A rule is a value: `BatchTopK(k=16)` says all there is to say about sparsity.
+
+`to_json(config)` and `from_json(blob)` round-trip every dataclass of this file; the class name travels as `"class"`.
+"""
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Any, Literal
+
+Site = Literal["mlp_out", "resid", "attn_out"]
+
+
+@dataclass(frozen=True)
+class Relu:
+    """a = relu(pre); penalty l1 · Σ a ‖W_dec‖ (per token, in scaled units)."""
+
+    l1: float  # coefficient of the L1 penalty beside a loss of FVU
+
+    def __post_init__(self) -> None:
+        assert self.l1 >= 0, f"l1 must not be negative: {self.l1=}"
+
+
+@dataclass(frozen=True)
+class TopK:
+    """The k largest pre-activations of each token, rectified. arXiv 2406.04093."""
+
+    k: int  # active latents per token
+
+    def __post_init__(self) -> None:
+        assert self.k >= 1, f"k must be at least 1: {self.k=}"
+
+
+@dataclass(frozen=True)
+class BatchTopK:
+    """The k·B largest of a batch of B tokens in training, a stored threshold when deployed. arXiv 2412.06410."""
+
+    k: int  # active latents per token, on average over the batch
+
+    def __post_init__(self) -> None:
+        assert self.k >= 1, f"k must be at least 1: {self.k=}"
+
+
+@dataclass(frozen=True)
+class JumpReLU:
+    """a = pre · [pre > θ] with a learnt θ per latent. arXiv 2407.14435; pre-activation term: Anthropic 2025."""
+
+    l0: float  # coefficient of the tanh-free L0 penalty beside a loss of FVU, per active latent
+    bandwidth: float = 0.1  # width ε of the rectangular kernel, in scaled pre-activation units
+    theta: float = 0.1  # initial threshold, in scaled pre-activation units
+    preact: float = 3e-6  # coefficient of Σ relu(θ − pre) ‖W_dec‖, which lets silent latents move
+
+    def __post_init__(self) -> None:
+        assert self.theta > 0 and self.bandwidth > 0, f"{self.theta=} and {self.bandwidth=} must be positive"
+        assert self.l0 >= 0 and self.preact >= 0, f"{self.l0=} and {self.preact=} must not be negative"
+
+
+Rule = Relu | TopK | BatchTopK | JumpReLU
+
+
+def check_rule(rule: Rule, d_dict: int) -> None:
+    """k ≤ d_dict; raises ValueError with the value and the remedy."""
+    if isinstance(rule, TopK | BatchTopK) and rule.k > d_dict:
+        raise ValueError(f"k={rule.k} exceeds d_dict={d_dict}: choose a smaller k or a larger dictionary")
+
+
+@dataclass(frozen=True)
+class SAEConfig:
+    """A sparse autoencoder of one site of one layer."""
+
+    layer: int
+    site: Site
+    d_in: int  # width of the activation it reads and rebuilds
+    d_dict: int  # latents
+    rule: Rule
+
+    @property
+    def layers(self) -> tuple[int, ...]:
+        return (self.layer,)
+
+    @property
+    def d_out(self) -> int:
+        return self.d_in
+
+
+@dataclass(frozen=True)
+class EncoderConfig:
+    """A transcoder of one layer's MLP."""
+
+    layer: int
+    d_in: int  # width of the MLP's input
+    d_out: int  # width of the MLP's output
+    d_dict: int  # latents
+    rule: Rule
+    skip: bool = False  # an affine skip y += W_skip x, initialised at zero (arXiv 2501.18823)
+
+    @property
+    def layers(self) -> tuple[int, ...]:
+        return (self.layer,)
+
+
+@dataclass(frozen=True)
+class CLTConfig:
+    """A cross-layer transcoder: layer i's latents write to every layer j ≥ i of `layers`."""
+
+    layers: tuple[int, ...]  # the layers of the target it spans, in order
+    d_in: int
+    d_out: int
+    d_dict: int  # latents per layer
+    rule: Rule  # per layer: k counts one layer's latents
+
+    def __post_init__(self) -> None:
+        assert tuple(sorted(set(self.layers))) == tuple(self.layers), f"layers must ascend: {self.layers=}"
+
+
+CoderConfig = SAEConfig | EncoderConfig | CLTConfig
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """How a group of coders is trained; one value serves every coder of the group."""
+
+    tokens: int  # training tokens seen by every coder
+    lr: float  # peak learning rate of Adam
+    warmup: float = 0.05  # fraction of the steps with a rising learning rate
+    decay: float = 0.2  # fraction of the steps, at the end, in which it falls linearly to zero
+    anneal: float = 0.1  # fraction of the steps in which k falls from 10k to k
+    max_grad_norm: float = 1.0  # each coder's gradient is clipped to this norm
+    aux: float = 1 / 32  # coefficient of the AuxK loss
+    dead_after: int = 10_000_000  # a latent is dead after being silent for this many tokens
+    betas: tuple[float, float] = (0.9, 0.999)
+    metrics_every: int = 20  # steps between readings of the metrics (each reading synchronises the device once)
+    checkpoint_every: int = 1000  # steps between checkpoints
+    calibration_tokens: int = 65_536  # held-out tokens that set the deployed threshold
+    seed: int = 0
+
+
+def to_json(config: Any) -> Any:
+    """A JSON value that `from_json` turns back into the same configuration."""
+    if dataclasses.is_dataclass(config):
+        fields = {f.name: to_json(getattr(config, f.name)) for f in dataclasses.fields(config)}
+        return {"class": type(config).__name__} | fields
+    if isinstance(config, tuple | list):
+        return [to_json(item) for item in config]
+    if isinstance(config, dict):
+        return {key: to_json(value) for key, value in config.items()}
+    return config
+
+
+def from_json(blob: Any) -> Any:
+    """Inverse of `to_json`; lists come back as tuples. Raises ValueError on an unknown class or field."""
+    if isinstance(blob, list):
+        return tuple(from_json(item) for item in blob)
+    if not isinstance(blob, dict):
+        return blob
+    fields = {key: from_json(value) for key, value in blob.items() if key != "class"}
+    if "class" not in blob:
+        return fields
+    cls = globals().get(blob["class"])
+    if not (dataclasses.is_dataclass(cls) and isinstance(cls, type)):
+        raise ValueError(f"unknown configuration class {blob['class']!r}: is the checkpoint from a newer version?")
+    unknown = set(fields) - {f.name for f in dataclasses.fields(cls)}
+    if unknown:
+        raise ValueError(f"{blob['class']} has no field {sorted(unknown)}: is the checkpoint from another version?")
+    return cls(**fields)
