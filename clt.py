@@ -1,0 +1,90 @@
+"""Cross-layer transcoders: layer i's latents read the i-th MLP input and write to the MLP outputs of layers j ≥ i.
+
+    aⁱ = rule(x̃ⁱ W_encⁱᵀ + b_encⁱ),   ỹʲ = Σ_{i ≤ j} aⁱ W_dec^{i→j} + b_decʲ,   x̃ = x · x_scale,  y = ỹ / y_scale
+
+The decoders of one source lie side by side, W_dec[i]: (d_dict, (n − i)·d_out) with target j in columns
+[(j − i)·d_out, (j − i + 1)·d_out), so that one gather of an active latent's row serves all the targets it writes to.
+Norms are free; the scales make every layer's target count alike. Ameisen et al., 'Circuit Tracing' (2025).
+"""
+
+from collections.abc import Sequence
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from config import CLTConfig
+from sparse_ops import Codes, decode
+from sparsity import ActivationStats, Coder, SparseEncoder, latent_bias
+
+
+class CrossLayerTranscoder(Coder):
+    """x: Float["layer batch d_in"] ↦ y_hat: Float["layer batch d_out"], raw units; layers as in config.layers."""
+
+    config: CLTConfig
+
+    def __init__(self, config: CLTConfig, generator: torch.Generator) -> None:
+        super().__init__()
+        self.config = config
+        n = len(config.layers)
+        self.encoders = nn.ModuleList(
+            SparseEncoder(config.d_in, config.d_dict, config.rule, generator) for _ in range(n)
+        )
+        self.W_dec = nn.ParameterList(torch.zeros(config.d_dict, (n - i) * config.d_out) for i in range(n))
+        self.b_dec = nn.Parameter(torch.zeros(n, config.d_out))
+        self.register_buffer("x_scale", torch.ones(n))
+        self.register_buffer("y_scale", torch.ones(n))
+
+    @torch.no_grad()
+    def initialise(self, stats: ActivationStats) -> None:
+        self.x_scale.copy_(stats.x_scale)
+        self.y_scale.copy_(stats.y_scale)
+        self.b_dec.copy_(stats.y_mean * self.y_scale[:, None])
+        for i, encoder in enumerate(self.encoders):
+            encoder.b_enc.copy_(latent_bias(encoder.W_enc, stats.x_mean[i] * self.x_scale[i]))
+
+    def encode_layer(self, i: int, x: Float[Tensor, "batch d_in"]) -> Codes:
+        """Codes of the i-th layer spanned."""
+        return self.encoders[i].encode(x * self.x_scale[i])
+
+    def encode(self, x: Float[Tensor, "layer batch d_in"]) -> tuple[Codes, ...]:
+        return tuple(self.encode_layer(i, x_i) for i, x_i in enumerate(x))
+
+    def encode_with_penalty(
+        self, x: Float[Tensor, "layer batch d_in"]
+    ) -> tuple[tuple[Codes, ...], Float[Tensor, ""]]:
+        pairs = [
+            encoder.encode_with_penalty(x[i] * self.x_scale[i], self.W_dec[i].norm(dim=1))
+            for i, encoder in enumerate(self.encoders)
+        ]
+        return tuple(codes for codes, _ in pairs), torch.stack([penalty for _, penalty in pairs]).mean()
+
+    def decode_layer(self, j: int, codes: Sequence[Codes]) -> Float[Tensor, "batch d_out"]:
+        """ŷ of the j-th layer from the codes of layers 0…j."""
+        assert len(codes) == j + 1, f"layer {j} is written by {j + 1} layers, not {len(codes)}"
+        d = self.config.d_out
+        parts = [decode(codes[i], self.W_dec[i][:, (j - i) * d : (j - i + 1) * d]) for i in range(j + 1)]
+        return (sum(parts) + self.b_dec[j]) / self.y_scale[j]
+
+    def _gather(self, per_source: list[Float[Tensor, "batch targets_d_out"]]) -> Float[Tensor, "layer batch d_out"]:
+        """Sum what each source writes: per_source[i] holds targets i…n−1 side by side."""
+        n, d = len(self.config.layers), self.config.d_out
+        split = [wide.split(d, dim=1) for wide in per_source]
+        return torch.stack([sum(split[i][j - i] for i in range(j + 1)) for j in range(n)])  # type: ignore[misc]
+
+    def decode(self, codes: tuple[Codes, ...]) -> Float[Tensor, "layer batch d_out"]:
+        wide = [decode(codes_i, self.W_dec[i]) for i, codes_i in enumerate(codes)]
+        return (self._gather(wide) + self.b_dec[:, None]) / self.y_scale[:, None, None]
+
+    def aux_reconstruction(self, x: Float[Tensor, "layer batch d_in"]) -> Float[Tensor, "layer batch d_out"]:
+        """What every layer's dead latents would write to every target, without b_dec, in raw units."""
+        wide = [
+            encoder.aux_activations(x[i] * self.x_scale[i]) @ self.W_dec[i][encoder.dead]
+            for i, encoder in enumerate(self.encoders)
+        ]
+        return self._gather(wide) / self.y_scale[:, None, None]
+
+    def calibrate(self, batches: list[Float[Tensor, "layer batch d_in"]]) -> None:
+        """Set each layer's deployed threshold on held-out MLP inputs (raw units)."""
+        for i, encoder in enumerate(self.encoders):
+            encoder.calibrate(x[i] * self.x_scale[i] for x in batches)

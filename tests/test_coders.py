@@ -1,0 +1,252 @@
+"""Theorems about rules, SAEs, transcoders and cross-layer transcoders, on small random coders."""
+
+import pytest
+import torch
+from torch import Tensor
+
+import clt
+import config as c
+from config import BatchTopK, CLTConfig, EncoderConfig, JumpReLU, Relu, SAEConfig, TopK
+from sae import BatchTopKSAE, VanillaSAE, build_sae
+from sparse_ops import to_dense
+from sparsity import ActivationStats, jumprelu
+from transcoder import BatchTopKTranscoder, JumpReLUTranscoder, TopKTranscoder, VanillaTranscoder, build_transcoder
+
+RULES = [Relu(l1=0.1), TopK(k=3), BatchTopK(k=3), JumpReLU(l0=0.01)]
+D, F, B = 8, 24, 32
+
+
+def generator(seed: int = 0) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def stats_of(x: Tensor, y: Tensor) -> ActivationStats:
+    """Statistics of Float["layer batch d"] activations."""
+    return ActivationStats(
+        x_mean=x.mean(1),
+        x_scale=D**0.5 / x.norm(dim=2).mean(1),
+        y_mean=y.mean(1),
+        y_scale=D**0.5 / y.norm(dim=2).mean(1),
+        y_variance=(y - y.mean(1, keepdim=True)).square().sum(2).mean(1),
+        n_tokens=x.shape[1],
+    )
+
+
+def data(layers: int = 1) -> tuple[Tensor, Tensor]:
+    g = generator(1)
+    return 3 * torch.randn(layers, B, D, generator=g) + 1, torch.randn(layers, B, D, generator=g) - 2
+
+
+def transcoder(rule: c.Rule, skip: bool = False) -> torch.nn.Module:
+    coder = build_transcoder(EncoderConfig(0, D, D, F, rule, skip), generator())
+    coder.initialise(stats_of(*data()))
+    with torch.no_grad():
+        coder.W_dec.normal_(generator=generator(2))
+    return coder
+
+
+@pytest.mark.parametrize(
+    ("rule", "cls"), list(zip(RULES, [VanillaTranscoder, TopKTranscoder, BatchTopKTranscoder, JumpReLUTranscoder]))
+)
+def test_the_class_bears_the_name_of_the_rule(rule: c.Rule, cls: type) -> None:
+    assert type(build_transcoder(EncoderConfig(0, D, D, F, rule), generator())) is cls
+
+
+@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("training", [True, False])
+def test_codes_are_what_the_rule_says(rule: c.Rule, training: bool) -> None:
+    x, _ = data()
+    coder = transcoder(rule).train(training)
+    if isinstance(rule, BatchTopK):
+        coder.calibrate([x[0]])
+    pre = coder.encoder.pre_activations(x[0] * coder.x_scale)
+    match rule:
+        case Relu():
+            expected = pre.relu()
+        case JumpReLU(theta=theta):
+            expected = pre * (pre > theta)
+        case TopK(k):
+            expected = pre.relu() * torch.zeros_like(pre).scatter(1, pre.topk(k).indices, 1)
+        case BatchTopK(k):
+            smallest = pre.flatten().topk(k * B).values[-1]
+            expected = pre.relu() * ((pre >= smallest) if training else (pre > coder.encoder.threshold))
+    dense = to_dense(coder.encode(x[0]))
+    torch.testing.assert_close(dense, expected)
+
+
+def test_threshold_code_ignores_neighbours() -> None:
+    x, _ = data()
+    coder = transcoder(BatchTopK(k=3))
+    coder.calibrate([x[0]])
+    coder.eval()
+    together = to_dense(coder.encode(x[0]))
+    alone = torch.cat([to_dense(coder.encode(row[None])) for row in x[0]])
+    torch.testing.assert_close(together, alone)
+
+
+def test_calibration_gives_the_trained_l0() -> None:
+    x, _ = data()
+    coder = transcoder(BatchTopK(k=3))
+    coder.calibrate(list(x[0].split(8)))
+    coder.eval()
+    active = (to_dense(coder.encode(x[0])) > 0).sum().item()
+    assert active == 3 * B - 1, f"{active=}: all the winners but the one that is the threshold itself"
+
+
+def test_jumprelu_gradients_are_the_published_ones() -> None:
+    pre = torch.tensor([[0.5], [1.02], [0.99], [2.0]], dtype=torch.float64, requires_grad=True)
+    log_theta = torch.zeros(1, dtype=torch.float64, requires_grad=True)  # θ = 1
+    bandwidth = 0.1
+    a, gate = jumprelu(pre, log_theta, bandwidth)
+    grad_a = torch.tensor([[1.0], [2.0], [3.0], [4.0]], dtype=torch.float64)
+    grad_gate = torch.full_like(grad_a, 7.0)
+    torch.autograd.backward([a, gate], [grad_a, grad_gate])
+    assert pre.grad is not None and log_theta.grad is not None
+    torch.testing.assert_close(pre.grad, grad_a * torch.tensor([[0.0], [1], [0], [1]], dtype=torch.float64))
+    inside = (2 + 7) + (3 + 7)  # the two pre-activations within ε/2 of θ; θ ∂/∂θ with θ = 1
+    torch.testing.assert_close(log_theta.grad, torch.tensor([-inside / bandwidth], dtype=torch.float64))
+
+
+def test_transcoder_starts_at_the_mean() -> None:
+    x, y = data()
+    coder = build_transcoder(EncoderConfig(0, D, D, F, TopK(3), skip=True), generator())
+    coder.initialise(stats_of(x, y))
+    torch.testing.assert_close(coder(x[0]).y_hat, y.mean(1).expand(B, D))
+
+
+def test_transcoder_sees_scaled_inputs() -> None:
+    """Training on data in other units gives the same coder but for the scales."""
+    x, y = data()
+    plain, scaled = (build_transcoder(EncoderConfig(0, D, D, F, TopK(3)), generator()) for _ in range(2))
+    plain.initialise(stats_of(x, y))
+    scaled.initialise(stats_of(x * 100, y / 7))
+    for coder in (plain, scaled):
+        with torch.no_grad():
+            coder.W_dec.normal_(generator=generator(2))
+    torch.testing.assert_close(scaled(x[0] * 100).y_hat, plain(x[0]).y_hat / 7)
+
+
+def test_skip_adds_an_affine_map() -> None:
+    x, _ = data()
+    coder, bare = transcoder(TopK(3), skip=True), transcoder(TopK(3))
+    with torch.no_grad():
+        coder.W_skip.normal_(generator=generator(3))
+    expected = bare(x[0]).y_hat + (x[0] * coder.x_scale) @ coder.W_skip.T / coder.y_scale
+    torch.testing.assert_close(coder(x[0]).y_hat, expected)
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_one_layer_clt_is_a_transcoder(rule: c.Rule) -> None:
+    x, y = data()
+    one = clt.CrossLayerTranscoder(CLTConfig((5,), D, D, F, rule), generator())
+    one.initialise(stats_of(x, y))
+    with torch.no_grad():
+        one.W_dec[0].normal_(generator=generator(2))
+    coder = transcoder(rule)
+    torch.testing.assert_close(one(x).y_hat[0], coder(x[0]).y_hat)
+    penalties = [model.encode_with_penalty(inputs)[1] for model, inputs in ((one, x), (coder, x[0]))]
+    torch.testing.assert_close(*penalties)
+
+
+def random_clt(rule: c.Rule, layers: int = 3) -> clt.CrossLayerTranscoder:
+    coder = clt.CrossLayerTranscoder(CLTConfig(tuple(range(layers)), D, D, F, rule), generator())
+    coder.initialise(stats_of(*data(layers)))
+    with torch.no_grad():
+        for W in coder.W_dec:
+            W.normal_(generator=generator(2))
+    return coder
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_clt_decodes_layer_by_layer_as_it_does_at_once(rule: c.Rule) -> None:
+    x, _ = data(3)
+    coder = random_clt(rule)
+    codes = coder.encode(x)
+    by_layer = torch.stack([coder.decode_layer(j, codes[: j + 1]) for j in range(3)])
+    torch.testing.assert_close(by_layer, coder.decode(codes))
+
+
+def test_clt_never_writes_backwards() -> None:
+    x, _ = data(3)
+    coder = random_clt(TopK(3))
+    before = coder(x).y_hat
+    x[2] += torch.randn(B, D, generator=generator(4))
+    after = coder(x).y_hat
+    assert torch.equal(before[:2], after[:2]) and not torch.allclose(before[2], after[2])
+
+
+def test_constrained_sae_step_keeps_unit_rows_and_moves_tangentially() -> None:
+    x, _ = data()
+    sae = build_sae(SAEConfig(0, "mlp_out", D, F, BatchTopK(3)), generator())
+    assert type(sae) is BatchTopKSAE
+    sae.initialise(stats_of(x, x))
+    before = sae.W_dec.detach().clone()
+    optimiser = torch.optim.SGD(sae.parameters(), lr=10.0)
+    (sae(x[0]).y_hat - x[0]).square().mean().backward()
+    sae.constrain_gradients()
+    along = (sae.W_dec.grad * before).sum(1)
+    torch.testing.assert_close(along, torch.zeros(F), atol=1e-6, rtol=0)
+    optimiser.step()
+    sae.constrain_weights()
+    torch.testing.assert_close(sae.W_dec.norm(dim=1), torch.ones(F))
+    assert not torch.equal(sae.W_dec, before)
+
+
+def test_sae_starts_tied() -> None:
+    sae = build_sae(SAEConfig(0, "mlp_out", D, F, Relu(0.1)), generator())
+    assert type(sae) is VanillaSAE and torch.equal(sae.W_dec, sae.encoder.W_enc)
+    torch.testing.assert_close(sae.W_dec.norm(dim=1), torch.ones(F))
+
+
+def test_counters_tell_the_dead_and_survive_a_round_trip() -> None:
+    x, _ = data()
+    coder = transcoder(TopK(1))
+    for _ in range(3):
+        coder.encoder.update_statistics(coder.encode(x[0]))
+    fired = (to_dense(coder.encode(x[0])) > 0).any(0)
+    assert torch.equal(coder.encoder.tokens_since_fired, torch.where(fired, 0, 3 * B))
+    coder.refresh_dead(3 * B)
+    assert coder.n_dead == (~fired).sum() and coder.dead_fraction(3 * B) == pytest.approx((~fired).float().mean())
+    other = build_transcoder(coder.config, generator(9))
+    other.load_state_dict(coder.state_dict())
+    assert torch.equal(other.encoder.tokens_since_fired, coder.encoder.tokens_since_fired)
+
+
+def test_forward_leaves_statistics_alone() -> None:
+    x, _ = data()
+    coder = transcoder(BatchTopK(3))
+    before = {name: value.clone() for name, value in coder.state_dict().items()}
+    coder(x[0])
+    assert all(torch.equal(value, before[name]) for name, value in coder.state_dict().items())
+
+
+@pytest.mark.parametrize("make", [lambda: transcoder(TopK(3)), lambda: random_clt(TopK(3), 1)])
+def test_aux_reaches_dead_latents_with_negative_pre_activations(make: object) -> None:
+    x, _ = data()
+    coder = make()  # type: ignore[operator]
+    encoder = coder.encoders[0]
+    with torch.no_grad():
+        encoder.b_enc[:4] -= 1000
+    encoder.tokens_since_fired[:4] = 10
+    coder.refresh_dead(10)
+    inputs = x if isinstance(coder, clt.CrossLayerTranscoder) else x[0]
+    coder.aux_reconstruction(inputs).square().sum().backward()
+    assert (encoder.W_enc.grad[:4].norm(dim=1) > 0).all() and (encoder.W_enc.grad[4:] == 0).all()
+
+
+def test_l1_is_weighted_by_decoder_norms() -> None:
+    x, _ = data()
+    coder = transcoder(Relu(l1=0.1))
+    codes, penalty = coder.encode_with_penalty(x[0])
+    torch.testing.assert_close(penalty, 0.1 * (to_dense(codes) @ coder.W_dec.norm(dim=1)).mean())
+
+
+def test_k_above_the_dictionary_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"k=99 exceeds d_dict=24"):
+        build_transcoder(EncoderConfig(0, D, D, F, BatchTopK(k=99)), generator())
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_configurations_round_trip(rule: c.Rule) -> None:
+    for config in (EncoderConfig(1, D, D, F, rule), SAEConfig(0, "mlp_out", D, F, rule), CLTConfig((0, 1), D, D, F, rule)):
+        assert c.from_json(c.to_json(config)) == config
