@@ -1,0 +1,175 @@
+"""LlamaSimpleMLP: a pre-norm decoder with rotary grouped-query attention and a plain GELU MLP.
+
+    h ← h + Attn(RMS(h)),   h ← h + down_proj(gelu_tanh(c_fc(RMS(h)))),   logits = RMS(h) W_wteᵀ
+
+    RMS(h) = h / √(mean h² + ε) · weight,  ε = 1e-6;  RoPE rotates (first half, second half) of each head, base θ.
+
+Parameter names and configuration keys are those of Goodfire's runs (`wandb:goodfire/spd/t-32d1bb3b`), so that
+`model_config.yaml` + `model_step_*.pt` of such a run load as they are. No biases; the embedding is tied.
+"""
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+import yaml
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+
+@dataclass(frozen=True)
+class LlamaSimpleMLPConfig:
+    block_size: int  # longest sequence, in tokens
+    vocab_size: int
+    n_layer: int
+    n_head: int
+    n_embd: int
+    n_intermediate: int
+    n_key_value_heads: int
+    rotary_base: float = 10_000.0
+    rms_norm_eps: float = 1e-6
+
+
+class RMSNorm(nn.Module):
+    def __init__(self, width: int, eps: float) -> None:
+        super().__init__()
+        self.eps = eps
+        self.weight = nn.Parameter(torch.ones(width))
+
+    def forward(self, x: Float[Tensor, "*batch d"]) -> Float[Tensor, "*batch d"]:
+        return F.rms_norm(x, x.shape[-1:], self.weight, self.eps)
+
+
+def rotary_tables(seq: int, head: int, base: float) -> tuple[Float[Tensor, "seq head"], Float[Tensor, "seq head"]]:
+    """cos and sin of position · base^(−2i/head), each repeated for the two halves of a head."""
+    frequency = base ** (-torch.arange(0, head, 2, dtype=torch.float32) / head)
+    angle = torch.outer(torch.arange(seq, dtype=torch.float32), frequency)
+    return torch.cat([angle.cos(), angle.cos()], -1), torch.cat([angle.sin(), angle.sin()], -1)
+
+
+def rotate(
+    x: Float[Tensor, "batch heads seq head"], cos: Float[Tensor, "seq head"], sin: Float[Tensor, "seq head"]
+) -> Float[Tensor, "batch heads seq head"]:
+    first, second = x.chunk(2, dim=-1)
+    return x * cos + torch.cat([-second, first], -1) * sin
+
+
+class Attention(nn.Module):
+    def __init__(self, c: LlamaSimpleMLPConfig) -> None:
+        super().__init__()
+        assert c.n_embd % c.n_head == 0, f"{c.n_embd=} {c.n_head=}"
+        assert c.n_head % c.n_key_value_heads == 0, f"{c.n_head=} {c.n_key_value_heads=}"
+        self.head = c.n_embd // c.n_head
+        kv_width = c.n_key_value_heads * self.head
+        self.q_proj = nn.Linear(c.n_embd, c.n_embd, bias=False)
+        self.k_proj = nn.Linear(c.n_embd, kv_width, bias=False)
+        self.v_proj = nn.Linear(c.n_embd, kv_width, bias=False)
+        self.o_proj = nn.Linear(c.n_embd, c.n_embd, bias=False)
+        cos, sin = rotary_tables(c.block_size, self.head, c.rotary_base)
+        self.register_buffer("cos", cos, persistent=False)
+        self.register_buffer("sin", sin, persistent=False)
+
+    def forward(self, x: Float[Tensor, "batch seq d"]) -> Float[Tensor, "batch seq d"]:
+        seq = x.shape[1]
+        q, k, v = (p(x).unflatten(-1, (-1, self.head)).transpose(1, 2) for p in (self.q_proj, self.k_proj, self.v_proj))
+        cos, sin = self.cos[:seq].to(x.dtype), self.sin[:seq].to(x.dtype)
+        q, k = rotate(q, cos, sin), rotate(k, cos, sin)
+        z = F.scaled_dot_product_attention(q, k.to(v.dtype), v, is_causal=True, enable_gqa=q.shape[1] != k.shape[1])
+        return self.o_proj(z.transpose(1, 2).flatten(-2))
+
+
+class MLP(nn.Module):
+    def __init__(self, c: LlamaSimpleMLPConfig) -> None:
+        super().__init__()
+        self.c_fc = nn.Linear(c.n_embd, c.n_intermediate, bias=False)
+        self.down_proj = nn.Linear(c.n_intermediate, c.n_embd, bias=False)
+
+    def forward(self, x: Float[Tensor, "*batch d"]) -> Float[Tensor, "*batch d"]:
+        return self.down_proj(F.gelu(self.c_fc(x), approximate="tanh"))
+
+
+class Block(nn.Module):
+    def __init__(self, c: LlamaSimpleMLPConfig) -> None:
+        super().__init__()
+        self.rms_1 = RMSNorm(c.n_embd, c.rms_norm_eps)
+        self.attn = Attention(c)
+        self.rms_2 = RMSNorm(c.n_embd, c.rms_norm_eps)
+        self.mlp = MLP(c)
+
+    def forward(self, h: Float[Tensor, "batch seq d"]) -> Float[Tensor, "batch seq d"]:
+        h = h + self.attn(self.rms_1(h))
+        return h + self.mlp(self.rms_2(h))
+
+
+class LlamaSimpleMLP(nn.Module):
+    def __init__(self, config: LlamaSimpleMLPConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.wte = nn.Embedding(config.vocab_size, config.n_embd)
+        self.h = nn.ModuleList(Block(config) for _ in range(config.n_layer))
+        self.ln_f = RMSNorm(config.n_embd, config.rms_norm_eps)
+        self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
+        self.lm_head.weight = self.wte.weight
+
+    def forward(
+        self, tokens: Int[Tensor, "batch seq"], targets: Int[Tensor, "batch seq"] | None = None
+    ) -> tuple[Float[Tensor, "batch seq vocab"], Float[Tensor, ""] | None]:
+        """Logits and, where targets (the next tokens) are given, their mean cross-entropy in nats."""
+        assert tokens.shape[1] <= self.config.block_size, f"{tokens.shape[1]=} exceeds {self.config.block_size=}"
+        h = self.wte(tokens)
+        for block in self.h:
+            h = block(h)
+        logits = self.lm_head(self.ln_f(h))
+        return logits, None if targets is None else F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten())
+
+
+def initialise(model: LlamaSimpleMLP, generator: torch.Generator) -> None:
+    """GPT-2's recipe: N(0, 0.02²), what writes to the residual stream scaled by 1/√(2·layers)."""
+    for name, p in model.named_parameters():
+        if p.ndim == 2:
+            residual = name.endswith(("o_proj.weight", "down_proj.weight"))
+            std = 0.02 / (2 * model.config.n_layer) ** 0.5 if residual else 0.02
+            nn.init.normal_(p, std=std, generator=generator)
+
+
+def config_from_yaml(text: str) -> LlamaSimpleMLPConfig:
+    """The configuration in a run's `model_config.yaml`; refuses what this architecture does not have."""
+    raw = yaml.safe_load(text)
+    kind = raw.get("model_type", "LlamaSimpleMLP")
+    assert kind == "LlamaSimpleMLP", f"model_config.yaml describes a {kind}, not a LlamaSimpleMLP"
+    for key in ("mlp_bias", "attn_bias"):
+        assert not raw.get(key, False), f"{key}=True is not a LlamaSimpleMLP this project knows"
+    grouped = raw.get("use_grouped_query_attention", True)
+    return LlamaSimpleMLPConfig(
+        block_size=raw.get("n_ctx", raw["block_size"]),
+        vocab_size=raw["vocab_size"],
+        n_layer=raw["n_layer"],
+        n_head=raw["n_head"],
+        n_embd=raw["n_embd"],
+        n_intermediate=raw["n_intermediate"],
+        n_key_value_heads=raw["n_key_value_heads"] if grouped else raw["n_head"],
+        rotary_base=raw.get("rotary_base", 10_000.0),
+        rms_norm_eps=raw.get("rms_norm_eps", 1e-6),
+    )
+
+
+def load_run(folder: Path) -> LlamaSimpleMLP:
+    """The model of a run directory: `model_config.yaml` and the `model_step_*.pt` of the highest step."""
+    config_file, steps = folder / "model_config.yaml", sorted(folder.glob("model_step_*.pt"), key=_step)
+    if not config_file.exists() or not steps:
+        raise ValueError(f"{folder} holds no model_config.yaml with a model_step_*.pt beside it: not a training run")
+    model = LlamaSimpleMLP(config_from_yaml(config_file.read_text()))
+    state = torch.load(steps[-1], map_location="cpu", weights_only=True)
+    state = {key.removeprefix("_orig_mod."): value for key, value in state.items()}
+    parameters = {key: value for key, value in state.items() if not key.endswith((".cos", ".sin"))}
+    parameters.setdefault("lm_head.weight", parameters["wte.weight"])
+    model.load_state_dict({key: value.float() for key, value in parameters.items() if "rotary" not in key})
+    return model
+
+
+def _step(path: Path) -> int:
+    match = re.fullmatch(r"model_step_(\d+)\.pt", path.name)
+    assert match is not None, f"{path.name} is not named model_step_N.pt"
+    return int(match[1])

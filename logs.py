@@ -1,0 +1,158 @@
+"""What a run leaves behind: metrics as JSONL and in W&B, a settings file, files that are whole or absent.
+
+The only file that imports wandb. W&B runs online where credentials exist, else offline (one line says so), or not at all
+with WANDB_MODE=disabled; nothing in the project needs a server.
+"""
+
+import contextlib
+import dataclasses
+import json
+import os
+import platform
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+
+REPOSITORY = Path(__file__).parent
+
+
+@contextlib.contextmanager
+def atomic_path(path: Path) -> Iterator[Path]:
+    """A temporary path beside `path`, renamed to it when the block succeeds; a killed writer leaves `path` as it was."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    with contextlib.ExitStack() as stack:
+        stack.callback(temporary.unlink, missing_ok=True)
+        yield temporary
+        temporary.replace(path)
+
+
+def git_commit() -> str:
+    """The checkout's commit, with a + where the working tree differs; empty outside a git checkout."""
+    head = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=REPOSITORY, capture_output=True, text=True)
+    changed = subprocess.run(
+        ["git", "status", "--porcelain", "--untracked-files=no", "--", "*.py"],
+        cwd=REPOSITORY, capture_output=True, text=True,
+    )  # fmt: skip
+    return head.stdout.strip() + ("+" if changed.stdout.strip() else "")
+
+
+def device_name(device: str) -> str:
+    """The GPU's own name, or the kind of processor and its number of threads."""
+    if device.startswith("cuda"):
+        return torch.cuda.get_device_name(device)
+    return f"{platform.machine()} CPU, {torch.get_num_threads()} threads"
+
+
+def check_device(device: str) -> str:
+    """The device itself; raises ValueError in one line where it is a CUDA device and there is none."""
+    if device.startswith("cuda") and not torch.cuda.is_available():
+        raise ValueError(f"device {device!r} was named, but this machine offers no CUDA device: use --device cpu")
+    return device
+
+
+def write_json(path: Path, value: Any) -> None:
+    with atomic_path(path) as temporary:
+        temporary.write_text(json.dumps(value, indent=1, default=str) + "\n")
+
+
+def write_settings(folder: Path, settings: Any, device: str, seconds: float) -> None:
+    """settings.json: the settings dataclass, command, commit, versions, device, seconds."""
+    relative = {k: str(v.relative_to(REPOSITORY)) if isinstance(v, Path) and v.is_relative_to(REPOSITORY) else v
+                for k, v in dataclasses.asdict(settings).items()}  # fmt: skip
+    write_json(
+        folder / "settings.json",
+        {
+            "settings": relative,
+            "command": " ".join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+            "commit": git_commit(),
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "device": device_name(device),
+            "seconds": round(seconds, 1),
+            "date": time.strftime("%Y-%m-%d"),
+        },
+    )
+
+
+class Logger:
+    """One run's metrics: `metrics.jsonl` in `folder`, and a W&B run of the same name."""
+
+    def __init__(self, name: str, folder: Path, config: Any) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        self.name = name
+        self._file = (folder / "metrics.jsonl").open("a")
+        self._run = _start_wandb(name, config)
+
+    def log(self, step: int, metrics: dict[str, float]) -> None:
+        self._file.write(json.dumps({"step": step} | metrics) + "\n")
+        self._file.flush()
+        if self._run is not None:
+            self._run.log(metrics, step=step)
+
+    def close(self) -> None:
+        self._file.close()
+        if self._run is not None:
+            self._run.finish()
+
+
+def _wandb_mode() -> str:
+    """WANDB_MODE if set; else online with credentials, offline with a W&B project named, otherwise disabled."""
+    if "WANDB_MODE" in os.environ:
+        return os.environ["WANDB_MODE"]
+    netrc = Path.home() / ".netrc"
+    if "WANDB_API_KEY" in os.environ or (netrc.exists() and "api.wandb.ai" in netrc.read_text()):
+        return "online"
+    return "offline"
+
+
+_announced: set[str] = set()
+
+
+def _start_wandb(name: str, config: Any) -> Any:
+    mode = _wandb_mode()
+    if mode == "disabled":
+        return None
+    import wandb
+
+    if mode == "offline" and mode not in _announced:
+        _announced.add(mode)
+        print("W&B: no credentials found, logging offline to wandb/ (WANDB_MODE=disabled turns it off)", file=sys.stderr)
+    return wandb.init(
+        project=os.environ.get("WANDB_PROJECT", "nn_decompositions"),
+        name=name,
+        config=config,
+        mode=mode,
+        reinit="create_new",
+        dir=str(REPOSITORY),
+        settings=wandb.Settings(silent=True, console="off", x_disable_stats=True),
+    )
+
+
+def download_artifact(reference: str, folder: Path) -> Path:
+    """Fetch W&B artifact `entity/project/name:version` into `folder` (once) and return where it lies."""
+    destination = folder / reference.replace("/", "--").replace(":", "--")
+    if not destination.exists():
+        import wandb
+
+        with atomic_path(destination) as temporary:
+            wandb.Api().artifact(reference).download(root=str(temporary))
+    return destination
+
+
+def download_run_files(run: str, names: tuple[str, ...], folder: Path) -> Path:
+    """Fetch the files of W&B run `entity/project/id` whose names start with one of `names` (once)."""
+    destination = folder / run.replace("/", "--")
+    if not destination.exists():
+        import wandb
+
+        with atomic_path(destination) as temporary:
+            for file in wandb.Api().run(run).files():
+                if Path(file.name).name.startswith(names):
+                    file.download(root=str(temporary))
+    return destination

@@ -1,0 +1,306 @@
+"""Target models: which one, where its MLPs read and write, and the only hooks of the project.
+
+A `TargetModel` names, for each layer, the module whose output the MLP reads (the norm before it), the module whose output
+is the MLP's output, and the linear map whose input is the hidden activation h. They are found by structure and proven by
+one forward pass: what the norm gave must be what the MLP got. Nothing else knows one architecture from another.
+"""
+
+import contextlib
+import hashlib
+import inspect
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Float, Int
+from safetensors.torch import load_file
+from torch import Tensor, nn
+from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
+
+from llama_simple_mlp import LlamaSimpleMLP, config_from_yaml, load_run
+from logs import check_device, download_run_files
+from token_stream import DatasetSpec, cache_folder
+
+ASSETS = Path(__file__).parent / "assets"
+NORMS = ("rms_2", "ln_2", "ln2", "pre_feedforward_layernorm", "post_attention_layernorm", "final_layer_norm", "input_layernorm")
+MLPS = ("mlp", "feed_forward", "fc2")
+DOWNS = ("down_proj", "c_proj", "dense_4h_to_h", "fc2", "fc_out", "out", "w2")
+
+
+class MLPSite(NamedTuple):
+    read: str  # module whose output the MLP reads
+    write: str  # module whose output is the MLP's output
+    down: str  # linear map whose input is the hidden activation h
+
+
+@dataclass(frozen=True)
+class TargetModel:
+    name: str
+    model: nn.Module
+    tokenizer: PreTrainedTokenizerBase
+    sites: tuple[MLPSite, ...]
+    d_model: int
+    d_mlp: int
+    vocab_size: int
+    context: int  # tokens per sequence used for training and evaluation
+    data: DatasetSpec
+    fingerprint: str  # hash of the weights
+
+    @property
+    def n_layers(self) -> int:
+        return len(self.sites)
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.model.parameters()).device
+
+    def logits(self, tokens: Int[Tensor, "batch seq"]) -> Float[Tensor, "batch seq vocab"]:
+        out = self.model(tokens)
+        return out if isinstance(out, Tensor) else out[0] if isinstance(out, tuple) else out.logits
+
+    def mlp(self, layer: int, x: Float[Tensor, "*batch d_in"]) -> Float[Tensor, "*batch d_out"]:
+        """The MLP of one layer on given inputs."""
+        site = self.sites[layer]
+        if site.write != site.down:
+            return self.model.get_submodule(site.write)(x)
+        return self.model.get_submodule(site.down)(self.hidden(layer, x))
+
+    def hidden(self, layer: int, x: Float[Tensor, "*batch d_in"]) -> Float[Tensor, "*batch d_mlp"]:
+        """h, the input of the down projection, on given MLP inputs."""
+        site = self.sites[layer]
+        if site.write == site.down:  # OPT keeps its two linear maps in the block itself
+            block = self.model.get_submodule(site.down.rpartition(".")[0])
+            return block.activation_fn(block.fc1(x))  # type: ignore[operator,no-any-return]
+        seen: list[Tensor] = []
+        handle = self.model.get_submodule(site.down).register_forward_pre_hook(lambda _, args: seen.append(args[0]))
+        with contextlib.ExitStack() as stack:
+            stack.callback(handle.remove)
+            self.model.get_submodule(site.write)(x)
+        return seen[0]
+
+    def down_weight(self, layer: int) -> Float[Tensor, "d_out d_mlp"]:
+        down = self.model.get_submodule(self.sites[layer].down)
+        return down.weight if isinstance(down, nn.Linear) else down.weight.T  # transformers' Conv1D is transposed
+
+
+# ----------------------------------------------------------------------------------------------------------- hooks
+
+
+class Captured(NamedTuple):
+    inputs: Float[Tensor, "layer batch seq d_in"]
+    outputs: Float[Tensor, "layer batch seq d_out"]
+
+
+class _Enough(Exception):
+    """Raised by the last hook of `capture`: what comes after it in the forward pass is not needed."""
+
+
+def likes_bf16(device: torch.device) -> bool:
+    return device.type == "cuda" or torch.cpu._is_avx512_bf16_supported()
+
+
+def capture(target: TargetModel, tokens: Int[Tensor, "batch seq"], layers: Sequence[int]) -> Captured:
+    """MLP inputs and outputs of `layers`; the forward pass stops after the last of them, so logits are never computed.
+
+    Under inference_mode, in bf16 autocast where the device has fast bf16; the result is what the modules gave.
+    """
+    read: dict[int, Tensor] = {}
+    written: dict[int, Tensor] = {}
+
+    def hook(into: dict[int, Tensor], layer: int, last: bool) -> Callable[..., None]:
+        def keep(_module: nn.Module, _args: tuple[Tensor, ...], output: Tensor) -> None:
+            into[layer] = output
+            if last:
+                raise _Enough
+
+        return keep
+
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(torch.inference_mode())
+        stack.enter_context(torch.autocast(target.device.type, torch.bfloat16, enabled=likes_bf16(target.device)))
+        for layer in layers:
+            for name, into in ((target.sites[layer].read, read), (target.sites[layer].write, written)):
+                last = into is written and layer == max(layers)
+                handle = target.model.get_submodule(name).register_forward_hook(hook(into, layer, last))
+                stack.callback(handle.remove)
+        with contextlib.suppress(_Enough):
+            target.logits(tokens.to(target.device))
+    shape = (*tokens.shape, -1)
+    return Captured(*(torch.stack([kept[layer].reshape(shape) for layer in layers]) for kept in (read, written)))
+
+
+MLPFunction = Callable[[Float[Tensor, "batch seq d_in"], Float[Tensor, "batch seq d_out"]], Float[Tensor, "batch seq d_out"]]
+
+
+@contextlib.contextmanager
+def patched(target: TargetModel, functions: Mapping[int, MLPFunction]) -> Iterator[None]:
+    """Inside, the MLP of each named layer gives f(x, y): x its input, y its own output there. Restored on any exit."""
+    with contextlib.ExitStack() as stack:
+        for layer, function in functions.items():
+            stack.enter_context(_patched_layer(target, layer, function))
+        yield
+
+
+@contextlib.contextmanager
+def _patched_layer(target: TargetModel, layer: int, function: MLPFunction) -> Iterator[None]:
+    site = target.sites[layer]
+    inputs: list[Tensor] = []
+
+    def keep(_module: nn.Module, _args: tuple[Tensor, ...], output: Tensor) -> None:
+        inputs.append(output)
+
+    def replace(_module: nn.Module, _args: tuple[Tensor, ...], output: Tensor) -> Tensor:
+        x = inputs.pop()
+        return function(x, output.view(*x.shape[:-1], -1)).view(output.shape)
+
+    handles = [
+        target.model.get_submodule(site.read).register_forward_hook(keep),
+        target.model.get_submodule(site.write).register_forward_hook(replace),
+    ]
+    with contextlib.ExitStack() as stack:
+        for handle in handles:
+            stack.callback(handle.remove)
+        yield
+
+
+# ----------------------------------------------------------------------------------------------------- finding MLPs
+
+
+def find_sites(model: nn.Module) -> tuple[MLPSite, ...]:
+    """The MLP of every block, found by the names of the block's children and proven by one forward pass."""
+    stacks = [(name, m) for name, m in model.named_modules() if isinstance(m, nn.ModuleList) and _blocks(m)]
+    if not stacks:
+        raise ValueError(f"{type(model).__name__} has no stack of blocks with an MLP after a norm that this project knows")
+    name, blocks = max(stacks, key=lambda item: len(item[1]))
+    sites = tuple(_site(f"{name}.{i}", block) for i, block in enumerate(blocks))
+    _prove(model, sites)
+    return sites
+
+
+def _blocks(stack: nn.ModuleList) -> bool:
+    children = [dict(block.named_children()) for block in stack]
+    return all(any(n in c for n in MLPS) and any(n in c for n in NORMS) for c in children)
+
+
+def _site(path: str, block: nn.Module) -> MLPSite:
+    children = dict(block.named_children())
+    read, write = (next(n for n in names if n in children) for names in (NORMS, MLPS))
+    inner = dict(children[write].named_children())
+    if write == "fc2":
+        return MLPSite(f"{path}.{read}", f"{path}.fc2", f"{path}.fc2")
+    down = next((n for n in DOWNS if n in inner), None)
+    if down is None:
+        raise ValueError(f"{path}.{write} has none of {DOWNS}: its down projection cannot be told")
+    return MLPSite(f"{path}.{read}", f"{path}.{write}", f"{path}.{write}.{down}")
+
+
+def _prove(model: nn.Module, sites: Sequence[MLPSite]) -> None:
+    """One forward pass on two tokens: each MLP must get exactly what its norm gave."""
+    given: dict[str, Tensor] = {}
+    got: dict[str, Tensor] = {}
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(torch.inference_mode())
+        for site in sites:
+            entry = site.write if site.write != site.down else site.down.removesuffix("fc2") + "fc1"
+            hook = model.get_submodule(site.read).register_forward_hook(
+                lambda _m, _a, out, key=site.read: given.__setitem__(key, out)
+            )
+            pre = model.get_submodule(entry).register_forward_pre_hook(
+                lambda _m, args, key=site.read: got.__setitem__(key, args[0])
+            )
+            stack.callback(hook.remove)
+            stack.callback(pre.remove)
+        model(torch.zeros(1, 2, dtype=torch.int64, device=next(model.parameters()).device))
+    for site in sites:
+        same = site.read in got and torch.equal(given[site.read].flatten(), got[site.read].flatten())
+        if not same:
+            raise ValueError(f"{site.write} does not read the output of {site.read}: this block's layout is not supported")
+
+
+def weights_fingerprint(model: nn.Module) -> str:
+    """16 hex digits that change with any weight."""
+    digest = hashlib.sha256()
+    for name, p in sorted(model.state_dict().items()):
+        digest.update(name.encode())
+        digest.update(p.detach().float().sum(dtype=torch.float64).cpu().numpy().tobytes())
+        digest.update(p.detach().flatten()[:64].float().cpu().numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
+# --------------------------------------------------------------------------------------------------------- loaders
+
+
+class Parts(NamedTuple):
+    """What a loader brings."""
+
+    model: nn.Module
+    tokenizer: PreTrainedTokenizerBase
+    context: int
+    data: DatasetSpec
+
+
+def _tiny() -> Parts:
+    folder = ASSETS / "tiny"
+    model = LlamaSimpleMLP(config_from_yaml((folder / "model_config.yaml").read_text()))
+    state = {key: value.float() for key, value in load_file(folder / "model.safetensors").items()}
+    model.load_state_dict(state | {"lm_head.weight": state["wte.weight"]})
+    return Parts(model, load_tokenizer(folder / "tokenizer.json"), model.config.block_size, DatasetSpec("python"))
+
+
+def load_tokenizer(file: Path) -> PreTrainedTokenizerFast:
+    return PreTrainedTokenizerFast(tokenizer_file=str(file), eos_token="<|endoftext|>", clean_up_tokenization_spaces=False)
+
+
+def _pile() -> Parts:
+    run = download_run_files("goodfire/spd/t-32d1bb3b", ("final_config", "model_", "tokenizer"), cache_folder() / "wandb")
+    data = DatasetSpec("danbraunai/pile-uncopyrighted-tok", "input_ids", True, "train", "val")
+    return Parts(load_run(run), _hub_tokenizer("EleutherAI/gpt-neox-20b"), 512, data)
+
+
+def _simplestories() -> Parts:
+    model, tokenizer = _hub("SimpleStories/SimpleStories-35M")
+    return Parts(model, tokenizer, 512, DatasetSpec("SimpleStories/SimpleStories", "story", False, "train", "test"))
+
+
+def _gpt2() -> Parts:
+    return Parts(*_hub("openai-community/gpt2"), 256, DatasetSpec("Skylion007/openwebtext"))
+
+
+def _hub_tokenizer(name: str) -> PreTrainedTokenizerBase:
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(name)  # type: ignore[no-any-return]
+
+
+def _hub(name: str) -> tuple[nn.Module, PreTrainedTokenizerBase]:
+    from transformers import AutoModelForCausalLM
+
+    return AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32), _hub_tokenizer(name)
+
+
+LOADERS: dict[str, Callable[[], Parts]] = {"tiny": _tiny, "pile": _pile, "simplestories": _simplestories, "gpt2": _gpt2}
+
+
+def load_target(name: str, device: str) -> TargetModel:
+    """The named target, frozen, in eval mode. Raises ValueError for an unknown name or a device that is not there."""
+    check_device(device)
+    if name.startswith("hf:"):
+        parts = Parts(*_hub(name.removeprefix("hf:")), 256, DatasetSpec("docstrings"))
+    elif name in LOADERS:
+        parts = LOADERS[name]()
+    else:
+        raise ValueError(f"unknown target {name!r}: use one of {', '.join(LOADERS)}, hf:NAME or tl:NAME")
+    return make_target(name, parts, device)
+
+
+def make_target(name: str, parts: Parts, device: str) -> TargetModel:
+    model = parts.model.to(device).eval().requires_grad_(False)
+    assert "tokens" in inspect.signature(model.forward).parameters or hasattr(model, "config"), f"{type(model)}"
+    sites = find_sites(model)
+    down = model.get_submodule(sites[0].down).weight
+    d_out, d_mlp = down.shape if isinstance(model.get_submodule(sites[0].down), nn.Linear) else down.T.shape
+    vocab = model.get_input_embeddings().num_embeddings if hasattr(model, "get_input_embeddings") else model.config.vocab_size
+    fingerprint = weights_fingerprint(model)
+    return TargetModel(name, model, parts.tokenizer, sites, d_out, d_mlp, vocab, parts.context, parts.data, fingerprint)
