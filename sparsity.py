@@ -163,6 +163,11 @@ class SparseEncoder(nn.Module):
         self.threshold.copy_(values.topk(k * n_tokens).values[-1].clamp_min(0))
 
 
+def codes_by_layer(codes: Any) -> tuple[Codes, ...]:
+    """One `Codes` per layer spanned, whatever coder they come from."""
+    return (codes,) if isinstance(codes, Codes) else codes
+
+
 class CoderOutput(NamedTuple):
     y_hat: Float[Tensor, "*layer batch d_out"]  # raw units
     codes: Any  # Codes; tuple[Codes, ...] for a cross-layer transcoder
@@ -182,7 +187,7 @@ class Coder(nn.Module):
 
     def forward(self, x: Float[Tensor, "*layer batch d_in"]) -> CoderOutput:
         codes = self.encode(x)
-        return CoderOutput(self.decode(codes), codes)
+        return CoderOutput(self.reconstruct(codes, x), codes)
 
     @property
     def gate_parameters(self) -> int:
@@ -193,6 +198,15 @@ class Coder(nn.Module):
     def k(self) -> int | None:
         """Trained number of active latents per token and layer; None where the rule has none."""
         return self.config.rule.k if isinstance(self.config.rule, TopK | BatchTopK) else None
+
+    def reconstruct(self, codes: Any, x: Float[Tensor, "*layer batch d_in"]) -> Float[Tensor, "*layer batch d_out"]:
+        """ŷ from codes; x is read only by a skip connection."""
+        return self.decode(codes)
+
+    def update_statistics(self, codes: Any) -> None:
+        """Advance every encoder's counters by one training batch."""
+        for encoder, own in zip(self.encoders, codes_by_layer(codes)):
+            encoder.update_statistics(own)
 
     @property
     def n_dead(self) -> int:

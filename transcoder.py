@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from config import BatchTopK, EncoderConfig, JumpReLU, Relu, TopK
 from sparse_ops import Codes, decode
-from sparsity import ActivationStats, Coder, CoderOutput, SparseEncoder, latent_bias
+from sparsity import ActivationStats, Coder, SparseEncoder, latent_bias
 
 
 class BaseTranscoder(Coder):
@@ -57,10 +57,6 @@ class BaseTranscoder(Coder):
 
     def reconstruct(self, codes: Codes, x: Float[Tensor, "batch d_in"]) -> Float[Tensor, "batch d_out"]:
         return self.decode(codes) + self.skip_output(x) if self.config.skip else self.decode(codes)
-
-    def forward(self, x: Float[Tensor, "batch d_in"]) -> CoderOutput:
-        codes = self.encode(x)
-        return CoderOutput(self.reconstruct(codes, x), codes)
 
     def aux_reconstruction(self, x: Float[Tensor, "batch d_in"]) -> Float[Tensor, "batch d_out"]:
         """What the dead latents would write, without b_dec: AuxK's ê in raw units."""

@@ -1,0 +1,132 @@
+"""The only reader and writer of checkpoints: a folder with `encoder.pt` (tensors) and `config.json` (what they are).
+
+Wherever a checkpoint is named, a local folder and a W&B artifact `entity/project/name:version` are interchangeable.
+Tensors are read with weights_only=True; every file is written to a temporary name and renamed.
+"""
+
+import dataclasses
+import json
+import pickle
+import zipfile
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from clt import CrossLayerTranscoder
+from config import CLTConfig, EncoderConfig, SAEConfig, from_json, to_json
+from logs import atomic_path, download_artifact, write_json
+from sae import build_sae
+from sparsity import Coder
+from target_models import TargetModel
+from token_stream import cache_folder
+from transcoder import build_transcoder
+
+ENCODER, CONFIG = "encoder.pt", "config.json"
+
+
+@dataclass(frozen=True)
+class TrainingRecord:
+    """Where a coder comes from."""
+
+    name: str  # target, method, layers, k and seed
+    target: str
+    target_fingerprint: str
+    train_tokens: int
+    train_seconds: float  # its share of the group's wall time
+    seed: int
+    commit: str
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    coder: Coder
+    record: TrainingRecord
+    path: str
+
+
+def build_coder(config: SAEConfig | EncoderConfig | CLTConfig, generator: torch.Generator) -> Coder:
+    """The coder a configuration describes."""
+    builders = {SAEConfig: build_sae, EncoderConfig: build_transcoder, CLTConfig: CrossLayerTranscoder}
+    return builders[type(config)](config, generator)  # type: ignore[operator,no-any-return]
+
+
+def coder_name(target: str, config: SAEConfig | EncoderConfig | CLTConfig, seed: int) -> str:
+    """E.g. `tiny_transcoder_batchtopk_L2_k16_d1536_s0`: no two coders of a study share a name."""
+    kind = {SAEConfig: "sae", EncoderConfig: "transcoder", CLTConfig: "clt"}[type(config)]
+    kind += "-skip" if isinstance(config, EncoderConfig) and config.skip else ""
+    layers = "-".join(str(layer) for layer in config.layers)
+    rule = dataclasses.astuple(config.rule)[0]
+    sparsity = f"k{rule}" if hasattr(config.rule, "k") else f"c{rule:g}"
+    safe = target.replace("/", "--").replace(":", "-")
+    return f"{safe}_{kind}_{type(config.rule).__name__.lower()}_L{layers}_{sparsity}_d{config.d_dict}_s{seed}"
+
+
+def save_checkpoint(folder: Path, coder: Coder, record: TrainingRecord) -> None:
+    """config.json is written last: a folder that has it is whole."""
+    save_tensors(folder / ENCODER, coder.state_dict())
+    write_json(folder / CONFIG, {"config": to_json(coder.config), "record": dataclasses.asdict(record)})
+
+
+def save_tensors(path: Path, state: object) -> None:
+    with atomic_path(path) as temporary:
+        torch.save(state, temporary)
+
+
+def load_tensors(path: Path, device: str) -> dict:  # type: ignore[type-arg]
+    """A torch file that holds tensors only; raises ValueError in one line for a missing, truncated or pickled one."""
+    if not path.exists():
+        raise ValueError(f"{path} does not exist: train it first, or check the path")
+    if not zipfile.is_zipfile(path):
+        raise ValueError(f"{path} is truncated or no torch file: fetch or train it again")
+    try:
+        return torch.load(path, map_location=device, weights_only=True)  # type: ignore[no-any-return]
+    except pickle.UnpicklingError:
+        raise ValueError(f"{path} holds pickled objects, not tensors: it is not opened") from None
+
+
+def resolve(reference: str) -> Path:
+    """A local folder as it is; `entity/project/name:version` is fetched from W&B once."""
+    if Path(reference).exists() or ":" not in reference:
+        return Path(reference)
+    return download_artifact(reference, cache_folder() / "artifacts")
+
+
+def is_trained(folder: Path, config: SAEConfig | EncoderConfig | CLTConfig, train_tokens: int) -> bool:
+    """Whether `folder` holds a finished coder of these settings."""
+    file = folder / CONFIG
+    if not file.exists():
+        return False
+    blob = json.loads(file.read_text())
+    return from_json(blob["config"]) == config and blob["record"]["train_tokens"] == train_tokens
+
+
+def load_checkpoint(reference: str, device: str) -> Checkpoint:
+    """The coder in eval mode on `device`, whatever device it was saved from."""
+    folder = resolve(reference)
+    if not (folder / CONFIG).exists():
+        raise ValueError(f"{reference} holds no {CONFIG}: not a finished checkpoint")
+    blob = json.loads((folder / CONFIG).read_text())
+    coder = build_coder(from_json(blob["config"]), torch.Generator())
+    load_state(coder, load_tensors(folder / ENCODER, "cpu"), reference)
+    return Checkpoint(coder.to(device).eval(), TrainingRecord(**blob["record"]), reference)
+
+
+def load_state(module: nn.Module, state: dict[str, torch.Tensor], reference: str) -> None:
+    """Load after checking names and shapes; raises ValueError naming the first tensor that does not fit."""
+    expected = module.state_dict()
+    wrong = [name for name in expected.keys() | state.keys() if name not in expected or name not in state]
+    wrong += [name for name in expected.keys() & state.keys() if expected[name].shape != state[name].shape]
+    if wrong:
+        raise ValueError(f"{reference} does not match its {CONFIG}: tensor {sorted(wrong)[0]!r} is missing, extra or misshapen")
+    module.load_state_dict(state)
+
+
+def check_target(checkpoint: Checkpoint, target: TargetModel) -> None:
+    """Raises ValueError where the checkpoint was trained on another model."""
+    if checkpoint.record.target_fingerprint not in ("", target.fingerprint):
+        raise ValueError(
+            f"{checkpoint.path} was trained on {checkpoint.record.target!r} with weights "
+            f"{checkpoint.record.target_fingerprint}, not on {target.name!r} ({target.fingerprint})"
+        )

@@ -1,0 +1,237 @@
+"""One loop for every coder: any number of SAEs, transcoders and cross-layer transcoders train on one stream.
+
+    loss = mean over targets of FVU + penalty of the rule + aux · min(n_dead / k_aux, 1) · AuxK
+    step = project the gradient (SAE) → clip → Adam → renormalise (SAE)
+
+One forward of the target feeds all coders; each has its own optimiser, schedule, metrics and checkpoint. Nothing in a
+step synchronises the device: metrics are read, dead latents listed and NaN looked for every `metrics_every` steps.
+k falls from 10k to k over the first `anneal` of the steps (linear). The learning rate rises over `warmup`, stays, and
+falls linearly to zero over the last `decay`. The deployed threshold is set on tokens of the stream that come after the
+last training batch, so that neither training nor evaluation has seen them.
+"""
+
+import dataclasses
+import itertools
+import math
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from tqdm import tqdm
+
+from activation_store import ActivationBatch, ActivationsStore, DataConfig
+from checkpoints import (
+    Checkpoint, TrainingRecord, coder_name, is_trained, load_checkpoint, load_tensors, save_checkpoint, save_tensors,
+)  # fmt: skip
+from config import BatchTopK, TrainConfig, to_json
+from logs import Logger, git_commit
+from losses import auxk, fvu
+from sae import BaseAutoencoder
+from sparsity import ActivationStats, Coder, codes_by_layer
+from target_models import TargetModel
+
+STATE = "group_state.pt"
+
+
+def learning_rate(tokens: int, d_dict: int) -> float:
+    """Default peak learning rate of Adam: 2e-4 / √(d_dict / 2¹⁴) · max(1, 10⁸ / tokens)^0.4.
+
+    The first factor is the field's rule for runs of 10⁸ tokens and more (sparsify, dictionary_learning); the second
+    corrects it for short runs, in which it is several times too low.
+    """
+    return 2e-4 / math.sqrt(d_dict / 2**14) * max(1.0, 1e8 / tokens) ** 0.4
+
+
+def schedule(step: int, steps: int, config: TrainConfig) -> float:
+    """Factor of the learning rate at a step: warm-up, plateau, linear decay to zero."""
+    rise = (step + 1) / max(1.0, config.warmup * steps)
+    fall = (steps - step) / max(1.0, config.decay * steps)
+    return min(1.0, rise, fall)
+
+
+def annealed_k(k: int, step: int, steps: int, config: TrainConfig) -> int:
+    """10k at the first step, k from `anneal` of the steps on, linear between."""
+    progress = min(1.0, step / max(1.0, config.anneal * steps))
+    return round(k * (10 - 9 * progress))
+
+
+@dataclass
+class Student:
+    """A coder with all that its training owns."""
+
+    name: str
+    coder: Coder
+    rows: list[int]  # its layers' positions in the store's batches
+    variance: Float[Tensor, "*layer"]  # E‖y − ȳ‖² of its targets
+    optimiser: torch.optim.Adam
+    logger: Logger
+    seconds: float = 0.0
+
+    def view(self, batch: ActivationBatch) -> tuple[Tensor, Tensor]:
+        """(x, y): (batch, d) for a coder of one layer, (layer, batch, d) for a cross-layer transcoder."""
+        if isinstance(self.coder, BaseAutoencoder):
+            return batch.targets[self.rows[0]], batch.targets[self.rows[0]]
+        if self.variance.ndim == 0:
+            return batch.inputs[self.rows[0]], batch.targets[self.rows[0]]
+        return batch.inputs[self.rows], batch.targets[self.rows]
+
+
+def student_stats(coder: Coder, stats: ActivationStats, rows: list[int]) -> ActivationStats:
+    """The rows of the store's statistics a coder needs; an SAE's input is the MLP's output."""
+    x_mean, x_scale, y_mean, y_scale, variance, n = stats
+    if isinstance(coder, BaseAutoencoder):
+        x_mean, x_scale = y_mean, y_scale
+    return ActivationStats(x_mean[rows], x_scale[rows], y_mean[rows], y_scale[rows], variance[rows], n)
+
+
+def training_step(student: Student, batch: ActivationBatch, config: TrainConfig, lr: float) -> Float[Tensor, "3"]:
+    """One step of one coder; returns (loss, FVU, L0 per layer), still on the device."""
+    coder, optimiser = student.coder, student.optimiser
+    x, y = student.view(batch)
+    codes, penalty = coder.encode_with_penalty(x)
+    y_hat = coder.reconstruct(codes, x)
+    error = fvu(y, y_hat, student.variance).mean()
+    loss = error + penalty
+    if coder.n_dead:
+        k_aux = coder.config.d_in // 2 * len(coder.encoders)
+        e, e_hat = y - y_hat, coder.aux_reconstruction(x)
+        aux = auxk(e, e_hat) if e.ndim == 2 else torch.stack([auxk(*pair) for pair in zip(e, e_hat)]).mean()
+        loss = loss + config.aux * min(coder.n_dead / k_aux, 1.0) * aux
+    loss.backward()
+    coder.constrain_gradients()
+    torch.nn.utils.clip_grad_norm_(coder.parameters(), config.max_grad_norm)
+    for group in optimiser.param_groups:
+        group["lr"] = lr
+    optimiser.step()
+    optimiser.zero_grad(set_to_none=True)
+    coder.constrain_weights()
+    coder.update_statistics(codes)
+    layers = codes_by_layer(codes)
+    l0 = sum((own.values > 0).sum() / own.n_rows for own in layers) / len(layers)
+    return torch.stack([loss.detach(), error.detach(), l0])
+
+
+def train_group(
+    coders: Sequence[Coder], target: TargetModel, data: DataConfig, config: TrainConfig, folder: Path
+) -> list[Checkpoint]:
+    """Train all coders on one pass over one stream; checkpoints land in folder / name.
+
+    Coders already trained there with the same settings are left as they are. An interrupted call goes on from its last
+    state when made again, and ends bit-identical (on CPU) to one that was never interrupted.
+    Raises ValueError for settings that do not fit the state found, RuntimeError when a loss is not finite.
+    """
+    names = [coder_name(target.name, coder.config, config.seed) for coder in coders]
+    assert len(set(names)) == len(names), f"two coders share a name: {names}"
+    todo = [(name, c) for name, c in zip(names, coders) if not is_trained(folder / name, c.config, config.tokens)]
+    if len(todo) < len(coders):
+        print(f"{len(coders) - len(todo)} of {len(coders)} coders are already trained in {folder}")
+    if todo:
+        _train(todo, target, data, config, folder)
+    return [load_checkpoint(str(folder / name), str(target.device)) for name in names]
+
+
+def train_encoder(coder: Coder, target: TargetModel, data: DataConfig, config: TrainConfig, folder: Path) -> Checkpoint:
+    """A group of one."""
+    return train_group([coder], target, data, config, folder)[0]
+
+
+def _train(
+    todo: list[tuple[str, Coder]], target: TargetModel, data: DataConfig, config: TrainConfig, folder: Path
+) -> None:
+    store = ActivationsStore(target, data)
+    students = [_enrol(name, coder, store, config, folder) for name, coder in todo]
+    steps, state_file = config.tokens // data.batch_tokens, folder / STATE
+    assert steps > 0, f"{config.tokens=} is less than one batch of {data.batch_tokens}"
+    settings = [to_json(config), dataclasses.asdict(data) | {"layers": list(data.layers)}, [s.name for s in students]]
+    start = _resume(students, store, settings, config.dead_after, state_file) if state_file.exists() else 0
+    bar = tqdm(range(start, steps), initial=start, total=steps, unit="step", mininterval=1.0)
+    began, last_good = time.perf_counter(), start
+    for step in bar:
+        batch = next(store)
+        readings = []
+        for student in students:
+            begin = time.perf_counter()
+            if student.coder.k is not None:
+                student.coder.set_k(annealed_k(student.coder.k, step, steps, config))
+            readings.append(training_step(student, batch, config, config.lr * schedule(step, steps, config)))
+            student.seconds += time.perf_counter() - begin
+        reads, saves = (step + 1) % config.metrics_every == 0, (step + 1) % config.checkpoint_every == 0
+        if reads or saves or step + 1 == steps:
+            speed = (step + 1 - start) * data.batch_tokens / (time.perf_counter() - began)
+            _read_metrics(students, torch.stack(readings), step, speed, last_good, bar, config)
+        if saves:
+            _save_state(students, store, settings, step + 1, state_file)
+            last_good = step + 1
+    overhead = (time.perf_counter() - began - sum(s.seconds for s in students)) / len(students)
+    held_out = list(itertools.islice(store, max(1, config.calibration_tokens // data.batch_tokens)))
+    for student in students:
+        if isinstance(student.coder.config.rule, BatchTopK):
+            student.coder.calibrate([student.view(batch)[0] for batch in held_out])
+        seconds = student.seconds + max(overhead, 0.0)
+        record = TrainingRecord(
+            student.name, target.name, target.fingerprint, config.tokens, seconds, config.seed, git_commit()
+        )
+        save_checkpoint(folder / student.name, student.coder, record)
+        student.logger.close()
+    state_file.unlink(missing_ok=True)
+
+
+def _enrol(name: str, coder: Coder, store: ActivationsStore, config: TrainConfig, folder: Path) -> Student:
+    rows = [store.config.layers.index(layer) for layer in coder.config.layers]
+    stats = student_stats(coder, store.stats, rows)
+    coder.initialise(stats)
+    coder.to(store.target.device).train()
+    variance = stats.y_variance if hasattr(coder, "decode_layer") else stats.y_variance[0]
+    optimiser = torch.optim.Adam(coder.parameters(), lr=config.lr, betas=config.betas, fused=True)
+    logger = Logger(name, folder / name, {"coder": to_json(coder.config), "train": to_json(config)})
+    return Student(name, coder, rows, variance, optimiser, logger)
+
+
+def _read_metrics(
+    students: list[Student], readings: Float[Tensor, "student 3"], step: int, speed: float, last_good: int,
+    bar: "tqdm[int]", config: TrainConfig,
+) -> None:  # fmt: skip
+    for student, (loss, error, l0) in zip(students, readings.tolist()):
+        if not math.isfinite(loss):
+            raise RuntimeError(f"loss of {student.name} is {loss} at step {step}; the last good state is step {last_good}")
+        student.coder.refresh_dead(config.dead_after)
+        dead = student.coder.n_dead / sum(encoder.d_dict for encoder in student.coder.encoders)
+        student.logger.log(step, {"loss": loss, "fvu": error, "l0": l0, "dead": dead, "tokens_per_second": speed})
+    loss, error, l0 = readings.mean(0).tolist()
+    bar.set_postfix_str(f"{speed:,.0f} tokens/s, loss {loss:.3f}, FVU {error:.3f}, L0 {l0:.1f}, dead {dead:.1%}")
+
+
+def _save_state(
+    students: list[Student], store: ActivationsStore, settings: object, step: int, file: Path
+) -> None:
+    state = {
+        "settings": repr(settings),
+        "step": step,
+        "store": store.state_dict(),
+        "students": {
+            s.name: {"coder": s.coder.state_dict(), "optimiser": s.optimiser.state_dict(), "seconds": s.seconds}
+            for s in students
+        },
+    }
+    save_tensors(file, state)
+
+
+def _resume(
+    students: list[Student], store: ActivationsStore, settings: object, dead_after: int, file: Path
+) -> int:
+    """Restore everything that decides the steps to come; returns the step to go on from."""
+    state = load_tensors(file, str(store.target.device))
+    if state["settings"] != repr(settings):
+        raise ValueError(f"{file} is the state of a run with other settings: delete it or choose another folder")
+    store.load_state_dict(state["store"])
+    for student in students:
+        own = state["students"][student.name]
+        student.coder.load_state_dict(own["coder"])
+        student.optimiser.load_state_dict(own["optimiser"])
+        student.seconds = own["seconds"]
+        student.coder.refresh_dead(dead_after)
+    return state["step"]  # type: ignore[no-any-return]
