@@ -11,6 +11,7 @@ last training batch, so that neither training nor evaluation has seen them.
 """
 
 import dataclasses
+import hashlib
 import itertools
 import math
 import time
@@ -34,7 +35,6 @@ from sae import BaseAutoencoder
 from sparsity import ActivationStats, Coder, codes_by_layer
 from target_models import TargetModel
 
-STATE = "group_state.pt"
 
 
 def learning_rate(tokens: int, d_dict: int) -> float:
@@ -144,7 +144,8 @@ def _train(
 ) -> None:
     store = ActivationsStore(target, data)
     students = [_enrol(name, coder, store, config, folder) for name, coder in todo]
-    steps, state_file = config.tokens // data.batch_tokens, folder / STATE
+    group = hashlib.sha256(" ".join(student.name for student in students).encode()).hexdigest()[:12]
+    steps, state_file = config.tokens // data.batch_tokens, folder / f"group_{group}.pt"
     assert steps > 0, f"{config.tokens=} is less than one batch of {data.batch_tokens}"
     settings = [to_json(config), dataclasses.asdict(data) | {"layers": list(data.layers)}, [s.name for s in students]]
     start = _resume(students, store, settings, config.dead_after, state_file) if state_file.exists() else 0
