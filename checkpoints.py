@@ -23,6 +23,7 @@ from target_models import TargetModel
 from token_stream import cache_folder
 from transcoder import build_transcoder
 
+CHECKPOINTS = Path(__file__).parent / "checkpoints"  # of experiments and the main job
 ENCODER, CONFIG = "encoder.pt", "config.json"
 
 

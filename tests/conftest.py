@@ -1,0 +1,56 @@
+"""A small random target with a local corpus: everything a test needs, offline and in milliseconds."""
+
+import os
+import random
+from pathlib import Path
+
+import pytest
+import torch
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+
+os.environ.setdefault("WANDB_MODE", "disabled")
+
+from llama_simple_mlp import LlamaSimpleMLP, LlamaSimpleMLPConfig, initialise  # noqa: E402
+from target_models import Parts, TargetModel, make_target  # noqa: E402
+from token_stream import DatasetSpec  # noqa: E402
+
+torch.set_num_threads(1)
+WORDS = [f"w{i}" for i in range(60)]
+
+
+def word_tokenizer() -> PreTrainedTokenizerFast:
+    vocab = {word: i for i, word in enumerate(["<eos>", "<unk>", *WORDS])}
+    tokenizer = Tokenizer(models.WordLevel(vocab, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<eos>", unk_token="<unk>")
+
+
+def write_corpus(folder: Path, documents: int = 400, seed: int = 0) -> Path:
+    """A folder with train.jsonl and val.jsonl of random words."""
+    generator = random.Random(seed)
+    for split, n in (("train", documents), ("val", documents // 4)):
+        lines = [
+            '{"text": "%s"}' % " ".join(generator.choices(WORDS, k=generator.randint(5, 60))) for _ in range(n)
+        ]
+        (folder / f"{split}.jsonl").write_text("\n".join(lines) + "\n")
+    return folder
+
+
+def make_small_target(folder: Path, layers: int = 2, seed: int = 0) -> TargetModel:
+    config = LlamaSimpleMLPConfig(16, len(WORDS) + 2, layers, 2, 16, 32, 1)
+    model = LlamaSimpleMLP(config)
+    initialise(model, torch.Generator().manual_seed(seed))
+    with torch.no_grad():
+        for block in model.h:
+            block.mlp.c_fc.weight.mul_(20)
+            block.mlp.down_proj.weight.mul_(20)
+    spec = DatasetSpec(str(folder), val_split="val")
+    return make_target("small", Parts(model, word_tokenizer(), config.block_size, spec), "cpu")
+
+
+@pytest.fixture
+def small_target(tmp_path: Path) -> TargetModel:
+    folder = tmp_path / "corpus"
+    folder.mkdir()
+    return make_small_target(write_corpus(folder))

@@ -1,0 +1,252 @@
+"""Theorems about the activation store, checkpoints and the training loop, on a small random target."""
+
+import dataclasses
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import make_small_target
+
+from activation_store import ActivationsStore, DataConfig
+from checkpoints import TrainingRecord, check_target, coder_name, load_checkpoint, save_checkpoint
+from clt import CrossLayerTranscoder
+from config import BatchTopK, CLTConfig, EncoderConfig, JumpReLU, Relu, SAEConfig, TopK, TrainConfig
+from sae import build_sae
+from sparse_ops import to_dense
+from target_models import TargetModel, capture
+from training import annealed_k, learning_rate, schedule, train_encoder, train_group
+from transcoder import build_transcoder
+
+DATA = DataConfig(layers=(0, 1), batch_tokens=32, buffer_tokens=256, model_batch=4)
+TRAIN = TrainConfig(tokens=32 * 30, lr=3e-3, metrics_every=5, checkpoint_every=10, calibration_tokens=128, dead_after=200)
+
+
+def g(seed: int = 0) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def coders() -> list:
+    return [
+        build_transcoder(EncoderConfig(0, 16, 16, 48, BatchTopK(4)), g()),
+        build_transcoder(EncoderConfig(1, 16, 16, 48, TopK(4), skip=True), g()),
+        build_transcoder(EncoderConfig(1, 16, 16, 48, JumpReLU(l0=0.01)), g()),
+        build_sae(SAEConfig(1, "mlp_out", 16, 48, Relu(l1=0.01)), g()),
+        CrossLayerTranscoder(CLTConfig((0, 1), 16, 16, 48, BatchTopK(4)), g()),
+    ]
+
+
+# --------------------------------------------------------------------------------------------------------------- store
+
+
+def test_inputs_and_outputs_are_aligned_by_token(small_target: TargetModel) -> None:
+    """The captured MLP on a batch's inputs gives the batch's targets, in every layer."""
+    batch = next(ActivationsStore(small_target, DATA))
+    for layer in range(2):
+        y = small_target.mlp(layer, batch.inputs[layer])
+        torch.testing.assert_close(y, batch.targets[layer], atol=0.02, rtol=0.02)  # bf16 and fp16 in between
+
+
+def test_no_token_is_lost_or_repeated_and_batches_mix_sequences(small_target: TargetModel) -> None:
+    store = ActivationsStore(small_target, DATA)
+    seen = torch.cat([batch.inputs[0] for batch in (next(store) for _ in range(20))])
+    stream = store.stream.__class__(small_target.data, small_target.tokenizer, "train", 4, 16)
+    expected = torch.cat(
+        [capture(small_target, next(stream), (0,)).inputs[0][:, 1:].flatten(0, 1).half().float() for _ in range(store.forwards)]
+    )
+    position = {row.numpy().tobytes(): i for i, row in enumerate(expected)}
+    found = [position[row.numpy().tobytes()] for row in seen]
+    assert len(set(found)) >= 0.95 * len(found), "only tokens in identical contexts may look the same"
+    first = torch.tensor(found[:32]) // 15
+    assert len(first.unique()) >= 10, f"a batch should mix many sequences: {first.unique()=}"
+
+
+def test_a_store_resumes_exactly(small_target: TargetModel) -> None:
+    store = ActivationsStore(small_target, DATA)
+    for _ in range(7):
+        next(store)
+    state = store.state_dict()
+    expected = [next(store) for _ in range(12)]
+    other = ActivationsStore(small_target, DATA)
+    other.load_state_dict(state)
+    for batch in expected:
+        again = next(other)
+        assert torch.equal(again.inputs, batch.inputs) and torch.equal(again.targets, batch.targets)
+
+
+def test_the_buffer_keeps_to_its_stated_memory(small_target: TargetModel) -> None:
+    store = ActivationsStore(small_target, DATA)
+    for _ in range(20):
+        next(store)
+        assert 2 * store.buffer.nbytes <= store.bytes, f"{store.buffer.nbytes=} {store.bytes=}"
+
+
+def test_cached_activations_are_the_same_and_a_stale_cache_is_refused(small_target: TargetModel, tmp_path: Path) -> None:
+    config = dataclasses.replace(DATA, cache=str(tmp_path / "cache"))
+    plain = ActivationsStore(small_target, DATA)
+    first, second = (ActivationsStore(small_target, config) for _ in range(2))
+    for _ in range(20):
+        expected = next(plain)
+        assert torch.equal(next(first).inputs, expected.inputs) and torch.equal(next(second).targets, expected.targets)
+    assert second.stream_position == 0, "the second run never asked the model"
+    other = make_small_target(Path(small_target.data.path), seed=1)
+    with pytest.raises(ValueError, match="is stale"):
+        ActivationsStore(other, config)
+
+
+def test_a_layer_out_of_range_is_refused(small_target: TargetModel) -> None:
+    with pytest.raises(ValueError, match=r"layer \[7\] is not among the layers 0…1"):
+        ActivationsStore(small_target, dataclasses.replace(DATA, layers=(0, 7)))
+
+
+# ------------------------------------------------------------------------------------------------------------ schedule
+
+
+def test_schedule_rises_stays_and_falls_to_zero() -> None:
+    config = TrainConfig(1, 1.0, warmup=0.1, decay=0.2)
+    factors = [schedule(step, 100, config) for step in range(101)]
+    assert factors[0] == pytest.approx(0.1) and factors[9:81] == [1.0] * 72 and factors[100] == 0
+    assert factors[90] == pytest.approx(0.5)
+
+
+def test_k_anneals_from_ten_k_to_k() -> None:
+    ks = [annealed_k(8, step, 100, TrainConfig(1, 1.0, anneal=0.2)) for step in range(100)]
+    assert ks[0] == 80 and ks[20:] == [8] * 80 and sorted(ks, reverse=True) == ks
+
+
+def test_learning_rate_is_the_fields_rule_in_long_runs() -> None:
+    assert learning_rate(10**9, 2**14) == 2e-4 and learning_rate(10**6, 2**14) > 1e-3
+
+
+# ------------------------------------------------------------------------------------------------------------ training
+
+
+def test_every_kind_of_coder_learns_in_one_group(small_target: TargetModel, tmp_path: Path) -> None:
+    """Each kind ends well below the mean's FVU of 1, with its own checkpoint and metrics."""
+    config = dataclasses.replace(TRAIN, tokens=32 * 120)
+    for checkpoint in train_group(coders(), small_target, DATA, config, tmp_path):
+        lines = (tmp_path / checkpoint.record.name / "metrics.jsonl").read_text().splitlines()
+        first, last = json.loads(lines[0]), json.loads(lines[-1])
+        assert last["fvu"] < 0.8 * min(first["fvu"], 1), f"{checkpoint.record.name}: {first=} {last=}"
+        assert checkpoint.record.train_tokens == config.tokens and not checkpoint.coder.training
+
+
+def test_a_group_trains_each_coder_as_it_would_alone(small_target: TargetModel, tmp_path: Path) -> None:
+    together = train_group(coders(), small_target, DATA, TRAIN, tmp_path / "group")[0]
+    alone = train_encoder(coders()[0], small_target, DATA, TRAIN, tmp_path / "alone")
+    for name, value in alone.coder.state_dict().items():
+        assert torch.equal(value, together.coder.state_dict()[name]), name
+
+
+def test_trained_coders_are_not_trained_again(small_target: TargetModel, tmp_path: Path, capsys: object) -> None:
+    train_group(coders(), small_target, DATA, TRAIN, tmp_path)
+    file = tmp_path / coder_name("small", coders()[0].config, 0) / "encoder.pt"
+    before = file.stat().st_mtime_ns
+    train_group(coders(), small_target, DATA, TRAIN, tmp_path)
+    assert file.stat().st_mtime_ns == before and "5 of 5 coders are already trained" in capsys.readouterr().out
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(small_target: TargetModel, tmp_path: Path) -> None:
+    broken = coders()[1]
+    torch.nn.init.constant_(broken.W_skip, torch.nan)
+    with pytest.raises(RuntimeError, match=r"loss of small_transcoder-skip_topk_L1_k4_d48_s0 is nan at step 4"):
+        train_encoder(broken, small_target, DATA, TRAIN, tmp_path)
+    assert not list(tmp_path.rglob("encoder.pt"))
+
+
+def test_the_deployed_coder_has_the_trained_sparsity(small_target: TargetModel, tmp_path: Path) -> None:
+    checkpoint = train_encoder(coders()[0], small_target, DATA, dataclasses.replace(TRAIN, tokens=32 * 100), tmp_path)
+    store = ActivationsStore(small_target, DATA, split="val")
+    x = torch.cat([next(store).inputs[0] for _ in range(8)])
+    l0 = (to_dense(checkpoint.coder.encode(x)) > 0).sum(1).float().mean().item()
+    assert 3 < l0 < 5, f"{l0=} for k=4"
+
+
+KILLED = """
+import sys
+from pathlib import Path
+sys.path.insert(0, {tests!r})
+from conftest import make_small_target
+from test_training import DATA, TRAIN, coders
+from training import train_group
+train_group(coders(), make_small_target(Path({corpus!r})), DATA, TRAIN, Path({folder!r}))
+"""
+
+
+def test_a_killed_run_ends_bit_identical(small_target: TargetModel, tmp_path: Path) -> None:
+    """SIGKILL after a saved state, then the same call again: every tensor equals the uninterrupted run's."""
+    corpus, folder, tests = small_target.data.path, tmp_path / "killed", str(Path(__file__).parent)
+    script = KILLED.format(tests=tests, corpus=corpus, folder=str(folder)).replace("TRAIN, Path", "SLOW, Path")
+    script = script.replace("from training import train_group", "SLOW = TRAIN\nimport training, time\n"
+        "save = training._save_state\ndef save_and_wait(*a):\n    save(*a)\n    time.sleep(60)\n"
+        "training._save_state = save_and_wait\nfrom training import train_group")  # fmt: skip
+    process = subprocess.Popen([sys.executable, "-c", script], env=os.environ | {"PYTHONPATH": str(Path(tests).parent)})
+    while not list(folder.glob("group_*.pt")):
+        assert process.poll() is None, "the run to be killed ended by itself"
+        time.sleep(0.05)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert not list(folder.rglob("encoder.pt"))
+    resumed = train_group(coders(), small_target, DATA, TRAIN, folder)
+    straight = train_group(coders(), small_target, DATA, TRAIN, tmp_path / "straight")
+    for a, b in zip(resumed, straight):
+        for name, value in b.coder.state_dict().items():
+            assert torch.equal(a.coder.state_dict()[name], value), f"{b.record.name} {name}"
+    assert not list(folder.glob("group_*.pt"))
+
+
+def test_a_state_of_other_settings_is_refused(small_target: TargetModel, tmp_path: Path) -> None:
+    file = tmp_path / "group.pt"
+    from training import _enrol, _resume, _save_state
+
+    store = ActivationsStore(small_target, DATA)
+    students = [_enrol("a", coders()[0], store, TRAIN, tmp_path)]
+    _save_state(students, store, ["these"], 3, file)
+    assert _resume(students, store, ["these"], 100, file) == 3
+    with pytest.raises(ValueError, match="a run with other settings"):
+        _resume(students, store, ["those"], 100, file)
+
+
+# --------------------------------------------------------------------------------------------------------- checkpoints
+
+
+RECORD = TrainingRecord("name", "small", "fingerprint", 10, 1.0, 0, "abc")
+
+
+@pytest.mark.parametrize("coder", coders(), ids=lambda c: type(c).__name__)
+def test_checkpoints_round_trip(coder: torch.nn.Module, tmp_path: Path) -> None:
+    save_checkpoint(tmp_path, coder, RECORD)
+    found = load_checkpoint(str(tmp_path), "cpu")
+    assert found.coder.config == coder.config and found.record == RECORD and type(found.coder) is type(coder)
+    for name, value in coder.state_dict().items():
+        assert torch.equal(found.coder.state_dict()[name], value), name
+
+
+def test_bad_checkpoints_are_refused_in_one_line(tmp_path: Path, small_target: TargetModel) -> None:
+    with pytest.raises(ValueError, match="holds no config.json"):
+        load_checkpoint(str(tmp_path / "nowhere"), "cpu")
+    coder = coders()[0]
+    save_checkpoint(tmp_path, coder, RECORD)
+    with pytest.raises(ValueError, match="was trained on 'small' with weights fingerprint"):
+        check_target(load_checkpoint(str(tmp_path), "cpu"), small_target)
+    state = coder.state_dict()
+    del state["b_dec"]
+    torch.save(state, tmp_path / "encoder.pt")
+    with pytest.raises(ValueError, match="tensor 'b_dec' is missing, extra or misshapen"):
+        load_checkpoint(str(tmp_path), "cpu")
+    torch.save({"coder": Path("an object")}, tmp_path / "encoder.pt")
+    with pytest.raises(ValueError, match="pickled objects"):
+        load_checkpoint(str(tmp_path), "cpu")
+    (tmp_path / "encoder.pt").write_bytes(b"PK\x03\x04 truncated")
+    with pytest.raises(ValueError, match="truncated"):
+        load_checkpoint(str(tmp_path), "cpu")
+
+
+def test_names_tell_coders_apart() -> None:
+    names = {coder_name("hf:a/b", coder.config, seed) for coder in coders() for seed in (0, 1)}
+    assert len(names) == 10 and all("/" not in name and ":" not in name for name in names)
