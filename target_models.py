@@ -64,8 +64,8 @@ class TargetModel:
         """The MLP of one layer on given inputs."""
         site = self.sites[layer]
         if site.write != site.down:
-            return self.model.get_submodule(site.write)(x)
-        return self.model.get_submodule(site.down)(self.hidden(layer, x))
+            return self.model.get_submodule(site.write).forward(x)  # past its own hooks: `patched` may be active
+        return self.model.get_submodule(site.down).forward(self.hidden(layer, x))
 
     def hidden(self, layer: int, x: Float[Tensor, "*batch d_in"]) -> Float[Tensor, "*batch d_mlp"]:
         """h, the input of the down projection, on given MLP inputs."""
@@ -77,7 +77,7 @@ class TargetModel:
         handle = self.model.get_submodule(site.down).register_forward_pre_hook(lambda _, args: seen.append(args[0]))
         with contextlib.ExitStack() as stack:
             stack.callback(handle.remove)
-            self.model.get_submodule(site.write)(x)
+            self.model.get_submodule(site.write).forward(x)
         return seen[0]
 
     def down_weight(self, layer: int) -> Float[Tensor, "d_out d_mlp"]:

@@ -1,0 +1,278 @@
+"""Theorems about replacements, on a random two- or four-layer model."""
+
+from collections.abc import Sequence
+
+import pytest
+import torch
+from torch import Tensor
+
+from clt import CrossLayerTranscoder
+from config import BatchTopK, CLTConfig, EncoderConfig, JumpReLU, Relu, SAEConfig, TopK
+from llama_simple_mlp import LlamaSimpleMLP, LlamaSimpleMLPConfig, initialise
+from replacement import (
+    CLT,
+    SAE,
+    Affine,
+    Identity,
+    Mean,
+    Neurons,
+    Pass,
+    Replacement,
+    Transcoder,
+    Zero,
+    fit_affine,
+    replaced,
+)
+from sae import build_sae
+from sparse_ops import to_dense
+from sparsity import Coder
+from target_models import Captured, Parts, TargetModel, capture, make_target
+from token_stream import DatasetSpec
+from transcoder import BaseTranscoder, build_transcoder
+
+D, H, F, VOCAB, SEQ = 16, 48, 32, 40, 7
+
+
+def make_tiny(n_layer: int = 3, seed: int = 0) -> TargetModel:
+    g = torch.Generator().manual_seed(seed)
+    model = LlamaSimpleMLP(LlamaSimpleMLPConfig(16, VOCAB, n_layer, 2, D, H, 1))
+    initialise(model, g)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.mul_(8 if p.ndim == 2 else 1)  # far enough from zero that every MLP matters
+    return make_target("random", Parts(model, None, 16, DatasetSpec("python")), "cpu")  # type: ignore[arg-type]
+
+
+def some_tokens(n: int = 4, seed: int = 1) -> Tensor:
+    return torch.randint(VOCAB, (n, SEQ), generator=torch.Generator().manual_seed(seed))
+
+
+@torch.no_grad()
+def randomise(coder: Coder, seed: int = 2) -> Coder:
+    g = torch.Generator().manual_seed(seed)
+    for p in coder.parameters():
+        p.normal_(std=0.3, generator=g)
+    for encoder in coder.encoders:
+        if isinstance(encoder.rule, JumpReLU):
+            encoder.log_theta.fill_(-1.0)
+        if isinstance(encoder.rule, BatchTopK):
+            encoder.threshold.fill_(0.2)
+    return coder
+
+
+def transcoders(layers: Sequence[int], rule: object = BatchTopK(4), skip: bool = False) -> list[BaseTranscoder]:
+    g = torch.Generator().manual_seed(5)
+    return [randomise(build_transcoder(EncoderConfig(i, D, D, F, rule, skip), g), i) for i in layers]  # type: ignore
+
+
+def saes(layers: Sequence[int]) -> list[Coder]:
+    g = torch.Generator().manual_seed(6)
+    return [randomise(build_sae(SAEConfig(i, "mlp_out", D, F, TopK(3)), g), i) for i in layers]
+
+
+def clt(layers: Sequence[int], rule: object = BatchTopK(4)) -> CrossLayerTranscoder:
+    g = torch.Generator().manual_seed(7)
+    return randomise(CrossLayerTranscoder(CLTConfig(tuple(layers), D, D, F, rule), g))  # type: ignore
+
+
+def run(target: TargetModel, tokens: Tensor, pass_: Pass, layers: Sequence[int]) -> Tensor:
+    with torch.inference_mode():
+        return replaced(target, tokens, pass_, layers, lambda layer, y_hat: None)
+
+
+def clean(target: TargetModel, tokens: Tensor, layers: Sequence[int]) -> Captured:
+    """fp32, unlike `capture`, which may use bf16."""
+    seen: list[tuple[Tensor, Tensor]] = []
+
+    class Watch(Pass):
+        def __call__(self, layer: int, x: Tensor, y: Tensor) -> Tensor:
+            seen.append((x, y))
+            return y
+
+    run(target, tokens, Watch(Identity(layers), None), layers)
+    return Captured(*(torch.stack(kept) for kept in zip(*seen)))
+
+
+def all_methods(target: TargetModel, layers: Sequence[int]) -> list[Replacement]:
+    x, y = (kept.flatten(1, 2) for kept in clean(target, some_tokens(32, 9), layers))
+    return [
+        SAE(saes(layers)),
+        Transcoder(transcoders(layers)),
+        Transcoder(transcoders(layers, skip=True)),
+        Transcoder(transcoders(layers), top_k=2),
+        CLT(clt(layers)),
+        Neurons(target, layers, 5),
+        Affine(layers, fit_affine([(x, y)])),
+        Identity(layers),
+        Zero(layers),
+        Mean(layers, y.mean(1)),
+    ]
+
+
+def test_identity_replacement_preserves_logits() -> None:
+    target, tokens = make_tiny(), some_tokens()
+    layers = range(target.n_layers)
+    with torch.inference_mode():
+        original = target.logits(tokens)
+    identity = Identity(layers)
+    for pass_ in (identity.begin(), identity.frozen(clean(target, tokens, layers))):
+        assert torch.equal(run(target, tokens, pass_, layers), original)
+        assert torch.equal(run(target, tokens, pass_, [1]), original)
+
+
+def test_zero_and_mean_write_zero_and_the_mean_but_not_at_the_first_position() -> None:
+    target, tokens = make_tiny(1), some_tokens()
+    with torch.inference_mode():
+        block = target.model.h[0]
+        h = target.model.wte(tokens)
+        h = h + block.attn(block.rms_1(h))
+        own = block.mlp(block.rms_2(h))
+        for value, replacement in ((torch.zeros(D), Zero([0])), (torch.ones(D), Mean([0], torch.ones(1, D)))):
+            written = torch.cat([own[:, :1], value.expand_as(own)[:, 1:]], 1)
+            expected = target.model.lm_head(target.model.ln_f(h + written))
+            torch.testing.assert_close(run(target, tokens, replacement.begin(), [0]), expected)
+
+
+def test_a_failure_inside_a_patched_forward_leaves_the_model_unpatched() -> None:
+    target, tokens = make_tiny(), some_tokens()
+
+    class Fails(Identity):
+        def write(self, pass_: Pass, layer: int, x: Tensor, y: Tensor) -> Tensor:
+            if layer == 1:
+                raise ValueError("deliberate")
+            return torch.zeros_like(y)
+
+    with torch.inference_mode():
+        original = target.logits(tokens)
+        with pytest.raises(ValueError, match="deliberate"):
+            run(target, tokens, Fails(range(3)).begin(), range(3))
+        assert torch.equal(target.logits(tokens), original)
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in target.model.modules())
+
+
+def test_every_layer_is_replaced_by_its_own_function() -> None:
+    target, tokens = make_tiny(), some_tokens()
+    seen: list[tuple[int, Tensor]] = []
+    means = torch.arange(3.0)[:, None].expand(3, D)
+    with torch.inference_mode():
+        replaced(target, tokens, Mean(range(3), means).begin(), range(3), lambda i, y_hat: seen.append((i, y_hat)))
+    assert [i for i, _ in seen] == [0, 1, 2]
+    for i, y_hat in seen:
+        assert (y_hat == i).all()
+
+
+def test_frozen_free_and_single_agree_where_the_stream_is_still_clean() -> None:
+    """In a one-layer model, and in the first layer of any."""
+    tokens = some_tokens()
+    for target in (make_tiny(1), make_tiny(3)):
+        captured = clean(target, tokens, [0])
+        for replacement in all_methods(target, [0]):
+            free = run(target, tokens, replacement.begin(), [0])
+            frozen = run(target, tokens, replacement.frozen(captured), [0])
+            assert torch.equal(free, frozen), replacement.method
+
+
+def test_free_codes_follow_the_replaced_stream_and_frozen_ones_do_not() -> None:
+    target, tokens, layers = make_tiny(), some_tokens(), range(3)
+    captured = clean(target, tokens, layers)
+    for replacement in all_methods(target, layers):
+        if replacement.has_codes:
+            free, frozen = replacement.begin(), replacement.frozen(captured)
+            run(target, tokens, free, layers)
+            run(target, tokens, frozen, layers)
+            x, y = (kept[2].flatten(0, 1) for kept in captured)
+            expected = to_dense(replacement.encode(2, x, y))
+            assert torch.equal(to_dense(frozen.codes[2]), expected), replacement.method
+            assert not torch.equal(to_dense(free.codes[2]), expected), replacement.method
+
+
+def test_single_layer_of_a_clt_is_written_by_clean_codes_of_earlier_layers() -> None:
+    target, tokens, coder = make_tiny(), some_tokens(), clt(range(3))
+    captured = clean(target, tokens, range(3))
+    x = captured.inputs.flatten(1, 2)
+    replacement = CLT(coder)
+    pass_ = replacement.frozen(captured)
+    got: list[Tensor] = []
+    with torch.inference_mode():
+        replaced(target, tokens, pass_, [1], lambda layer, y_hat: got.append(y_hat))
+        coder.eval()
+        expected = coder.decode_layer(1, [coder.encode_layer(0, x[0]), coder.encode_layer(1, x[1])])
+    torch.testing.assert_close(got[0].flatten(0, 1), expected)
+    assert set(pass_.active) == {(0, "latents"), (1, "latents")}
+    assert [(m.layer, m.writes, m.part_parameters) for m in replacement.modules([1])] == [(0, 1, 2 * D), (1, 1, 2 * D)]
+    writes = [(m.layer, m.writes, m.part_parameters) for m in replacement.modules(range(3))]
+    assert writes == [(0, 3, 4 * D), (1, 2, 3 * D), (2, 1, 2 * D)]
+
+
+@pytest.mark.parametrize("rule", [Relu(0.1), TopK(3), BatchTopK(3), JumpReLU(0.01)])
+def test_top_k_override_takes_the_largest_positive_pre_activations(rule: object) -> None:
+    (coder,) = transcoders([0], rule)
+    replacement = Transcoder([coder], top_k=6)
+    x = torch.randn(20, D, generator=torch.Generator().manual_seed(3))
+    pre = coder.encoder.pre_activations(x * coder.x_scale)
+    expected = pre.relu() * torch.zeros_like(pre).scatter(1, pre.topk(6).indices, 1)
+    torch.testing.assert_close(to_dense(replacement.encode(0, x, x)), expected)
+    assert replacement.k == 6 and replacement.method == "transcoder-topk"
+    assert coder.encoder.rule == rule and coder.training
+
+
+def test_a_replacement_never_mutates_its_coder() -> None:
+    target, tokens, layers = make_tiny(), some_tokens(), range(3)
+    coders: list[Coder] = [*transcoders(layers), *saes(layers), clt(layers)]
+    before = [{key: value.clone() for key, value in coder.state_dict().items()} for coder in coders]
+    for replacement in (Transcoder(coders[:3]), SAE(coders[3:6]), CLT(coders[6]), Transcoder(coders[:3], top_k=2)):  # type: ignore
+        run(target, tokens, replacement.begin(), layers)
+    for coder, state in zip(coders, before):
+        assert coder.training
+        assert all(torch.equal(value, state[key]) for key, value in coder.state_dict().items())
+
+
+def test_a_code_does_not_depend_on_neighbours() -> None:
+    target, tokens, layers = make_tiny(), some_tokens(8), range(3)
+    for replacement in all_methods(target, layers):
+        together = run(target, tokens, replacement.begin(), layers)
+        alone = run(target, tokens[2:3], replacement.begin(), layers)
+        torch.testing.assert_close(together[2:3], alone, msg=replacement.method)
+
+
+def test_all_neurons_are_the_mlp_and_fewer_are_the_largest_contributions() -> None:
+    target, tokens = make_tiny(1), some_tokens()
+    with torch.inference_mode():
+        torch.testing.assert_close(run(target, tokens, Neurons(target, [0], H).begin(), [0]), target.logits(tokens))
+    x = clean(target, tokens, [0]).inputs[0].flatten(0, 1)
+    h, W = target.hidden(0, x), target.down_weight(0)
+    contribution = (h[:, :, None] * W.T).norm(dim=2)
+    kept = to_dense(Neurons(target, [0], 5).encode(0, x, x)) != 0
+    assert torch.equal(kept, torch.zeros_like(kept).scatter(1, contribution.topk(5).indices, True))
+
+
+def test_affine_is_the_least_squares_fit_and_streams() -> None:
+    g = torch.Generator().manual_seed(0)
+    x = torch.randn(2, 300, D, generator=g) + 1
+    y = torch.randn(2, 300, 5, generator=g)
+    maps = fit_affine(zip(x.split(70, dim=1), y.split(70, dim=1)))
+    for i in range(2):
+        design = torch.cat([x[i], torch.ones(300, 1)], 1).double()
+        solution = torch.linalg.lstsq(design, y[i].double()).solution.float()
+        torch.testing.assert_close(maps.weight[i], solution[:D].T, atol=1e-5, rtol=1e-4)
+        torch.testing.assert_close(maps.bias[i], solution[D], atol=1e-5, rtol=1e-4)
+
+
+def test_affine_recovers_an_affine_map_also_from_inputs_that_span_less() -> None:
+    g = torch.Generator().manual_seed(0)
+    x = torch.randn(1, 200, 3, generator=g) @ torch.randn(1, 3, D, generator=g)
+    W, b = torch.randn(1, D, 4, generator=g), torch.randn(1, 1, 4, generator=g)
+    maps = fit_affine([(x, x @ W + b)])
+    torch.testing.assert_close(x @ maps.weight.mT + maps.bias[:, None], x @ W + b, atol=1e-4, rtol=1e-4)
+
+
+def test_two_coders_of_one_layer_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"one coder per layer, not layers \[0, 0\]"):
+        Transcoder([*transcoders([0]), *transcoders([0])])
+
+
+def test_capture_in_whatever_precision_gives_what_a_frozen_pass_needs() -> None:
+    target, tokens = make_tiny(), some_tokens()
+    replacement = Transcoder(transcoders(range(3)))
+    logits = run(target, tokens, replacement.frozen(capture(target, tokens, range(3))), range(3))
+    assert logits.isfinite().all()
