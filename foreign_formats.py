@@ -1,0 +1,559 @@
+"""Dictionaries in the field's formats: a reader and a writer of each, as pure functions of named tensors.
+
+Everything passes through `Parts` (dictionary_parts.py). A BatchTopK coder leaves as a JumpReLU with one threshold for
+all latents: the same function of a token. A format that cannot say what a coder computes refuses it.
+"""
+
+import re
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+from checkpoints import CONFIG, ENCODER
+from config import BatchTopK, CLTConfig, CoderConfig, EncoderConfig, JumpReLU, Relu, Rule, SAEConfig, Site, TopK
+from dictionary_parts import Parts, Tensors, build, check, fold, log_threshold, only, read_config, read_tensors, size
+from sparsity import Coder
+
+
+class Place(NamedTuple):
+    """Where a dictionary sits in its target; None: as the file says."""
+
+    layer: int | None = None
+    site: Site | None = None
+
+
+class Dictionary(NamedTuple):
+    name: str
+    target: str  # the model's name in the foreign file, "" where it has none
+    coder: Coder
+
+
+Files = dict[
+    str, Any
+]  # relative path → Tensors (.safetensors, .pt) or a JSON value (.json, .yaml); configurations last
+
+
+class Format(NamedTuple):
+    marker: str  # the file that tells a dictionary's folder
+    read: Callable[[Path, Place], list[Dictionary]]  # of one folder that holds the marker
+    write: Callable[[Sequence[Dictionary]], Files] | None  # None: import only
+
+
+# ------------------------------------------------------------------------------------------------- places and hooks
+
+INPUT_HOOKS = ("mlp.hook_in", "ln2.hook_out", "ln2.hook_normalized")  # the norm's output: what our transcoders read
+SITES: tuple[tuple[str, Site, int], ...] = (  # hook point or module path → site, and the layer's offset
+    (r"hook_resid_post$|resid_post|(layers|h|blocks)\.\d+$", "resid", 0),
+    (r"hook_resid_pre$|resid_pre", "resid", -1),
+    (r"mlp_out|\.mlp$|mlp\.hook_out$", "mlp_out", 0),
+    (r"attn_out|\.(self_)?attn$|\.attention$", "attn_out", 0),
+)
+
+
+def find_layer(source: Path, hook: str, given: Place) -> int:
+    """The layer's number in a hook point or module path, unless it is given."""
+    number = re.search(r"(?<![^\W_])\d+(?![^\W_])", hook)
+    if given.layer is None and number is None:
+        raise ValueError(f"{source} does not say which layer it belongs to: name it with --layer")
+    return given.layer if given.layer is not None else int(number.group())  # type: ignore[union-attr]
+
+
+def find_place(source: Path, hook: str, given: Place) -> tuple[int, Site]:
+    """Layer and site of an SAE."""
+    matches = [(site, shift) for pattern, site, shift in SITES if re.search(pattern, hook)]
+    if given.site is not None:
+        return find_layer(source, hook, given), given.site
+    if not matches:
+        raise ValueError(f"{source}: {hook!r} is no site known here: name it with --site")
+    site, shift = matches[0]
+    layer = find_layer(source, hook, given) + (shift if given.layer is None else 0)
+    if layer < 0:
+        raise ValueError(f"{source}: {hook!r} is the embedding, which no layer writes")
+    return layer, site
+
+
+def check_input_hook(source: Path, hook: str | None) -> None:
+    """Raises ValueError for a transcoder that reads something else than the MLP does."""
+    if hook is not None and not hook.endswith(INPUT_HOOKS):
+        raise ValueError(
+            f"{source} reads {hook!r}: only transcoders of the MLP's own input ({INPUT_HOOKS[0]}) are measured"
+        )
+
+
+def hooks(config: SAEConfig | EncoderConfig) -> tuple[str, str]:
+    """Names of the TransformerLens hook points a coder reads and writes."""
+    if isinstance(config, EncoderConfig):
+        return f"blocks.{config.layer}.mlp.hook_in", f"blocks.{config.layer}.hook_mlp_out"
+    name = {"resid": "hook_resid_post", "mlp_out": "hook_mlp_out", "attn_out": "hook_attn_out"}[config.site]
+    return f"blocks.{config.layer}.{name}", f"blocks.{config.layer}.{name}"
+
+
+def model_name(target: str) -> str:
+    return target.removeprefix("hf:").removeprefix("tl:")
+
+
+def refuse(format_name: str, config: CoderConfig, allowed: str) -> ValueError:
+    kind = {SAEConfig: "SAE", EncoderConfig: "transcoder", CLTConfig: "cross-layer transcoder"}[type(config)]
+    kind = f"skip {kind}" if isinstance(config, EncoderConfig) and config.skip else kind
+    return ValueError(f"{format_name} has no {type(config.rule).__name__} {kind}: it takes {allowed}")
+
+
+# ------------------------------------------------------------------------ nn_decompositions (bartbussmann), PLT and CLT
+
+UPSTREAM_RULES: dict[str, Callable[[int], Rule]] = {
+    "vanilla": lambda k: Relu(l1=0.0),
+    "topk": TopK,
+    "batchtopk": TopK,  # its reader takes the k·B largest of whatever batch it is given; no threshold is stored
+    "jumprelu": lambda k: JumpReLU(l0=0.0),
+}
+UPSTREAM_KEYS = (
+    "input_size output_size dict_size encoder_type seed batch_size lr num_tokens l1_coeff beta1 beta2 max_grad_norm device "
+    "dtype n_batches_to_dead input_unit_norm pre_enc_bias top_k top_k_aux aux_penalty bandwidth run_name wandb_project "
+    "perf_log_freq checkpoint_freq n_eval_seqs layers"
+).split()
+
+
+def read_upstream(folder: Path, given: Place) -> list[Dictionary]:
+    """encoder.pt + config.json; b_enc is honoured, the saved device is not."""
+    source = folder / CONFIG
+    blob = read_config(source)
+    for name in sorted(blob.keys() - set(UPSTREAM_KEYS)):
+        raise ValueError(f"{source}: unknown key {name!r}: written by another version, or already a checkpoint of ours")
+    only(
+        source,
+        blob,
+        "input_unit_norm",
+        (None, False),
+        "its outputs are rescaled by the target's own statistics, an oracle",
+    )
+    only(
+        source,
+        blob,
+        "pre_enc_bias",
+        (None, False),
+        "it subtracts the output's bias from the input, which no coder here does",
+    )
+    kind = only(source, blob, "encoder_type", tuple(UPSTREAM_RULES), f"use one of {', '.join(UPSTREAM_RULES)}")
+    if kind == "batchtopk":
+        print(f"{source}: upstream stores no threshold, so BatchTopK becomes TopK: the same L0, and no neighbours")
+    d_in, d_out, f = (size(source, blob, name) for name in ("input_size", "output_size", "dict_size"))
+    rule = UPSTREAM_RULES[kind](size(source, blob, "top_k") if kind in ("topk", "batchtopk") else 0)
+    state, jump = read_tensors(folder / ENCODER), kind == "jumprelu"
+    if "layers" not in blob:
+        shapes = {"W_enc": (d_in, f), "b_enc": (f,), "W_dec": (f, d_out), "b_dec": (d_out,)}
+        t = check(folder / ENCODER, state, shapes | ({"jumprelu.log_threshold": (f,)} if jump else {}))
+        theta = t["jumprelu.log_threshold"].exp() if jump else None
+        config: CoderConfig = EncoderConfig(find_layer(source, "", given), d_in, d_out, f, rule)
+        parts = [Parts(t["W_enc"].T, t["b_enc"], t["W_dec"], t["b_dec"], None, theta)]
+    else:
+        layers = tuple(int(layer) for layer in re.findall(r"\d+", str(blob["layers"])))
+        config, n = CLTConfig(layers, d_in, d_out, f, rule), len(layers)
+        shapes = {}
+        for i in range(n):
+            shapes |= {
+                f"W_enc.{i}": (d_in, f),
+                f"b_enc.{i}": (f,),
+                f"W_dec.{i}": (n - i, f, d_out),
+                f"b_dec.{i}": (d_out,),
+            }
+            shapes |= {f"jumprelu_log_thresholds.{i}": (f,)} if jump else {}
+        t = check(folder / ENCODER, state, shapes)
+        parts = [
+            Parts(t[f"W_enc.{i}"].T, t[f"b_enc.{i}"], t[f"W_dec.{i}"].transpose(0, 1).reshape(f, -1), t[f"b_dec.{i}"], None,
+                  t[f"jumprelu_log_thresholds.{i}"].exp() if jump else None)
+            for i in range(n)
+        ]  # fmt: skip
+    return [Dictionary(folder.resolve().name, "", build(config, parts))]
+
+
+def write_upstream(dictionaries: Sequence[Dictionary]) -> Files:
+    files: Files = {}
+    for name, _, coder in dictionaries:
+        config, parts = coder.config, fold(coder)
+        if isinstance(config, SAEConfig) or getattr(config, "skip", False):
+            raise refuse("upstream", config, "transcoders without a skip, and CLTs")
+        rule, n, f = config.rule, len(config.layers), config.d_dict
+        kind = {Relu: "vanilla", TopK: "topk", BatchTopK: "jumprelu", JumpReLU: "jumprelu"}[type(rule)]
+        blob = {
+            "input_size": config.d_in, "output_size": config.d_out, "dict_size": f, "encoder_type": kind, "seed": 0,
+            "batch_size": 4096, "lr": 3e-4, "num_tokens": 0, "l1_coeff": getattr(rule, "l1", 0.0), "beta1": 0.9, "beta2": 0.999,
+            "max_grad_norm": 1.0, "device": "cpu", "dtype": "torch.float32", "n_batches_to_dead": 50,
+            "top_k": getattr(rule, "k", 0), "top_k_aux": config.d_in // 2, "aux_penalty": 1 / 32,
+            "bandwidth": getattr(rule, "bandwidth", 0.001), "wandb_project": "", "perf_log_freq": 1000,
+            "checkpoint_freq": "final", "n_eval_seqs": 8,
+        }  # fmt: skip
+        state: Tensors = {}
+        for i, part in enumerate(parts):
+            at = f".{i}" if isinstance(config, CLTConfig) else ""
+            W_dec = part.W_dec.view(f, n - i, -1).transpose(0, 1) if at else part.W_dec
+            state |= {
+                f"W_enc{at}": part.W_enc.T,
+                f"b_enc{at}": part.b_enc,
+                f"W_dec{at}": W_dec,
+                f"b_dec{at}": part.b_dec,
+            }
+            if part.theta is not None:
+                state[f"jumprelu_log_thresholds{at}" if at else "jumprelu.log_threshold"] = log_threshold(part.theta)
+        scope = {"layers": str(list(config.layers))} if isinstance(config, CLTConfig) else {
+            "input_unit_norm": False, "pre_enc_bias": False, "run_name": name}  # fmt: skip
+        files |= {f"{name}/{ENCODER}": state, f"{name}/{CONFIG}": blob | scope}
+    return files
+
+
+# ------------------------------------------------------------------------------------------------------------ SAELens
+
+SAELENS = {  # architecture → (rule of this k, is a transcoder, has a skip)
+    "standard": (lambda k: Relu(l1=0.0), False, False),
+    "topk": (TopK, False, False),
+    "jumprelu": (lambda k: JumpReLU(l0=0.0), False, False),
+    "transcoder": (lambda k: Relu(l1=0.0), True, False),
+    "skip_transcoder": (lambda k: Relu(l1=0.0), True, True),
+    "jumprelu_transcoder": (lambda k: JumpReLU(l0=0.0), True, False),
+    "jumprelu_skip_transcoder": (lambda k: JumpReLU(l0=0.0), True, True),
+}  # fmt: skip
+TEXTS = {  # target → dataset, context: what SAELens' dashboards stream
+    "pile": ("danbraunai/pile-uncopyrighted-tok", 512),
+    "gpt2": ("Skylion007/openwebtext", 256),
+    "simplestories": ("SimpleStories/SimpleStories", 512),
+}
+
+
+def read_saelens(folder: Path, given: Place) -> list[Dictionary]:
+    """cfg.json + sae_weights.safetensors, as SAELens 6 writes them."""
+    source, weights = folder / "cfg.json", folder / "sae_weights.safetensors"
+    blob = read_config(source)
+    arch = only(source, blob, "architecture", tuple(SAELENS), f"use one of {', '.join(SAELENS)}")
+    only(source, blob, "normalize_activations", (None, "none"), "fold its normalisation in SAELens first")
+    only(source, blob, "reshape_activations", (None, "none"), "heads side by side are no site here")
+    meta = blob.get("metadata")
+    if not isinstance(meta, dict):
+        raise ValueError(f"{source} has no metadata: load and save it once with SAELens 6 or newer")
+    make_rule, is_transcoder, skip = SAELENS[arch]
+    d_in, f = size(source, blob, "d_in"), size(source, blob, "d_sae")
+    d_out = size(source, blob, "d_out") if is_transcoder else d_in
+    shapes = {"W_enc": (d_in, f), "b_enc": (f,), "W_dec": (f, d_out), "b_dec": (d_out,)}
+    shapes |= {"threshold": (f,)} if arch.startswith("jumprelu") else {}
+    t = check(weights, read_tensors(weights), shapes | ({"W_skip": (d_out, d_in)} if skip else {}))
+    W_enc, b_enc, W_dec, theta = t["W_enc"].T, t["b_enc"], t["W_dec"], t.get("threshold")
+    if blob.get("rescale_acts_by_decoder_norm"):
+        norm = W_dec.norm(dim=1)
+        W_enc, b_enc, W_dec = W_enc * norm[:, None], b_enc * norm, W_dec / norm[:, None]
+    rule: Rule = make_rule(size(source, blob, "k") if arch == "topk" else 0)
+    if theta is not None and "batch_topk" in meta and (theta == theta[0]).all():  # one of ours
+        rule = BatchTopK(size(source, meta, "batch_topk"))
+    hook = str(meta.get("hook_name") or "")
+    if is_transcoder:
+        check_input_hook(source, hook or None)
+        config: CoderConfig = EncoderConfig(find_layer(source, hook, given), d_in, d_out, f, rule, skip)
+    else:
+        config = SAEConfig(*find_place(source, hook, given), d_in, f, rule)
+        b_enc = b_enc if blob.get("apply_b_dec_to_input") else b_enc + W_enc @ t["b_dec"]
+    part = Parts(W_enc, b_enc, W_dec, t["b_dec"], t.get("W_skip"), theta)
+    return [Dictionary(folder.resolve().name, str(meta.get("model_name") or ""), build(config, [part]))]
+
+
+def write_saelens(dictionaries: Sequence[Dictionary]) -> Files:
+    files: Files = {}
+    for name, target, coder in dictionaries:
+        config, part = coder.config, fold(coder)[0]
+        skip = isinstance(config, EncoderConfig) and config.skip
+        rule = {Relu: "", TopK: "topk", BatchTopK: "jumprelu", JumpReLU: "jumprelu"}[type(config.rule)]
+        arch = rule or "standard"
+        if not isinstance(config, SAEConfig):
+            arch = "_".join(filter(None, [rule, "skip" if skip else "", "transcoder"]))
+        if isinstance(config, CLTConfig) or arch not in SAELENS:
+            raise refuse("saelens", config, "SAEs of every rule, and transcoders of every rule but TopK")
+        read, written = hooks(config)
+        dataset, context = TEXTS.get(target, (None, 256))
+        model = model_name(target)
+        meta = {
+            "sae_lens_training_version": None, "model_name": model, "hook_name": read, "hook_name_out": written,
+            "hook_layer": config.layer, "hook_layer_out": config.layer, "hook_head_index": None, "context_size": context,
+            "dataset_path": dataset, "prepend_bos": False, "exclude_special_tokens": False, "model_class_name": "HookedTransformer",
+            "model_from_pretrained_kwargs": {}, "seqpos_slice": [None],
+            "neuronpedia_id": f"{model.split('/')[-1]}/{config.layer}-nnd-{written.split('_', 1)[1]}-{config.d_dict}",
+        }  # fmt: skip
+        meta |= {"batch_topk": config.rule.k} if isinstance(config.rule, BatchTopK) else {}
+        blob = {
+            "architecture": arch, "d_in": config.d_in, "d_sae": config.d_dict, "dtype": "float32", "device": "cpu",
+            "apply_b_dec_to_input": isinstance(config, SAEConfig), "normalize_activations": "none",
+            "reshape_activations": "none", "metadata": meta,
+        }  # fmt: skip
+        blob |= {"k": config.rule.k, "rescale_acts_by_decoder_norm": False} if isinstance(config.rule, TopK) else {}
+        blob |= {"d_out": config.d_out} if isinstance(config, EncoderConfig) else {}
+        state = {"W_enc": part.W_enc.T, "b_enc": part.b_enc, "W_dec": part.W_dec, "b_dec": part.b_dec}
+        state |= {} if part.theta is None else {"threshold": part.theta}
+        state |= {} if part.W_skip is None else {"W_skip": part.W_skip}
+        files |= {f"{name}/sae_weights.safetensors": state, f"{name}/cfg.json": blob}
+    return files
+
+
+# ----------------------------------------------------------------------------------------------------------- sparsify
+
+
+def read_sparsify(folder: Path, given: Place) -> list[Dictionary]:
+    """{hookpoint}/cfg.json + sae.safetensors; the folder's name says the layer, `transcode` what is subtracted."""
+    source, weights = folder / "cfg.json", folder / "sae.safetensors"
+    blob = read_config(source)
+    only(source, blob, "activation", (None, "topk"), "only topk is read")
+    transcode, skip = bool(blob.get("transcode")), bool(blob.get("skip_connection"))
+    if skip and not transcode:
+        raise ValueError(
+            f"{source}: an autoencoder with a skip connection rebuilds nothing: only transcoders may have one"
+        )
+    d, rule = size(source, blob, "d_in"), TopK(size(source, blob, "k"))
+    f = size(source, blob, "num_latents") if blob.get("num_latents") else d * size(source, blob, "expansion_factor")
+    shapes = {"encoder.weight": (f, d), "encoder.bias": (f,), "W_dec": (f, d), "b_dec": (d,)}
+    t = check(weights, read_tensors(weights), shapes | ({"W_skip": (d, d)} if skip else {}))
+    if transcode:
+        config: CoderConfig = EncoderConfig(find_layer(source, folder.name, given), d, d, f, rule, skip)
+    else:
+        config = SAEConfig(*find_place(source, folder.name, given), d, f, rule)
+    part = Parts(t["encoder.weight"], t["encoder.bias"], t["W_dec"], t["b_dec"], t.get("W_skip"))
+    return [Dictionary(folder.resolve().name, "", build(config, [part]))]
+
+
+def write_sparsify(dictionaries: Sequence[Dictionary]) -> Files:
+    files: Files = {}
+    for _, _, coder in dictionaries:
+        config, part = coder.config, fold(coder)[0]
+        if not isinstance(config.rule, TopK) or isinstance(config, CLTConfig) or config.d_in != config.d_out:
+            raise refuse("sparsify", config, "TopK SAEs and TopK transcoders whose input and output are equally wide")
+        is_sae, skip = isinstance(config, SAEConfig), part.W_skip is not None
+        site = {"resid": "", "mlp_out": ".mlp", "attn_out": ".self_attn"}[config.site] if is_sae else ".mlp"
+        blob = {
+            "activation": "topk", "expansion_factor": max(config.d_dict // config.d_in, 1), "normalize_decoder": False,
+            "num_latents": config.d_dict, "k": config.rule.k, "multi_topk": False, "skip_connection": skip,
+            "transcode": not is_sae, "d_in": config.d_in,
+        }  # fmt: skip
+        state = {"encoder.weight": part.W_enc, "encoder.bias": part.b_enc, "W_dec": part.W_dec, "b_dec": part.b_dec}
+        hookpoint = f"layers.{config.layer}{site}"
+        if f"{hookpoint}/cfg.json" in files:
+            raise ValueError(
+                f"two dictionaries of {hookpoint}: sparsify's folder holds one per hookpoint, export them apart"
+            )
+        files |= {
+            f"{hookpoint}/sae.safetensors": state | ({"W_skip": part.W_skip} if skip else {}),
+            f"{hookpoint}/cfg.json": blob,
+        }
+    return files
+
+
+# ------------------------------------------------------------------------------------------------ dictionary_learning
+
+DICTIONARIES = {
+    Relu: "AutoEncoder",
+    TopK: "AutoEncoderTopK",
+    BatchTopK: "BatchTopKSAE",
+    JumpReLU: "JumpReluAutoEncoder",
+}
+
+
+def read_dictionary_learning(folder: Path, given: Place) -> list[Dictionary]:
+    """trainer_{i}/ae.pt + config.json of the four classes above."""
+    source, weights = folder / "config.json", folder / "ae.pt"
+    blob = read_config(source).get("trainer")
+    if not isinstance(blob, dict):
+        raise ValueError(f"{source} has no trainer: not a dictionary_learning folder")
+    cls = only(
+        source, blob, "dict_class", tuple(DICTIONARIES.values()), f"use one of {', '.join(DICTIONARIES.values())}"
+    )
+    d, f, state = size(source, blob, "activation_dim"), size(source, blob, "dict_size"), read_tensors(weights)
+    rule: Rule
+    if cls == "JumpReluAutoEncoder":
+        t = check(weights, state, {"W_enc": (d, f), "b_enc": (f,), "W_dec": (f, d), "b_dec": (d,), "threshold": (f,)})
+        b_enc = t["b_enc"] + t["W_enc"].T @ t["b_dec"]  # it subtracts nothing from the input
+        part, rule = Parts(t["W_enc"].T, b_enc, t["W_dec"], t["b_dec"], None, t["threshold"]), JumpReLU(l0=0.0)
+    else:
+        bias = "bias" if cls == "AutoEncoder" else "b_dec"
+        shapes = {"encoder.weight": (f, d), "encoder.bias": (f,), "decoder.weight": (d, f), bias: (d,)}
+        t = check(weights, state, shapes | ({} if cls == "AutoEncoder" else {"k": (), "threshold": ()}))
+        part, rule = Parts(t["encoder.weight"], t["encoder.bias"], t["decoder.weight"].T, t[bias]), Relu(l1=0.0)
+    if cls == "AutoEncoderTopK":
+        rule = TopK(int(t["k"]))
+    if cls == "BatchTopKSAE":
+        if t["threshold"] < 0:
+            raise ValueError(f"{weights}: threshold is {t['threshold']:g}, never set: train past threshold_start_step")
+        part, rule = part._replace(theta=t["threshold"].expand(f)), BatchTopK(int(t["k"]))
+    hook = str(blob.get("submodule_name") or "")
+    layer = Place(blob.get("layer") if given.layer is None else given.layer, given.site)
+    config = SAEConfig(*find_place(source, hook, layer), d, f, rule)
+    return [Dictionary(folder.resolve().name, str(blob.get("lm_name") or ""), build(config, [part]))]
+
+
+def write_dictionary_learning(dictionaries: Sequence[Dictionary]) -> Files:
+    files: Files = {}
+    for i, (_, target, coder) in enumerate(dictionaries):
+        config, part = coder.config, fold(coder)[0]
+        if not isinstance(config, SAEConfig):
+            raise refuse("dictionary_learning", config, "SAEs of every rule")
+        k = torch.tensor(getattr(config.rule, "k", 0), dtype=torch.int)
+        bias = "bias" if isinstance(config.rule, Relu) else "b_dec"
+        state = {
+            "encoder.weight": part.W_enc,
+            "encoder.bias": part.b_enc,
+            "decoder.weight": part.W_dec.T,
+            bias: part.b_dec,
+        }
+        match config.rule:
+            case TopK():
+                state |= {"k": k, "threshold": torch.tensor(-1.0)}
+            case BatchTopK():
+                state |= {"k": k, "threshold": part.theta[0]}  # type: ignore[index]
+            case JumpReLU():
+                b_enc = part.b_enc - part.W_enc @ part.b_dec
+                state = {
+                    "W_enc": part.W_enc.T,
+                    "b_enc": b_enc,
+                    "W_dec": part.W_dec,
+                    "b_dec": part.b_dec,
+                    "threshold": part.theta,
+                }
+        trainer = {
+            "dict_class": DICTIONARIES[type(config.rule)], "activation_dim": config.d_in, "dict_size": config.d_dict, "k": int(k),
+            "layer": config.layer, "lm_name": model_name(target), "submodule_name": f"{hooks(config)[0].split('.hook_')[1]}",
+        }  # fmt: skip
+        files |= {f"trainer_{i}/ae.pt": state, f"trainer_{i}/config.json": {"trainer": trainer}}
+    return files
+
+
+# ------------------------------------------------------------------------------------ circuit-tracer, crosslayer-coding
+
+
+def read_circuit_tracer(folder: Path, given: Place) -> list[Dictionary]:
+    """config.yaml and one file per layer; relu, or jump-relu where a threshold is stored."""
+    source = folder / "config.yaml"
+    blob = read_config(source)
+    kind = only(source, blob, "model_kind", ("transcoder_set", "cross_layer_transcoder"), "only these two are known")
+    only(
+        source,
+        blob,
+        "activation",
+        (None, "relu", "jump_relu", "jumprelu"),
+        "circuit-tracer's loader knows relu and jump_relu",
+    )
+    check_input_hook(source, blob.get("feature_input_hook"))
+    target, is_set = str(blob.get("model_name") or ""), kind == "transcoder_set"
+    n = len(list(folder.glob("layer_*.safetensors" if is_set else "W_enc_*.safetensors")))
+    if n == 0:
+        raise ValueError(f"{folder} holds no layers: fetch the weights beside {source.name}")
+    found, parts = [], []
+    for i in range(n):
+        path = folder / (f"layer_{i}.safetensors" if is_set else f"W_enc_{i}.safetensors")
+        at, theta = ("", "activation_function.threshold") if is_set else (f"_{i}", f"threshold_{i}")
+        state = read_tensors(path) | ({} if is_set else read_tensors(folder / f"W_dec_{i}.safetensors"))
+        f, d = (state[f"b_{side}{at}"].shape[0] if f"b_{side}{at}" in state else 0 for side in ("enc", "dec"))
+        W_dec = (f, d) if is_set else (f, n - i, d)
+        shapes = {f"W_enc{at}": (f, d), f"b_enc{at}": (f,), f"W_dec{at}": W_dec, f"b_dec{at}": (d,)}
+        shapes |= {theta: (f,)} if theta in state else {}
+        t = check(path, state, shapes | ({"W_skip": (d, d)} if is_set and "W_skip" in state else {}))
+        skip, rule = t.get("W_skip"), JumpReLU(l0=0.0) if theta in t else Relu(l1=0.0)
+        part = Parts(
+            t[f"W_enc{at}"], t[f"b_enc{at}"], t[f"W_dec{at}"].reshape(f, -1), t[f"b_dec{at}"], skip, t.get(theta)
+        )
+        parts.append(part)
+        if is_set:
+            config = EncoderConfig(i, d, d, f, rule, skip is not None)
+            found.append(Dictionary(f"layer_{i}", target, build(config, [part])))
+    if len({(part.W_enc.shape, part.theta is None, part.W_skip is None) for part in parts}) > 1:
+        raise ValueError(f"{folder}: the layers differ in width, activation or skip")
+    return (
+        found
+        if is_set
+        else [Dictionary(folder.resolve().name, target, build(CLTConfig(tuple(range(n)), d, d, f, rule), parts))]
+    )
+
+
+def write_circuit_tracer(dictionaries: Sequence[Dictionary]) -> Files:
+    """A set of transcoders, one for each of the layers 0…n−1, or one CLT of them."""
+    configs = [entry.coder.config for entry in dictionaries]
+    is_clt = isinstance(configs[0], CLTConfig)
+    for config in configs:
+        wrong_kind = (
+            isinstance(config, SAEConfig) or isinstance(config, CLTConfig) != is_clt or (is_clt and len(configs) > 1)
+        )
+        if (
+            wrong_kind
+            or isinstance(config.rule, TopK)
+            or config.d_in != config.d_out
+            or config.d_dict != configs[0].d_dict
+        ):
+            allowed = "one CLT, or equally wide transcoders, of Relu, BatchTopK or JumpReLU, whose input and output are equally wide"
+            raise refuse("circuit-tracer", config, allowed)
+    layers = [layer for config in configs for layer in config.layers]
+    if sorted(layers) != list(range(len(layers))):
+        raise ValueError(f"circuit-tracer wants one coder for each layer from 0 upwards, not layers {layers}")
+    files: Files = {}
+    for entry in dictionaries:
+        for i, part in zip(entry.coder.config.layers, fold(entry.coder)):
+            at = f"_{i}" if is_clt else ""
+            state = {f"W_enc{at}": part.W_enc, f"b_enc{at}": part.b_enc, f"b_dec{at}": part.b_dec}
+            W_dec = {
+                f"W_dec{at}": part.W_dec.view(part.W_dec.shape[0], -1, entry.coder.config.d_out)
+                if is_clt
+                else part.W_dec
+            }
+            state |= (
+                {}
+                if part.theta is None
+                else {f"threshold{at}" if is_clt else "activation_function.threshold": part.theta}
+            )
+            state |= {} if part.W_skip is None else {"W_skip": part.W_skip}
+            named = {f"W_enc_{i}": state, f"W_dec_{i}": W_dec} if is_clt else {f"layer_{i}": state | W_dec}
+            files |= {f"{name}.safetensors": tensors for name, tensors in named.items()}
+    kind = "cross_layer_transcoder" if is_clt else "transcoder_set"
+    files["config.yaml"] = {
+        "model_kind": kind, "model_name": model_name(dictionaries[0].target), "feature_input_hook": "mlp.hook_in",
+        "feature_output_hook": "hook_mlp_out",
+    }  # fmt: skip
+    return files
+
+
+def read_crosslayer_coding(folder: Path, given: Place) -> list[Dictionary]:
+    """cfg.json + one clt_checkpoint_*.safetensors or model.safetensors, untied decoders; biases of a target add up."""
+    source = folder / "cfg.json"
+    blob = read_config(source)
+    kind = only(
+        source, blob, "activation_fn", ("relu", "jumprelu"), "its top-k spans all layers: convert it to jumprelu there"
+    )
+    only(source, blob, "decoder_tying", (None, "none"), "only untied decoders are read")
+    only(source, blob, "normalization_method", (None, "none"), "its normalisation is not in the checkpoint")
+    found = sorted([*folder.glob("clt_checkpoint_*.safetensors"), *folder.glob("model.safetensors")])
+    if len(found) != 1:
+        raise ValueError(f"{folder} holds {len(found)} checkpoints: keep the one to read beside cfg.json")
+    n, d, f = (size(source, blob, name) for name in ("num_layers", "d_model", "num_features"))
+    state, arrows = read_tensors(found[0]), [(i, j) for i in range(n) for j in range(i, n)]
+    encoder, decoder = "encoder_module.encoders.{}.{}", "decoder_module.decoders.{}->{}.{}"
+    shapes: dict[str, tuple[int, ...]] = {encoder.format(i, "weight"): (f, d) for i in range(n)}
+    shapes |= {encoder.format(i, "bias_param"): (f,) for i in range(n)}
+    shapes |= {decoder.format(i, j, "weight"): (d, f) for i, j in arrows}
+    shapes |= {name: (d,) for i, j in arrows if (name := decoder.format(i, j, "bias_param")) in state}
+    t = check(found[0], state, shapes | ({"theta_manager.log_threshold": (n, f)} if kind == "jumprelu" else {}))
+    parts = [
+        Parts(
+            t[encoder.format(i, "weight")],
+            t[encoder.format(i, "bias_param")],
+            torch.cat([t[decoder.format(i, j, "weight")].T for j in range(i, n)], dim=1),
+            torch.stack([t.get(decoder.format(j, i, "bias_param"), torch.zeros(d)) for j in range(i + 1)]).sum(0),
+            theta=t["theta_manager.log_threshold"][i].exp() if kind == "jumprelu" else None,
+        )
+        for i in range(n)
+    ]
+    rule = JumpReLU(l0=0.0) if kind == "jumprelu" else Relu(l1=0.0)
+    return [
+        Dictionary(
+            folder.name, str(blob.get("model_name") or ""), build(CLTConfig(tuple(range(n)), d, d, f, rule), parts)
+        )
+    ]
+
+
+FORMATS: dict[str, Format] = {
+    "upstream": Format(CONFIG, read_upstream, write_upstream),
+    "saelens": Format("cfg.json", read_saelens, write_saelens),
+    "sparsify": Format("cfg.json", read_sparsify, write_sparsify),
+    "dictionary_learning": Format("config.json", read_dictionary_learning, write_dictionary_learning),
+    "circuit-tracer": Format("config.yaml", read_circuit_tracer, write_circuit_tracer),
+    "crosslayer-coding": Format("cfg.json", read_crosslayer_coding, None),
+}

@@ -1,0 +1,163 @@
+"""Dictionaries in the field's formats, both ways.
+
+    python -m interop import FORMAT SRC DEST            foreign dictionaries become checkpoints, for evaluation.py
+    python -m interop export FORMAT CHECKPOINT… DEST    checkpoints become files that another library's own loader opens
+    python -m interop upload FOLDER REPO_ID             either goes to the Hugging Face hub, with a model card
+
+Nothing is written before everything is read and found right.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import tyro
+import yaml
+from huggingface_hub import HfApi
+from safetensors.torch import save_file
+from tyro.conf import Positional
+
+from checkpoints import TrainingRecord, load_checkpoint, resolve, save_checkpoint, save_tensors
+from config import Site
+from foreign_formats import FORMATS, Dictionary, Files, Format, Place, model_name
+from logs import atomic_path, write_json
+
+
+def format_named(name: str) -> Format:
+    if name not in FORMATS:
+        raise ValueError(f"unknown format {name!r}: use one of {', '.join(FORMATS)}")
+    return FORMATS[name]
+
+
+def import_dictionaries(name: str, source: str, given: Place) -> list[Dictionary]:
+    """Every dictionary of a folder (or W&B artifact), or of its direct subfolders; nothing is written."""
+    form, root = format_named(name), resolve(source)
+    folders = [root] if (root / form.marker).exists() else sorted(path.parent for path in root.glob(f"*/{form.marker}"))
+    if not folders:
+        raise ValueError(f"{source} holds no {form.marker}, nor does a folder in it: no {name} dictionary")
+    return [dictionary for folder in folders for dictionary in form.read(folder, given)]
+
+
+def export_files(name: str, dictionaries: Sequence[Dictionary]) -> Files:
+    """The files another library reads, with a model card; a lone dictionary needs no folder of its own."""
+    write = format_named(name).write
+    if write is None:
+        raise ValueError(f"{name} is read, not written: choose another format")
+    files = write(dictionaries)
+    folders = {path.rpartition("/")[0] for path in files}
+    if folders == {dictionaries[0].name}:
+        files = {path.removeprefix(f"{dictionaries[0].name}/"): value for path, value in files.items()}
+    return files | {"README.md": model_card(name, dictionaries)}
+
+
+def write_files(folder: Path, files: Files) -> None:
+    """Each file to a temporary name, then renamed; raises ValueError where something is already there."""
+    if folder.exists() and any(folder.iterdir()):
+        raise ValueError(f"{folder} is not empty: choose another destination")
+    for name, value in files.items():
+        path = folder / name
+        match path.suffix:
+            case ".pt":
+                save_tensors(path, {key: tensor.contiguous() for key, tensor in value.items()})
+            case ".safetensors":
+                with atomic_path(path) as temporary:
+                    save_file({key: tensor.contiguous() for key, tensor in value.items()}, temporary)
+            case ".json":
+                write_json(path, value)
+            case _:
+                with atomic_path(path) as temporary:
+                    temporary.write_text(value if isinstance(value, str) else yaml.safe_dump(value, sort_keys=False))
+
+
+def model_card(format_name: str, dictionaries: Sequence[Dictionary]) -> str:
+    """README.md of a hub repository: what each dictionary reads and writes, its rule and its size."""
+    target = model_name(dictionaries[0].target)
+    library = {"saelens": "saelens", "circuit-tracer": "circuit-tracer"}.get(format_name, "nn_decompositions")
+    front = {
+        "library_name": library,
+        "tags": ["mechanistic-interpretability", "sparse-dictionary", "nn_decompositions"],
+    }
+    front |= {"base_model": target} if "/" in target else {}
+    rows = [
+        f"| {name} | {type(c.config).__name__.removesuffix('Config')} | {', '.join(map(str, c.config.layers))} | "
+        f"{c.config.d_in} → {c.config.d_dict} → {c.config.d_out} | {c.config.rule} |"
+        for name, _, c in dictionaries
+    ]
+    heading = f"# Sparse dictionaries of {target or 'an unnamed model'} ({format_name} format)"
+    note = "Trained and measured with nn_decompositions. Scales are folded: inputs and outputs are raw activations."
+    table = ["| dictionary | kind | layers | widths | rule |", "|---|---|---|---|---|", *rows]
+    return "\n".join(["---", yaml.safe_dump(front).strip(), "---", "", heading, "", note, "", *table, ""])
+
+
+def import_(
+    format: Positional[str],
+    source: Positional[str],
+    destination: Positional[Path],
+    layer: int | None = None,
+    site: Site | None = None,
+    target: str = "",
+) -> None:
+    """Turn foreign dictionaries into checkpoints.
+
+    Args:
+        format: upstream, saelens, sparsify, dictionary_learning, circuit-tracer or crosslayer-coding.
+        source: Folder (or W&B artifact) with one dictionary, or with a folder for each.
+        destination: New folder; several dictionaries get a folder each.
+        layer: Layer of the target, where the files do not say.
+        site: What an SAE reads, where the files do not say.
+        target: The target it belongs to, as evaluation's --target.
+    """
+    found = import_dictionaries(format, source, Place(layer, site))
+    if destination.exists() and any(destination.iterdir()):
+        raise ValueError(f"{destination} is not empty: choose another destination")
+    for name, model, coder in found:
+        folder = destination if len(found) == 1 else destination / name
+        save_checkpoint(folder, coder, TrainingRecord(name, target or model, "", 0, 0.0, 0, ""))
+        print(folder)
+
+
+def export(format: Positional[str], checkpoints: Positional[tuple[str, ...]], destination: Positional[Path]) -> None:
+    """Turn checkpoints into another library's files.
+
+    Args:
+        format: upstream, saelens, sparsify, dictionary_learning or circuit-tracer.
+        checkpoints: Folders or W&B artifacts.
+        destination: New folder.
+    """
+    loaded = [load_checkpoint(reference, "cpu") for reference in checkpoints]
+    entries = [Dictionary(c.record.name, c.record.target, c.coder) for c in loaded]
+    write_files(destination, export_files(format, entries))
+    print(destination)
+
+
+def upload(folder: Positional[Path], repo_id: Positional[str], private: bool = False, dry_run: bool = False) -> None:
+    """Send an exported folder, or a checkpoint, to the Hugging Face hub with its model card.
+
+    Args:
+        folder: What `export` wrote, or a checkpoint.
+        repo_id: OWNER/NAME.
+        private: Create the repository private.
+        dry_run: Only write the card and list what would be sent.
+    """
+    if not (folder / "README.md").exists():
+        checkpoint = load_checkpoint(str(folder), "cpu")
+        entry = Dictionary(checkpoint.record.name, checkpoint.record.target, checkpoint.coder)
+        (folder / "README.md").write_text(model_card("nn_decompositions", [entry]))
+    print("\n".join(str(path.relative_to(folder)) for path in sorted(folder.rglob("*")) if path.is_file()))
+    if not dry_run:
+        HfApi().create_repo(repo_id, private=private, exist_ok=True)
+        print(HfApi().upload_folder(repo_id=repo_id, folder_path=folder))
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    app = tyro.extras.SubcommandApp()
+    app.command(import_, name="import")
+    app.command(export)
+    app.command(upload)
+    try:
+        app.cli(args=arguments, description=__doc__)
+    except ValueError as error:
+        raise SystemExit(str(error)) from None
+
+
+if __name__ == "__main__":
+    main()
