@@ -142,9 +142,11 @@ def evaluate(
     assert tokens.ndim == 2 and tokens.shape[1] >= 2, f"tokens must be (sequence ≥ 1, seq ≥ 2): {tuple(tokens.shape)}"
     if len(tokens) == 0:
         raise ValueError("no held-out sequences to measure on: give at least one sequence of two tokens")
-    all_layers = sorted({layer for r in replacements for layer in r.layers})
-    zero = next((r for r in replacements if isinstance(r, Zero) and set(r.layers) == set(all_layers)), Zero(all_layers))
-    mean = next((r for r in replacements if isinstance(r, Mean) and set(r.layers) == set(all_layers)), None)
+    replaced_layers = {layer for r in replacements for layer in r.layers}
+    all_layers = sorted(replaced_layers.union(*(r.reads for r in replacements)))
+    covering = [r for r in replacements if replaced_layers.issubset(r.layers)]
+    zero = next((r for r in covering if isinstance(r, Zero)), Zero(sorted(replaced_layers)))
+    mean = next((r for r in covering if isinstance(r, Mean)), None)
     everything = [*replacements, *(r for r in (zero, mean) if r is not None and all(r is not q for q in replacements))]
 
     def run_of(replacement: Replacement, protocol: Protocol, layers: tuple[int, ...]) -> _Run:
@@ -234,10 +236,14 @@ def _measure_batch(
     clean_pass: dict[int, Pass] = {}
     for run, tally in tallies.items():
         replacement = replacements[run.replacement]
+        captured = _pick(original.activations, all_layers, replacement.reads)
         if run.clean_codes and run.replacement not in clean_pass:  # one for all rows: codes are computed once
-            captured = _pick(original.activations, all_layers, replacement.layers)
             clean_pass = {run.replacement: replacement.frozen(captured)}
-        pass_ = clean_pass[run.replacement] if run.clean_codes else replacement.begin()
+
+        def forward(pass_: Pass, layers: tuple[int, ...] = run.layers) -> Tensor:
+            return replaced(target, tokens, pass_, layers, lambda layer, y_hat: None)
+
+        pass_ = clean_pass[run.replacement] if run.clean_codes else replacement.free(captured, forward)
 
         def observe(layer: int, y_hat: Tensor, tally: _Tally = tally) -> None:
             tally.add_error(layer, original.activations.outputs[all_layers.index(layer)], y_hat)

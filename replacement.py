@@ -13,20 +13,23 @@ The first position of a sequence is left to the model by `replaced`: coders neve
 """
 
 import copy
+import functools
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import chain
 from typing import Any, ClassVar, NamedTuple
 
 import torch
-from jaxtyping import Float, Int
-from torch import Tensor
+from jaxtyping import Bool, Float, Int
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
 
 from clt import CrossLayerTranscoder
 from config import TopK, check_rule
 from sae import BaseAutoencoder
 from sparse_ops import Codes, decode
 from sparsity import Coder
+from spd_model import ComponentModel, weight_map
 from target_models import Captured, TargetModel, patched
 from transcoder import BaseTranscoder
 
@@ -85,7 +88,7 @@ class Pass:
         """The codes of `layer`; x and y are the running stream's, and go unread where a clean pass is given."""
         if layer not in self.codes:
             if self.clean is not None:
-                i = self.replacement.layers.index(layer)
+                i = self.replacement.reads.index(layer)
                 x, y = (kept[i].flatten(0, 1).float() for kept in self.clean)
             assert x is not None and y is not None, f"layer {layer} is read before the running stream came by"
             self.codes[layer] = self.replacement.encode(layer, x, y)
@@ -104,14 +107,23 @@ class Replacement(ABC):
     gate_parameters: int | None = None  # parameters that decide what is active
     has_codes: ClassVar[bool] = True  # False: `frozen` and `free` are the same
 
+    @property
+    def reads(self) -> tuple[int, ...]:
+        """Layers whose clean activations a frozen pass needs."""
+        return self.layers
+
     def begin(self) -> Pass:
         """A pass whose codes follow the running stream (protocol `free`)."""
         return Pass(self, None)
 
     def frozen(self, captured: Captured) -> Pass:
-        """A pass whose codes come from a clean pass (protocols `frozen` and `single`); `captured` spans self.layers."""
-        assert len(captured.inputs) == len(self.layers), f"{len(captured.inputs)=} {self.layers=}"
+        """A pass whose codes come from a clean pass (protocols `frozen` and `single`); `captured` spans self.reads."""
+        assert len(captured.inputs) == len(self.reads), f"{len(captured.inputs)=} {self.reads=}"
         return Pass(self, captured)
+
+    def free(self, captured: Captured, run: Callable[[Pass], object]) -> Pass:
+        """`begin()`, except for gates that read layers which the stream has not reached: they need a first `run`."""
+        return self.begin()
 
     def encode(self, layer: int, x: Float[Tensor, "token d_in"], y: Float[Tensor, "token d_out"]) -> Any:
         raise AssertionError(f"{self.method} has no codes")
@@ -300,6 +312,140 @@ class CLT(Replacement):
 
     def dead(self) -> float | None:
         return _dead([self.coder], self.origin)
+
+
+# ------------------------------------------------------------------------------------------------------------- SPD
+
+
+class SPD(Replacement):
+    """Rank-one components of an MLP's weight matrices: active ones at full strength (mask 1), the others at none.
+
+    Active: causal importance g_lo > threshold, or the top_k largest pre-sigmoid importances z. `delta` adds W − Σ U V.
+    `free`: a local gate reads its module's input on the masked stream. A global gate reads all layers at once, also
+    those the stream has not reached, so it reads the stream of a first pass masked by the clean pass's gates: one step
+    towards the fixed point, after which its input is the masked model's, not the original's.
+    """
+
+    def __init__(
+        self,
+        target: TargetModel,
+        model: ComponentModel,
+        threshold: float = 0.0,
+        top_k: int | None = None,
+        delta: bool = False,
+        layers: Sequence[int] | None = None,
+        matrices: Sequence[str] | None = None,
+        origin: Origin = UNKNOWN,
+    ) -> None:
+        """`layers` and `matrices` (last parts of module paths) restrict what is replaced; the rest stays as it is."""
+        assert model.target_model is target.model, f"the decomposition is of another model than {target.name}"
+        decomposed = {layer: self._paths(target, model, layer) for layer in range(target.n_layers)}
+        self.decomposed = {layer: paths for layer, paths in decomposed.items() if paths}
+        inside = {path for paths in self.decomposed.values() for path in paths.values()}
+        if not model.config.gate.local and (outside := sorted(set(model.paths) - inside)):
+            raise ValueError(f"the gate reads {outside[0]!r}, which is in no MLP: the ruler replaces MLPs alone")
+        self.layers = tuple(self.decomposed if layers is None else layers)
+        if missing := [layer for layer in self.layers if layer not in self.decomposed]:
+            raise ValueError(f"layer {missing} has no decomposed MLP matrix: choose among {list(self.decomposed)}")
+        self.paths = {
+            layer: {n: p for n, p in self.decomposed[layer].items() if matrices is None or n in matrices}
+            for layer in self.layers
+        }
+        if any(not paths for paths in self.paths.values()):
+            known = list(decomposed[self.layers[0]])
+            raise ValueError(f"no matrix named {matrices} is decomposed: choose among {known}")
+        gate = [f"{threshold:g}"] if threshold and top_k is None else []
+        variant = "-".join([*(matrices or ()), *(["delta"] if delta else []), *gate])
+        self.method, self.k, self.origin = _name("spd", top_k, variant), top_k, origin
+        self.gate_parameters = model.gate_parameters
+        self.target, self.model, self.threshold, self.top_k, self.delta = target, model, threshold, top_k, delta
+
+    @staticmethod
+    def _paths(target: TargetModel, model: ComponentModel, layer: int) -> dict[str, str]:
+        """Name → path of the layer's decomposed MLP matrices."""
+        site = target.sites[layer]
+        paths = [path for path in model.paths if path == site.down or path.startswith(site.write + ".")]
+        return {path.rpartition(".")[2]: path for path in paths}
+
+    @property
+    def reads(self) -> tuple[int, ...]:
+        return self.layers if self.model.config.gate.local else tuple(self.decomposed)
+
+    def begin(self) -> "SPDPass":
+        assert self.model.config.gate.local, "a global gate cannot follow the stream alone: open the pass with `free`"
+        return SPDPass(self, None)
+
+    def frozen(self, captured: Captured) -> "SPDPass":
+        assert len(captured.inputs) == len(self.reads), f"{len(captured.inputs)=} {self.reads=}"
+        inputs: dict[str, Tensor] = {}
+        for layer, x in zip(self.reads, captured.inputs):
+            down = self.target.sites[layer].down
+            for path in self.decomposed[layer].values():
+                inputs[path] = (self.target.hidden(layer, x) if path == down else x).float()
+        return SPDPass(self, self.model.importance_logits(inputs), inputs)
+
+    def free(self, captured: Captured, run: Callable[[Pass], object]) -> "SPDPass":
+        if self.model.config.gate.local:
+            return self.begin()
+        first = self.frozen(captured)
+        run(first)
+        return SPDPass(self, self.model.importance_logits(first.inputs))
+
+    def on(self, z: Float[Tensor, "batch seq component"]) -> Bool[Tensor, "batch seq component"]:
+        if self.top_k is None:
+            return self.model.lower(z) > self.threshold
+        k = min(self.top_k, z.shape[-1])
+        return torch.zeros_like(z, dtype=torch.bool).scatter(-1, z.topk(k, dim=-1).indices, True)
+
+    def write(self, pass_: Pass, layer: int, x: Tensor, y: Tensor) -> Tensor:
+        raise AssertionError("an SPDPass writes by itself")
+
+    def modules(self, layers: Sequence[int]) -> list[Module]:
+        shape = {path: weight_map(self.target.model.get_submodule(path)).shape for path in self.model.paths}
+        return [
+            Module(layer, name, self.model.sizes[path], 1, sum(shape[path]))
+            for layer in layers
+            for name, path in self.paths[layer].items()
+        ]
+
+    def dense_parameters(self, layers: Sequence[int]) -> int:
+        """The MLP's matrices that stay whole, and with `delta` those that are decomposed: their rest is as large."""
+        dense = 0
+        for layer in layers:
+            mlp = self.target.model.get_submodule(self.target.sites[layer].write)
+            whole = sum(m.weight.numel() for m in mlp.modules() if isinstance(m, nn.Linear | Conv1D))
+            parts = sum(self.target.model.get_submodule(p).weight.numel() for p in self.paths[layer].values())
+            dense += whole if self.delta else whole - parts
+        return dense
+
+
+class SPDPass(Pass):
+    """Masks given by z, or by each gate on its module's running input; `inputs` keeps what the modules read."""
+
+    replacement: SPD
+
+    def __init__(
+        self, replacement: SPD, z: dict[str, Tensor] | None, inputs: dict[str, Tensor] | None = None
+    ) -> None:
+        super().__init__(replacement, None)
+        self.z = z
+        self.inputs = dict(inputs or {})
+
+    def __call__(
+        self, layer: int, x: Float[Tensor, "batch seq d_in"], y: Float[Tensor, "batch seq d_out"]
+    ) -> Float[Tensor, "batch seq d_out"]:
+        paths = self.replacement.paths[layer]
+        masks = {path: functools.partial(self._mask, layer, name, path) for name, path in paths.items()}
+        delta = dict.fromkeys(masks, 1.0) if self.replacement.delta else None
+        with self.replacement.model.masked(masks, delta):
+            return self.replacement.target.mlp(layer, x).to(y.dtype)
+
+    def _mask(self, layer: int, name: str, path: str, x: Tensor) -> Float[Tensor, "batch seq component"]:
+        z = self.replacement.model.importance_logit(path, x.float()) if self.z is None else self.z[path]
+        on = self.replacement.on(z)
+        self.inputs[path] = x.float()
+        self.active[layer, name] = Active(*on.flatten(0, 1).nonzero().unbind(1))
+        return on.to(x.dtype)
 
 
 # ------------------------------------------------------------------------------------------------------- baselines
