@@ -19,6 +19,7 @@ from config import CLTConfig, EncoderConfig, SAEConfig, from_json, to_json
 from logs import atomic_path, download_artifact, write_json
 from sae import build_sae
 from sparsity import Coder
+from spd_model import ComponentModel
 from target_models import TargetModel
 from token_stream import cache_folder
 from transcoder import build_transcoder
@@ -112,6 +113,26 @@ def load_checkpoint(reference: str, device: str) -> Checkpoint:
     coder = build_coder(from_json(blob["config"]), torch.Generator())
     load_state(coder, load_tensors(folder / ENCODER, "cpu"), reference)
     return Checkpoint(coder.to(device).eval(), TrainingRecord(**blob["record"]), reference)
+
+
+def save_spd(folder: Path, model: ComponentModel, record: TrainingRecord) -> None:
+    """A decomposition without its target: components and gates."""
+    save_tensors(folder / ENCODER, model.state_dict())
+    write_json(folder / CONFIG, {"config": to_json(model.config), "record": dataclasses.asdict(record)})
+
+
+def load_spd(reference: str, target: TargetModel) -> tuple[ComponentModel, TrainingRecord]:
+    """A decomposition of `target`, in fp32 on its device; raises ValueError where it was trained on another model."""
+    folder = resolve(reference)
+    if not (folder / CONFIG).exists():
+        raise ValueError(f"{reference} holds no {CONFIG}: not a finished checkpoint")
+    blob = json.loads((folder / CONFIG).read_text())
+    record = TrainingRecord(**blob["record"])
+    if record.target_fingerprint != target.fingerprint:
+        raise ValueError(f"{reference} decomposes {record.target!r} ({record.target_fingerprint}), not {target.fingerprint}")
+    model = ComponentModel(target.model, from_json(blob["config"]), torch.Generator())
+    load_state(model, load_tensors(folder / ENCODER, "cpu"), reference)
+    return model.float().to(target.device).eval(), record
 
 
 def load_state(module: nn.Module, state: dict[str, torch.Tensor], reference: str) -> None:

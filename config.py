@@ -134,6 +134,82 @@ class TrainConfig:
     seed: int = 0
 
 
+@dataclass(frozen=True)
+class GateConfig:
+    """How SPD computes causal importances. `mlp` reads a component's own activation; the other local kinds read the
+    module's input at the same position; the global kinds read the inputs of all modules."""
+
+    kind: Literal["mlp", "vector_mlp", "shared_mlp", "global_shared_mlp", "global_shared_transformer"]
+    hidden: tuple[int, ...]  # hidden widths of the MLP; of a transformer gate: (width of its blocks' MLP,)
+    d_model: int = 0  # transformer gate only: width of its stream
+    blocks: int = 0  # transformer gate only
+    heads: int = 0  # transformer gate only
+    causal: bool = True  # transformer gate only: False lets a gate see future tokens (as Goodfire's do)
+
+    def __post_init__(self) -> None:
+        kinds = ("mlp", "vector_mlp", "shared_mlp", "global_shared_mlp", "global_shared_transformer")
+        if self.kind not in kinds:
+            raise ValueError(f"unknown gate kind {self.kind!r}: use one of {', '.join(kinds)}")
+        assert self.hidden, f"a gate needs a hidden layer: {self.hidden=}"
+        if self.kind == "global_shared_transformer":
+            assert self.d_model > 0 and self.blocks > 0 and self.heads > 0, f"{self.d_model=} {self.blocks=} {self.heads=}"
+
+    @property
+    def local(self) -> bool:
+        return not self.kind.startswith("global")
+
+
+@dataclass(frozen=True)
+class SPDConfig:
+    """What is decomposed, and its gates."""
+
+    components: tuple[tuple[str, int], ...]  # (fnmatch pattern of module paths, C) pairs
+    gate: GateConfig
+    tied: tuple[tuple[str, str], ...] = ()  # (path, path of the module whose weight is its transpose)
+    alpha: float = 0.01  # leak of the sigmoids
+
+    def __post_init__(self) -> None:
+        for pattern, n in self.components:
+            if n < 1:
+                raise ValueError(f"C={n} for {pattern!r}: a module needs at least one component")
+
+
+@dataclass(frozen=True)
+class Recon:
+    """One reconstruction term: coefficient × distance(target output, output under (masks × routing))."""
+
+    coefficient: float
+    source: Literal["stochastic", "pgd", "persistent", "importance", "ones"] = "stochastic"
+    routing: Literal["all", "layerwise", "subset"] = "all"
+    steps: int = 1  # pgd: ascent steps; persistent: extra ascents before the loss
+    step_size: float = 1.0  # pgd: η; persistent: learning rate of Adam
+
+
+@dataclass(frozen=True)
+class SPDTrainConfig:
+    """How an SPD is trained. Defaults are those of the toys."""
+
+    steps: int
+    lr: float  # peak learning rate of AdamW (no weight decay)
+    recon: tuple[Recon, ...]
+    minimality: float  # coefficient of the importance-minimality loss
+    distance: Literal["mse", "kl"] = "mse"
+    p: tuple[float, float] = (2.0, 2.0)  # its exponent at the start and at the end
+    p_between: tuple[float, float] = (0.0, 1.0)  # fractions of the steps between which p moves linearly
+    frequency: float = 0.0  # β, weight of the frequency term inside it
+    faithfulness: float = 0.0  # coefficient of Σ‖Δ‖² / Σ numel(W)
+    schedule: Literal["constant", "cosine"] = "cosine"
+    final: float = 0.0  # cosine: learning rate at the end, as a fraction of the peak
+    warmup: float = 0.0  # fraction of the steps with a rising learning rate
+    faithful_steps: int = 200  # steps of faithfulness warm-up; 0 starts from a least-squares factorisation instead
+    faithful_lr: float = 0.01
+    faithful_decay: float = 0.1  # weight decay of the warm-up's AdamW
+    clip: float | None = None  # clip the norm of the components' gradient; None leaves it
+    metrics_every: int = 50
+    checkpoint_every: int = 500
+    seed: int = 0
+
+
 def to_json(config: Any) -> Any:
     """A JSON value that `from_json` turns back into the same configuration."""
     if dataclasses.is_dataclass(config):

@@ -5,6 +5,8 @@ AuxK:     ‖e − ê‖² / ‖e − ē‖² with e = stop_gradient(y − ŷ), 
 Output:   CE = −log q(next token),  KL(p‖q) = Σ_v p_v (log p_v − log q_v)
 """
 
+from collections.abc import Mapping
+
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int
@@ -45,3 +47,65 @@ def kl_divergence(
     """KL(p‖q) per position, in nats; p is the original model."""
     log_p, log_q = logits_p.float().log_softmax(-1), logits_q.float().log_softmax(-1)
     return (log_p.exp() * (log_p - log_q)).sum(-1)
+
+
+# ------------------------------------------------------------------------------- stochastic parameter decomposition
+# Where tensors carry a leading `stack` axis (one toy, several seeds), each loss is the sum of the seeds' own losses, so
+# that every seed trains as it would alone.
+
+
+def faithfulness(deltas: Mapping[str, Float[Tensor, "*stack d_in d_out"]]) -> Float[Tensor, ""]:
+    """Σ_l ‖Δ_l‖²_F / Σ_l numel(W_l)."""
+    numel = sum(delta.shape[-2] * delta.shape[-1] for delta in deltas.values())
+    return torch.stack([delta.square().sum() for delta in deltas.values()]).sum() / numel
+
+
+def importance_minimality(
+    g_up: Mapping[str, Float[Tensor, "*stack position component"]], p: float, frequency: float
+) -> Float[Tensor, ""]:
+    """Σ_l Σ_c [s/N + β (s/N) log₂(1 + s)] with s_lc = Σ_positions (g_up + 1e-12)^p; β = `frequency`."""
+    total = torch.zeros(())
+    for g in g_up.values():
+        s = (g.clamp_min(0) + 1e-12).pow(p).sum(-2)
+        mean = s / g.shape[-2]
+        total = total + (mean + frequency * mean * torch.log2(1 + s) if frequency else mean).sum()
+    return total
+
+
+def annealed_p(p: tuple[float, float], between: tuple[float, float], progress: float) -> float:
+    """p₀ before, p₁ after, and on the line between the two fractions of training."""
+    first, last = between
+    share = min(1.0, max(0.0, (progress - first) / max(last - first, 1e-12)))
+    return p[0] + (p[1] - p[0]) * share
+
+
+def squared_error(target: Float[Tensor, "*batch"], prediction: Float[Tensor, "*batch"]) -> Float[Tensor, ""]:
+    """Σ (target − prediction)² / numel."""
+    return F.mse_loss(prediction, target)
+
+
+class _ChunkedKL(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, logits_p: Tensor, logits_q: Tensor, rows: int) -> Tensor:  # type: ignore[no-untyped-def,override]
+        p_flat, q_flat = logits_p.flatten(0, -2), logits_q.flatten(0, -2)
+        grad, total = torch.empty_like(q_flat), torch.zeros((), device=q_flat.device)
+        for p, q, g in zip(p_flat.split(rows), q_flat.split(rows), grad.split(rows)):
+            log_p, log_q = p.float().log_softmax(-1), q.float().log_softmax(-1)
+            prob = log_p.exp()
+            total += (prob * (log_p - log_q)).sum()
+            g.copy_((log_q.exp_() - prob) / len(q_flat))
+        ctx.save_for_backward(grad)
+        ctx.shape = logits_q.shape
+        return total / len(q_flat)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[None, Tensor, None]:  # type: ignore[no-untyped-def,override]
+        return None, (ctx.saved_tensors[0] * grad).view(ctx.shape), None
+
+
+def mean_kl(
+    logits_p: Float[Tensor, "*batch vocab"], logits_q: Float[Tensor, "*batch vocab"], rows: int = 256
+) -> Float[Tensor, ""]:
+    """KL(p‖q), mean over positions, in nats; gradient in q only. Chunked over positions, `rows` at a time: the fp32
+    vocabulary-wide temporaries exist for one chunk only, and the gradient (q − p)/N is written in the same pass."""
+    return _ChunkedKL.apply(logits_p, logits_q, rows)  # type: ignore[no-any-return]

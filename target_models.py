@@ -85,6 +85,15 @@ class TargetModel:
         return down.weight if isinstance(down, nn.Linear) else down.weight.T  # transformers' Conv1D is transposed
 
 
+def mlp_matrices(target: TargetModel, layer: int) -> tuple[str, ...]:
+    """Paths of the linear maps of one layer's MLP, the down projection last."""
+    site = target.sites[layer]
+    if site.write == site.down:
+        return (site.down.removesuffix("fc2") + "fc1", site.down)
+    linear = [f"{site.write}.{n}" for n, m in target.model.get_submodule(site.write).named_modules() if hasattr(m, "weight")]
+    return (*(path for path in linear if path != site.down), site.down)
+
+
 # ----------------------------------------------------------------------------------------------------------- hooks
 
 

@@ -1,0 +1,66 @@
+"""The headline: natively trained coders only. Which method wins under which protocol and axis, and what did it cost?
+
+Transcoders and CLTs at the k they were trained for (exp_010, exp_003), SPD at its own thresholds, neurons, and the
+baselines, all MLPs replaced at once. Panels by x-axis, rows by protocol; every method under every protocol; training
+tokens, gate parameters and training time stand in the table.
+
+    python experiments/exp_011_pareto_trained_all_layers/pareto_trained_all_layers.py                # pile: GPU, network
+    python experiments/exp_011_pareto_trained_all_layers/pareto_trained_all_layers.py --target tiny  # offline, minutes
+    … --replot draws the figure again from points.csv
+"""
+
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+from config import BatchTopK
+from evaluation import evaluate
+from study import (
+    as_replacements, baselines, checkpoint_folder, clt_configs, held_out_tokens, replot, settings_for, spd_thresholds,
+    train_coders, transcoder_configs, write_report,
+)  # fmt: skip
+from target_models import load_target
+
+
+@dataclass(frozen=True)
+class Settings:
+    target: str = "pile"
+    layers: tuple[int, ...] = (0, 1, 2, 3)
+    top_k: tuple[int, ...] = (8, 16, 32, 64)  # of the transcoders
+    clt_top_k: tuple[int, ...] = (8, 16, 64)  # of the CLTs, per layer
+    neurons: tuple[int, ...] = (8, 32, 128, 512)
+    d_dict: int = 4096  # latents per layer
+    tokens: int = 500_000_000  # training tokens
+    batch: int = 4096  # tokens per training batch
+    eval_tokens: int = 131_072  # held-out tokens
+    device: str = "cuda"
+    seed: int = 0
+    output: Path = Path(__file__).parent / "output"
+    replot: bool = False  # draw the figure from points.csv and stop
+
+
+PRESETS = {"pile": Settings(), "tiny": Settings("tiny", d_dict=1536, tokens=1_000_000, batch=2048, device="cpu")}
+
+
+def main(s: Settings) -> None:
+    if s.replot:
+        return replot(s.output)
+    began = time.perf_counter()
+    target = load_target(s.target, s.device)
+    folder = checkpoint_folder(s.target)
+    configs = [
+        *transcoder_configs(target, s.layers, [BatchTopK(k) for k in s.top_k], s.d_dict),
+        *clt_configs(target, s.layers, [BatchTopK(k) for k in s.clt_top_k], s.d_dict),
+    ]
+    trained = train_coders(configs, target, s.tokens, s.batch, s.seed, folder)
+    replacements = [
+        *as_replacements(trained),
+        *spd_thresholds(target, s.layers),
+        *baselines(target, s.layers, s.neurons),
+    ]
+    measured = evaluate(target, replacements, held_out_tokens(target, s.eval_tokens), ("frozen", "free"))
+    write_report(s.output, measured, s, "Natively trained coders, all MLPs replaced", __doc__, began, s.device)
+
+
+if __name__ == "__main__":
+    main(settings_for(PRESETS, __doc__))

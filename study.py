@@ -1,0 +1,129 @@
+"""What every study shares: which coders to train, what to measure them against, and how the results are written down."""
+
+import itertools
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import tyro
+from jaxtyping import Int
+from torch import Tensor
+
+from activation_store import ActivationsStore, DataConfig
+from checkpoints import CHECKPOINTS, Checkpoint, build_coder
+from clt import CrossLayerTranscoder
+from config import CLTConfig, EncoderConfig, Rule, SAEConfig, TrainConfig
+from logs import write_settings
+from evaluation import Measurement
+from pareto import draw, markdown_table, read_points, write_layers, write_points
+from replacement import CLT, SAE, Affine, Identity, Mean, Neurons, Origin, Replacement, Transcoder, Zero, fit_affine
+from sae import BaseAutoencoder
+from sparsity import Coder
+from target_models import TargetModel
+from token_stream import TokenStream, take_tokens
+from training import learning_rate, train_group
+
+BASELINE_TOKENS = 131_072  # training tokens that fit the affine maps and the means
+
+
+def new_coder(config: SAEConfig | EncoderConfig | CLTConfig, seed: int) -> Coder:
+    """A coder whose initial weights depend on its configuration and the seed alone."""
+    offset = sum(ord(c) * (i + 1) for i, c in enumerate(repr(config)))
+    return build_coder(config, torch.Generator().manual_seed(seed + offset))
+
+
+def transcoder_configs(
+    target: TargetModel, layers: Sequence[int], rules: Sequence[Rule], d_dict: int, skip: bool = False
+) -> list[EncoderConfig]:
+    """One transcoder per rule and layer."""
+    d = target.d_model
+    return [EncoderConfig(layer, d, d, d_dict, rule, skip) for rule in rules for layer in layers]
+
+
+def clt_configs(target: TargetModel, layers: Sequence[int], rules: Sequence[Rule], d_dict: int) -> list[CLTConfig]:
+    """One cross-layer transcoder per rule."""
+    return [CLTConfig(tuple(layers), target.d_model, target.d_model, d_dict, rule) for rule in rules]
+
+
+def checkpoint_folder(target: str) -> Path:
+    """Where the experiments keep what they train on a target; they share it, so that nothing is trained twice."""
+    return CHECKPOINTS / target.replace("/", "--").replace(":", "-")
+
+
+def held_out_tokens(target: TargetModel, n_tokens: int) -> Int[Tensor, "sequence seq"]:
+    """The first tokens of the validation split; every study measures on the same."""
+    stream = TokenStream(target.data, target.tokenizer, "val", batch=32, seq=target.context)
+    return take_tokens(stream, n_tokens).to(target.device)
+
+
+def as_replacement(group: Sequence[Checkpoint], top_k: int | None = None) -> Replacement:
+    """One CLT, or one coder per layer; `top_k` puts the top_k largest of a token in place of the trained rule."""
+    records, coders = [checkpoint.record for checkpoint in group], [checkpoint.coder for checkpoint in group]
+    seconds, paths = sum(record.train_seconds for record in records), " ".join(c.path for c in group)
+    origin = Origin(records[0].seed, records[0].train_tokens, seconds, paths)
+    if isinstance(coders[0], CrossLayerTranscoder):
+        assert len(coders) == 1, f"{len(coders)} cross-layer transcoders cannot stand in one replacement"
+        return CLT(coders[0], top_k, origin=origin)
+    kind = SAE if isinstance(coders[0], BaseAutoencoder) else Transcoder
+    return kind(coders, top_k, origin=origin)  # type: ignore[arg-type]
+
+
+def as_replacements(checkpoints: Sequence[Checkpoint], top_k: int | None = None) -> list[Replacement]:
+    """One replacement per CLT, and one per set of per-layer coders of the same kind, rule, skip, size and seed."""
+    groups: dict[object, list[Checkpoint]] = {}
+    for checkpoint in checkpoints:
+        config = checkpoint.coder.config
+        own = config.layers if isinstance(config, CLTConfig) else getattr(config, "skip", False)
+        groups.setdefault((type(config), config.rule, own, config.d_dict, checkpoint.record.seed), []).append(checkpoint)
+    return [as_replacement(group, top_k) for group in groups.values()]
+
+
+def baselines(target: TargetModel, layers: Sequence[int], neurons: Sequence[int]) -> list[Replacement]:
+    """Neurons at each k, the least-squares affine map, and identity, zero and mean ablation."""
+    data = DataConfig(tuple(layers), batch_tokens=8192, buffer_tokens=16_384)
+    store = ActivationsStore(target, data)
+    batches = itertools.islice(store, max(1, BASELINE_TOKENS // data.batch_tokens))
+    return [
+        *(Neurons(target, layers, k) for k in neurons),
+        Affine(layers, fit_affine((batch.inputs, batch.targets) for batch in batches)),
+        Identity(layers), Zero(layers), Mean(layers, store.stats.y_mean),
+    ]  # fmt: skip
+
+
+def write_report(
+    folder: Path, measured: Measurement, settings: Any, title: str, text: str, began: float, device: str
+) -> None:
+    """points.csv, layers.csv, pareto.png, settings.json and a README with figure and table; prints the table."""
+    folder.mkdir(parents=True, exist_ok=True)
+    write_points(folder / "points.csv", measured.points)
+    write_layers(folder / "layers.csv", measured.layers)
+    write_settings(folder, settings, device, time.perf_counter() - began)
+    table = markdown_table(measured.points)
+    (folder / "README.md").write_text(f"# {title}\n\n{text}\n\n![Pareto curves](pareto.png)\n\n{table}\n")
+    print(table)
+    replot(folder)
+
+
+def replot(folder: Path) -> None:
+    """Draw pareto.png from points.csv alone."""
+    draw(read_points(folder / "points.csv"), folder / "pareto.png")
+
+
+def settings_for[S](presets: dict[str, S], doc: str | None) -> S:
+    """The command line's settings; the preset of the named `--target` (or the first one) gives the defaults."""
+    named = dict(zip(sys.argv, sys.argv[1:])).get("--target", next(iter(presets)))
+    preset = presets.get(named, next(iter(presets.values())))
+    return tyro.cli(type(preset), default=preset, description=doc)
+
+
+def train_coders(
+    configs: Sequence[SAEConfig | EncoderConfig | CLTConfig], target: TargetModel, tokens: int, batch: int, seed: int, folder: Path
+) -> list[Checkpoint]:
+    """Train what is not yet in `folder`, all on one stream over all the layers, with the project's default recipe."""
+    layers = tuple(sorted({layer for config in configs for layer in config.layers}))
+    data = DataConfig(layers, batch, seed=seed)
+    train = TrainConfig(tokens, learning_rate(tokens, configs[0].d_dict), seed=seed)
+    return train_group([new_coder(config, seed) for config in configs], target, data, train, folder)
