@@ -213,6 +213,7 @@ SAELENS = {  # architecture → (rule of this k, is a transcoder, has a skip)
     "jumprelu_transcoder": (lambda k: JumpReLU(l0=0.0), True, False),
     "jumprelu_skip_transcoder": (lambda k: JumpReLU(l0=0.0), True, True),
 }  # fmt: skip
+SAELENS_VERSION = "6.54.12"  # whose layout this is; a file without one is read as older than 6, without its metadata
 TEXTS = {  # target → dataset, context: what SAELens' dashboards stream
     "pile": ("danbraunai/pile-uncopyrighted-tok", 512),
     "gpt2": ("Skylion007/openwebtext", 256),
@@ -269,10 +270,11 @@ def write_saelens(dictionaries: Sequence[Dictionary]) -> Files:
         dataset, context = TEXTS.get(target, (None, 256))
         model = model_name(target)
         meta = {
-            "sae_lens_training_version": None, "model_name": model, "hook_name": read, "hook_name_out": written,
-            "hook_layer": config.layer, "hook_layer_out": config.layer, "hook_head_index": None, "context_size": context,
-            "dataset_path": dataset, "prepend_bos": False, "exclude_special_tokens": False, "model_class_name": "HookedTransformer",
-            "model_from_pretrained_kwargs": {}, "seqpos_slice": [None],
+            "sae_lens_version": SAELENS_VERSION, "sae_lens_training_version": None, "model_name": model, "hook_name": read,
+            "hook_name_out": written, "hook_layer": config.layer, "hook_layer_out": config.layer, "hook_head_index": None,
+            "model_class_name": "HookedTransformer", "model_from_pretrained_kwargs": {}, "dataset_path": dataset,
+            "context_size": context, "prepend_bos": False, "exclude_special_tokens": False, "seqpos_slice": [None],
+            "sequence_separator_token": "eos", "disable_concat_sequences": False,
             "neuronpedia_id": f"{model.split('/')[-1]}/{config.layer}-nnd-{written.split('_', 1)[1]}-{config.d_dict}",
         }  # fmt: skip
         meta |= {"batch_topk": config.rule.k} if isinstance(config.rule, BatchTopK) else {}

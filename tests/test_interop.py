@@ -1,4 +1,4 @@
-"""Foreign files say what our coders compute: x ↦ (activations, ŷ) is one function on both sides, and bad files are refused."""
+"""x ↦ (activations, ŷ) is one function in our checkpoints and in the foreign files; bad files are refused."""
 
 import json
 import pickle
@@ -10,84 +10,35 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from interop_cases import (
+    RULES,
+    B,
+    D,
+    F,
+    N,
+    assert_same,
+    clt,
+    exported,
+    imported,
+    inputs,
+    ours,
+    random_coder,
+    sae,
+    save,
+    transcoder,
+)  # fmt: skip
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import interop
-from checkpoints import TrainingRecord, build_coder, load_checkpoint, save_checkpoint
-from config import BatchTopK, CLTConfig, CoderConfig, EncoderConfig, JumpReLU, Relu, Rule, SAEConfig, TopK
+from checkpoints import build_coder, load_checkpoint
+from config import BatchTopK, EncoderConfig, JumpReLU, Relu, Rule, SAEConfig, TopK
 from dictionary_parts import build, fold
 from foreign_formats import FORMATS, Dictionary, Place
 from sparse_ops import to_dense
 from sparsity import Coder
 
-D, F, B, N = 6, 20, 40, 3
-RULES = [Relu(l1=0.0), TopK(3), BatchTopK(3), JumpReLU(l0=0.0)]
-
-
-def random_coder(config: CoderConfig, seed: int = 0) -> Coder:
-    """Every tensor random, scales far from one, thresholds in the middle of the pre-activations."""
-    g = torch.Generator().manual_seed(seed)
-    coder = build_coder(config, g)
-    with torch.no_grad():
-        for name, tensor in coder.state_dict().items():
-            if tensor.is_floating_point():
-                tensor.copy_(torch.randn(tensor.shape, generator=g))
-            if name.endswith(("scale", "threshold")):
-                tensor.copy_(torch.rand(tensor.shape, generator=g) + 0.3)
-            if name.endswith("log_theta"):
-                tensor.copy_(torch.rand(tensor.shape, generator=g).add(0.1).log())
-    return coder.eval()
-
-
-def sae(rule: Rule, layer: int = 1) -> Coder:
-    return random_coder(SAEConfig(layer, "resid", D, F, rule))
-
-
-def transcoder(rule: Rule, skip: bool = False, layer: int = 1, d_out: int = D) -> Coder:
-    return random_coder(EncoderConfig(layer, D, d_out, F, rule, skip), layer)
-
-
-def clt(rule: Rule) -> Coder:
-    return random_coder(CLTConfig(tuple(range(N)), D, D, F, rule))
-
-
-def inputs(coder: Coder) -> Tensor:
-    x = 2 * torch.randn(N, B, D, generator=torch.Generator().manual_seed(9)) + 0.5
-    return x if isinstance(coder.config, CLTConfig) else x[0]
-
-
-def ours(coder: Coder) -> tuple[Tensor, Tensor]:
-    """(activations, ŷ), with a leading layer axis for a CLT."""
-    with torch.no_grad():
-        out = coder(inputs(coder))
-    codes = out.codes
-    return (torch.stack([to_dense(c) for c in codes]) if isinstance(coder.config, CLTConfig) else to_dense(codes)), out.y_hat
-
-
-def assert_same(a: tuple[Tensor, Tensor], b: tuple[Tensor, Tensor]) -> None:
-    for left, right in zip(a, b, strict=True):
-        torch.testing.assert_close(left, right, rtol=1e-4, atol=1e-4)
-
-
-def save(folder: Path, coder: Coder, name: str = "coder") -> str:
-    save_checkpoint(folder / name, coder, TrainingRecord(name, "hf:org/model", "f" * 16, 10, 1.0, 0, ""))
-    return str(folder / name)
-
-
-def exported(format: str, folder: Path, *coders: Coder) -> Path:
-    """What the command line writes."""
-    checkpoints = [save(folder / "ours", coder, f"coder_{i}") for i, coder in enumerate(coders)]
-    interop.main(["export", format, *checkpoints, str(folder / format)])
-    return folder / format
-
-
-def imported(format: str, source: Path, destination: Path, *options: str) -> Coder:
-    interop.main(["import", format, str(source), str(destination), *options])
-    return load_checkpoint(str(destination), "cpu").coder
-
-
-# ------------------------------------------------------------------------------------------- the same function, both ways
+# ----------------------------------------------------------------------------------------- the same function, both ways
 
 
 @pytest.mark.parametrize("rule", RULES)
@@ -140,9 +91,11 @@ SAELENS_CASES = [(sae, rule) for rule in RULES] + [(make, rule) for rule in (RUL
 def test_saelens(tmp_path: Path, make: Callable[[Rule], Coder], rule: Rule) -> None:
     coder = make(rule)
     folder = exported("saelens", tmp_path, coder)
-    t, cfg, x = load_file(folder / "sae_weights.safetensors"), json.loads((folder / "cfg.json").read_text()), inputs(coder)
+    t, x = load_file(folder / "sae_weights.safetensors"), inputs(coder)
+    cfg = json.loads((folder / "cfg.json").read_text())
     assert ("threshold" in t) == ("jumprelu" in cfg["architecture"]) == isinstance(rule, BatchTopK | JumpReLU)
-    a = act(rule, (x - t["b_dec"] if cfg["apply_b_dec_to_input"] else x) @ t["W_enc"] + t["b_enc"], t.get("threshold", 0.0))
+    z = x - t["b_dec"] if cfg["apply_b_dec_to_input"] else x
+    a = act(rule, z @ t["W_enc"] + t["b_enc"], t.get("threshold", 0.0))
     skip = x @ t["W_skip"].T if "W_skip" in t else 0.0
     assert_same((a, a @ t["W_dec"] + t["b_dec"] + skip), ours(coder))
     back = imported("saelens", folder, tmp_path / "back")
@@ -154,7 +107,8 @@ def test_saelens(tmp_path: Path, make: Callable[[Rule], Coder], rule: Rule) -> N
 
 def test_saelens_topk_that_ranks_by_decoder_norm(tmp_path: Path) -> None:
     folder = exported("saelens", tmp_path, sae(TopK(3)))
-    cfg = json.loads((folder / "cfg.json").read_text()) | {"rescale_acts_by_decoder_norm": True, "apply_b_dec_to_input": False}
+    cfg = json.loads((folder / "cfg.json").read_text())
+    cfg |= {"rescale_acts_by_decoder_norm": True, "apply_b_dec_to_input": False}
     (folder / "cfg.json").write_text(json.dumps(cfg))
     back = imported("saelens", folder, tmp_path / "back")
     t, x = load_file(folder / "sae_weights.safetensors"), inputs(back)
@@ -266,7 +220,7 @@ def test_a_batch_topk_code_of_the_foreign_file_ignores_neighbours(tmp_path: Path
         torch.testing.assert_close(to_dense(back.encode(x[:1])), to_dense(back.encode(x))[:1])
 
 
-# ------------------------------------------------------------------------------------------- upstream's own peculiarities
+# ----------------------------------------------------------------------------------------- upstream's own peculiarities
 
 
 def upstream_folder(folder: Path, kind: str = "topk", **changes: Any) -> Path:
@@ -283,7 +237,9 @@ def test_upstream_device_is_overridden_and_b_enc_honoured(tmp_path: Path) -> Non
     assert_same(ours(back), ours(transcoder(TopK(3))))
 
 
-def test_upstream_batch_topk_has_no_threshold_and_becomes_topk(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_upstream_batch_topk_has_no_threshold_and_becomes_topk(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     back = imported("upstream", upstream_folder(tmp_path, "batchtopk"), tmp_path / "back", "--layer", "0")
     assert back.config.rule == TopK(3) and "no threshold" in capsys.readouterr().out
 
@@ -296,7 +252,7 @@ def test_dictionary_learning_refuses_a_threshold_that_was_never_set(tmp_path: Pa
         imported("dictionary_learning", folder, tmp_path / "back")
 
 
-# ------------------------------------------------------------------------------------------------------------- bad input
+# ------------------------------------------------------------------------------------------------------------ bad input
 
 FILES: dict[str, tuple[Callable[[Path], Path], str, str]] = {  # format → folder with files, tensor file, configuration
     "upstream": (upstream_folder, "encoder.pt", "config.json"),
@@ -424,7 +380,9 @@ def test_what_a_file_asks_and_no_coder_does_is_refused(
         ("gguf", lambda: clt(Relu(0.0)), "unknown format"),
     ],
 )
-def test_what_a_format_cannot_say_is_not_written(tmp_path: Path, format: str, coder: Callable[[], Coder], says: str) -> None:
+def test_what_a_format_cannot_say_is_not_written(
+    tmp_path: Path, format: str, coder: Callable[[], Coder], says: str
+) -> None:
     with pytest.raises(SystemExit, match=says):
         exported(format, tmp_path, coder())
     assert not (tmp_path / format).exists()
@@ -455,8 +413,8 @@ def test_a_transcoder_without_a_layer_asks_for_it(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("hook", "place"),
-    [("blocks.3.hook_resid_post", (3, "resid")), ("blocks.3.hook_resid_pre", (2, "resid")), ("layers.7.mlp", (7, "mlp_out")),
-     ("layers.12", (12, "resid")), ("resid_post_layer_4", (4, "resid")), ("h.1.attn", (1, "attn_out")),
+    [("blocks.3.hook_resid_post", (3, "resid")), ("blocks.3.hook_resid_pre", (2, "resid")),
+     ("layers.7.mlp", (7, "mlp_out")), ("layers.12", (12, "resid")), ("resid_post_layer_4", (4, "resid")), ("h.1.attn", (1, "attn_out")),
      ("blocks.2.hook_attn_out", (2, "attn_out")), ("transformer.h.5", (5, "resid"))],
 )  # fmt: skip
 def test_places(hook: str, place: tuple[int, str]) -> None:
@@ -465,20 +423,22 @@ def test_places(hook: str, place: tuple[int, str]) -> None:
     assert find_place(Path("cfg.json"), hook, Place()) == place
 
 
-# ---------------------------------------------------------------------------------------------------------------- the hub
+# -------------------------------------------------------------------------------------------------------------- the hub
 
 
 def test_upload_sends_the_folder_with_a_card(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     sent: list[dict[str, Any]] = []
     api = SimpleNamespace(
-        create_repo=lambda repo_id, **kw: sent.append({"repo_id": repo_id} | kw), upload_folder=lambda **kw: sent.append(kw)
+        create_repo=lambda repo_id, **kw: sent.append({"repo_id": repo_id} | kw),
+        upload_folder=lambda **kw: sent.append(kw),
     )
     monkeypatch.setattr(interop, "HfApi", lambda: api)
     folder = exported("saelens", tmp_path, transcoder(BatchTopK(3)))
     interop.main(["upload", str(folder), "org/name", "--dry-run"])
     assert sent == []
     interop.main(["upload", str(folder), "org/name"])
-    assert sent == [{"repo_id": "org/name", "private": False, "exist_ok": True}, {"repo_id": "org/name", "folder_path": folder}]
+    assert sent[0] == {"repo_id": "org/name", "private": False, "exist_ok": True}
+    assert sent[1:] == [{"repo_id": "org/name", "folder_path": folder}]
     _, front, body = (folder / "README.md").read_text().split("---\n", 2)
     assert yaml.safe_load(front)["base_model"] == "org/model" and "BatchTopK(k=3)" in body
 

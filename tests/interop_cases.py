@@ -1,0 +1,78 @@
+"""Random coders, and what they compute: shared by the interop tests here and those that need the other libraries."""
+
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+import interop
+from checkpoints import TrainingRecord, build_coder, load_checkpoint, save_checkpoint
+from config import BatchTopK, CLTConfig, CoderConfig, EncoderConfig, JumpReLU, Relu, Rule, SAEConfig, TopK
+from sparse_ops import to_dense
+from sparsity import Coder
+
+D, F, B, N = 6, 20, 40, 3
+RULES = [Relu(l1=0.0), TopK(3), BatchTopK(3), JumpReLU(l0=0.0)]
+
+
+def random_coder(config: CoderConfig, seed: int = 0) -> Coder:
+    """Every tensor random, scales far from one, thresholds in the middle of the pre-activations."""
+    g = torch.Generator().manual_seed(seed)
+    coder = build_coder(config, g)
+    with torch.no_grad():
+        for name, tensor in coder.state_dict().items():
+            if tensor.is_floating_point():
+                tensor.copy_(torch.randn(tensor.shape, generator=g))
+            if name.endswith(("scale", "threshold")):
+                tensor.copy_(torch.rand(tensor.shape, generator=g) + 0.3)
+            if name.endswith("log_theta"):
+                tensor.copy_(torch.rand(tensor.shape, generator=g).add(0.1).log())
+    return coder.eval()
+
+
+def sae(rule: Rule, layer: int = 1) -> Coder:
+    return random_coder(SAEConfig(layer, "resid", D, F, rule))
+
+
+def transcoder(rule: Rule, skip: bool = False, layer: int = 1, d_out: int = D) -> Coder:
+    return random_coder(EncoderConfig(layer, D, d_out, F, rule, skip), layer)
+
+
+def clt(rule: Rule) -> Coder:
+    return random_coder(CLTConfig(tuple(range(N)), D, D, F, rule))
+
+
+def inputs(coder: Coder) -> Tensor:
+    x = 2 * torch.randn(N, B, D, generator=torch.Generator().manual_seed(9)) + 0.5
+    return x if isinstance(coder.config, CLTConfig) else x[0]
+
+
+def ours(coder: Coder) -> tuple[Tensor, Tensor]:
+    """(activations, ŷ), with a leading layer axis for a CLT."""
+    with torch.no_grad():
+        out = coder(inputs(coder))
+    if isinstance(coder.config, CLTConfig):
+        return torch.stack([to_dense(codes) for codes in out.codes]), out.y_hat
+    return to_dense(out.codes), out.y_hat
+
+
+def assert_same(a: tuple[Tensor, Tensor], b: tuple[Tensor, Tensor]) -> None:
+    for left, right in zip(a, b, strict=True):
+        torch.testing.assert_close(left, right, rtol=1e-4, atol=1e-4)
+
+
+def save(folder: Path, coder: Coder, name: str = "coder") -> str:
+    save_checkpoint(folder / name, coder, TrainingRecord(name, "hf:org/model", "f" * 16, 10, 1.0, 0, ""))
+    return str(folder / name)
+
+
+def exported(format: str, folder: Path, *coders: Coder) -> Path:
+    """What the command line writes."""
+    checkpoints = [save(folder / "ours", coder, f"coder_{i}") for i, coder in enumerate(coders)]
+    interop.main(["export", format, *checkpoints, str(folder / format)])
+    return folder / format
+
+
+def imported(format: str, source: Path, destination: Path, *options: str) -> Coder:
+    interop.main(["import", format, str(source), str(destination), *options])
+    return load_checkpoint(str(destination), "cpu").coder
