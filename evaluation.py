@@ -12,20 +12,29 @@ The original model runs once per batch and serves every replacement; logits live
 mean the same run (a baseline's `frozen` and `free`; `single` of a one-layer replacement and its `frozen`) share it.
 CE is over predicted tokens and KL over positions; FVU, L0 and firing leave each sequence's first position out, which
 `replaced` leaves to the model. Intervals are 95 % percentile bootstraps over sequences, the same draws for every row.
+
+    python -m evaluation CHECKPOINT… --target tiny                      checkpoints of this project, SPD's included
+    python -m evaluation FOLDER… --target gpt2 --format saelens         dictionaries in another library's format
 """
 
+import json
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Literal, NamedTuple
 
 import torch
+import tyro
 from jaxtyping import Float, Int
 from torch import Tensor
+from tyro.conf import Positional
 
+from checkpoints import CONFIG, Checkpoint, TrainingRecord, check_target, load_checkpoint, load_spd, resolve
+from config import Site
 from logs import git_commit
 from losses import cross_entropy, kl_divergence
-from pareto import LayerPoint, ParetoPoint
-from replacement import Active, Identity, Mean, Module, Pass, Replacement, Zero, replaced
-from target_models import Captured, TargetModel
+from pareto import LayerPoint, ParetoPoint, markdown_table, read_layers, read_points, write_layers, write_points
+from replacement import SPD, Active, Identity, Mean, Module, Origin, Pass, Replacement, Zero, replaced
+from target_models import Captured, TargetModel, load_target
 
 Protocol = Literal["single", "frozen", "free"]
 PROTOCOLS: tuple[Protocol, ...] = ("single", "frozen", "free")
@@ -125,7 +134,7 @@ def evaluate(
     replacements: Sequence[Replacement],
     tokens: Int[Tensor, "sequence seq"],
     protocols: Sequence[Protocol] = PROTOCOLS,
-    batch: int = 16,
+    batch: int | None = None,
     seed: int = 0,
 ) -> Measurement:
     """Measure every replacement under every protocol on held-out `tokens`.
@@ -135,7 +144,7 @@ def evaluate(
         replacements: what to measure. CE recovered against mean ablation needs a `Mean` of the same layers among them.
         tokens: held-out sequences without padding.
         protocols: which rows to make; `single` makes one per layer.
-        batch: sequences per forward pass.
+        batch: sequences per forward pass; None: 16, or as many as keep the logits below 512 MiB.
         seed: of the bootstrap.
     Returns: rows in the order of `replacements`, then protocols, then layers; losses in nats. Nothing is mutated.
     """
@@ -168,6 +177,7 @@ def evaluate(
     tallies = {run: _Tally(everything[run.replacement].modules(run.layers), run.layers, target.device) for run in runs}
     moments = _Moments(all_layers)
     ce_original: list[Tensor] = []
+    batch = batch or max(1, min(16, 4 * LOGITS_AT_ONCE // (tokens.shape[1] * target.vocab_size)))
     with torch.inference_mode():
         for sequences in tokens.split(batch):
             _measure_batch(target, everything, sequences.to(target.device), all_layers, tallies, moments, ce_original)
@@ -209,9 +219,9 @@ def evaluate(
                 fvu=_mean([d.fvu for d in summary.details if d.fvu is not None]),
                 mse=_mean([d.mse for d in summary.details if d.mse is not None]),
                 dead=summary.dead,
-                train_tokens=replacement.origin.train_tokens,
+                train_tokens=replacement.origin.train_tokens or None,
                 gate_params=replacement.gate_parameters,
-                train_seconds=replacement.origin.train_seconds,
+                train_seconds=replacement.origin.train_seconds or None,
                 commit=commit,
                 tail_p999=max(d.tail_p999 for d in summary.details if d.tail_p999 is not None),
                 tail_max=max(d.tail_max for d in summary.details if d.tail_max is not None),
@@ -382,3 +392,108 @@ def bootstrap_interval(
     """The 2.5th and 97.5th percentiles of the mean over resampled sequences."""
     low, high = values[draws].mean(1).quantile(torch.tensor([0.025, 0.975], dtype=values.dtype)).tolist()
     return low, high
+
+
+# ----------------------------------------------------------------------------------------------------- command line
+
+
+def _is_spd(reference: str) -> bool:
+    file = resolve(reference) / CONFIG
+    return file.exists() and json.loads(file.read_text()).get("config", {}).get("class") == "SPDConfig"
+
+
+def _load(reference: str, target: TargetModel, form: str, layer: int | None, site: Site | None) -> list[Checkpoint]:
+    """One checkpoint, or every dictionary of a folder in another library's format, on the target's device."""
+    if form:
+        from interop import Place, import_dictionaries
+
+        record = TrainingRecord(reference, target.name, "", 0, 0.0, 0, "")
+        coders = [entry.coder for entry in import_dictionaries(form, reference, Place(layer, site))]
+        loaded = [Checkpoint(coder.to(target.device).eval(), record, reference) for coder in coders]
+    else:
+        loaded = [load_checkpoint(reference, str(target.device))]
+    for checkpoint in loaded:
+        check_target(checkpoint, target)
+        config = checkpoint.coder.config
+        if outside := [i for i in config.layers if not 0 <= i < target.n_layers]:
+            raise ValueError(f"{reference} is for layer {outside[0]}: {target.name!r} has {target.n_layers} from 0 on")
+        if {config.d_in, config.d_out} != {target.d_model}:
+            raise ValueError(f"{reference} reads {config.d_in} dimensions: {target.name!r} has {target.d_model}")
+    return loaded
+
+
+def main(
+    checkpoints: Positional[tuple[str, ...]],
+    target: str = "tiny",
+    tokens: int = 100_000,
+    protocols: tuple[Protocol, ...] = PROTOCOLS,
+    top_k: tuple[int, ...] = (),
+    neurons: tuple[int, ...] = (),
+    format: str = "",
+    layer: int | None = None,
+    site: Site | None = None,
+    device: str = "cuda" if torch.cuda.is_available() else "cpu",
+    points: Path = Path("output/evaluation/points.csv"),
+) -> None:
+    """Measure dictionaries on a target's held-out text, beside the baselines; print the table and add it to a CSV.
+
+    Args:
+        checkpoints: Folders or W&B artifacts; per-layer coders of one kind, rule and size are measured together.
+        target: tiny, pile, simplestories, gpt2, smollm2, hf:NAME or tl:NAME.
+        tokens: Held-out tokens to measure on.
+        protocols: single, frozen and free, or some of them.
+        top_k: Measure each coder also at these numbers of active latents, imposed in place of its rule.
+        neurons: Numbers of neurons to measure beside.
+        format: upstream, saelens, sparsify, dictionary_learning, circuit-tracer or crosslayer-coding; empty: our own.
+        layer: Layer of a foreign dictionary whose files do not say it.
+        site: What a foreign SAE reads, where its files do not say.
+        device: cpu, cuda, cuda:1, …
+        points: Rows are added to this file and its layers.csv; a row measured anew replaces the old one.
+    """
+    from study import as_replacements, baselines, held_out_tokens  # the command line stands above the ruler
+
+    if not checkpoints:
+        raise ValueError("name at least one checkpoint to measure: a folder or a W&B artifact")
+    model = load_target(target, device)
+    coders: list[Checkpoint] = []
+    replacements: list[Replacement] = []
+    for reference in checkpoints:
+        if not format and _is_spd(reference):
+            components, record = load_spd(reference, model)
+            origin = Origin(record.seed, record.train_tokens, record.train_seconds, reference)
+            replacements += [SPD(model, components, t, origin=origin) for t in (0.0, 0.5)]
+            replacements += [SPD(model, components, top_k=k, origin=origin) for k in top_k]
+        else:
+            coders += _load(reference, model, format, layer, site)
+    replacements += [r for k in (None, *top_k) for r in as_replacements(coders, k)]
+    layers = sorted({layer for r in replacements for layer in r.layers})
+    replacements += baselines(model, layers, neurons)
+    measured = evaluate(model, replacements, held_out_tokens(model, tokens), protocols)
+    _append(points, measured)
+    print(markdown_table(measured.points))
+
+
+def _append(path: Path, measured: Measurement) -> None:
+    """Add rows to points.csv and layers.csv, in place of older ones of the same name."""
+
+    def key(row: ParetoPoint | LayerPoint) -> tuple[object, ...]:
+        return row.target, row.method, row.layers, row.k, row.seed, row.protocol, row.checkpoint
+
+    new = {key(p) for p in measured.points}
+    detail = path.with_name("layers.csv")
+    old_points = read_points(path) if path.exists() else []
+    old_layers = read_layers(detail) if detail.exists() else []
+    write_points(path, [p for p in old_points if key(p) not in new] + measured.points)
+    write_layers(detail, [d for d in old_layers if key(d) not in new] + measured.layers)
+
+
+def command_line(arguments: Sequence[str] | None = None) -> None:
+    """`main` with arguments from the command line; what is wrong with them is said in one line."""
+    try:
+        tyro.cli(main, args=arguments, prog="python -m evaluation")
+    except ValueError as error:
+        raise SystemExit(str(error)) from None
+
+
+if __name__ == "__main__":
+    command_line()

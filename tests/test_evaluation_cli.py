@@ -1,0 +1,97 @@
+"""`python -m evaluation`: any dictionary, one command, one table."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import make_small_target, write_corpus
+from test_replacement import D, clt, transcoders
+
+import evaluation
+from checkpoints import TrainingRecord, save_checkpoint, save_spd
+from config import BatchTopK, EncoderConfig, GateConfig, SPDConfig
+from interop import export
+from pareto import read_layers, read_points
+from spd_model import ComponentModel
+from target_models import TargetModel
+from transcoder import build_transcoder
+
+
+def record(target: TargetModel, fingerprint: str | None = None) -> TrainingRecord:
+    return TrainingRecord("n", target.name, fingerprint or target.fingerprint, 512, 1.0, 3, "c")
+
+
+@pytest.fixture
+def small_target(tmp_path: Path) -> TargetModel:
+    """With enough text for the baselines' training tokens."""
+    (tmp_path / "corpus").mkdir()
+    return make_small_target(write_corpus(tmp_path / "corpus", documents=1200))
+
+
+@pytest.fixture
+def checkpoints(small_target: TargetModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, str]:
+    """A transcoder per layer, a CLT and an SPD of the small target; the command line finds that target as `tiny`."""
+    monkeypatch.setattr(evaluation, "load_target", lambda name, device: small_target)
+    folders = {name: str(tmp_path / "checkpoints" / name) for name in ("plt0", "plt1", "clt", "spd")}
+    for name, coder in zip(folders, [*transcoders(range(2), BatchTopK(4)), clt(range(2))]):
+        save_checkpoint(Path(folders[name]), coder, record(small_target))
+    config = SPDConfig((("h.*.mlp.*", 12),), GateConfig("shared_mlp", (8,)))
+    model = ComponentModel(small_target.model, config, torch.Generator().manual_seed(0))
+    save_spd(Path(folders["spd"]), model, record(small_target))
+    return folders
+
+
+def test_our_checkpoints_are_measured_together_and_added_to_the_table(
+    checkpoints: dict[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    points = tmp_path / "points.csv"
+    plts = (checkpoints["plt0"], checkpoints["plt1"])
+    evaluation.main(plts, tokens=320, protocols=("free",), points=points)
+    assert [p.method for p in read_points(points)] == ["transcoder", "affine", "identity", "zero", "mean"]
+    both = (*plts, checkpoints["clt"], checkpoints["spd"])
+    evaluation.main(both, tokens=320, protocols=("free",), top_k=(2,), neurons=(4,), points=points)
+    rows = read_points(points)
+    assert sorted(p.method for p in rows) == sorted(
+        ["transcoder", "transcoder-topk", "clt", "clt-topk", "spd", "spd-0.5", "spd-topk", "neurons", "affine",
+         "identity", "zero", "mean"]
+    )  # fmt: skip
+    assert all(p.layers == (0, 1) and p.tokens == 20 * 15 for p in rows)
+    (plt,) = [p for p in rows if p.method == "transcoder"]
+    assert (plt.k, plt.seed, plt.train_tokens, plt.train_seconds, plt.checkpoint) == (4, 3, 512, 2.0, " ".join(plts))
+    assert {d.module for d in read_layers(tmp_path / "layers.csv")} == {"latents", "neurons", "c_fc", "down_proj", ""}
+    assert "| transcoder |" in capsys.readouterr().out
+
+
+def test_a_foreign_dictionary_is_measured_by_one_command_and_equals_ours(
+    checkpoints: dict[str, str], tmp_path: Path
+) -> None:
+    export("upstream", (checkpoints["plt1"],), tmp_path / "foreign")
+    settings = {"tokens": 320, "protocols": ("single",)}
+    evaluation.main((checkpoints["plt1"],), points=tmp_path / "a.csv", **settings)
+    foreign = (str(tmp_path / "foreign"),)
+    evaluation.main(foreign, format="upstream", layer=1, points=tmp_path / "b.csv", **settings)
+    ours, theirs = (read_points(tmp_path / name)[0] for name in ("a.csv", "b.csv"))
+    assert (theirs.method, theirs.layers, theirs.train_tokens) == ("transcoder", (1,), None)
+    assert theirs.ce == pytest.approx(ours.ce, abs=1e-5) and theirs.l0 == pytest.approx(ours.l0, abs=1e-3)
+
+
+def test_what_does_not_fit_is_refused_in_one_line(
+    checkpoints: dict[str, str], small_target: TargetModel, tmp_path: Path
+) -> None:
+    deep = build_transcoder(EncoderConfig(7, D, D, 32, BatchTopK(4)), torch.Generator())
+    wide = build_transcoder(EncoderConfig(0, D + 1, D + 1, 32, BatchTopK(4)), torch.Generator())
+    for name, coder, fingerprint in (("deep", deep, None), ("wide", wide, None), ("other", deep, "elsewhere")):
+        save_checkpoint(tmp_path / name, coder, record(small_target, fingerprint))
+    for name, message in (
+        ("deep", "is for layer 7"), ("wide", "reads 17 dimensions"), ("other", "was trained on"), ("none", "holds no"),
+    ):  # fmt: skip
+        with pytest.raises(ValueError, match=message):
+            evaluation.main((str(tmp_path / name),), tokens=320, points=tmp_path / "points.csv")
+    with pytest.raises(ValueError, match="at least one checkpoint"):
+        evaluation.main((), points=tmp_path / "points.csv")
+    assert not (tmp_path / "points.csv").exists()
+
+
+def test_the_command_line_says_one_line_and_fails() -> None:
+    with pytest.raises(SystemExit, match=r"^unknown target 'nonesuch': use one of [^\n]*$"):
+        evaluation.command_line(["nowhere", "--target", "nonesuch"])
