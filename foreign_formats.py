@@ -30,9 +30,8 @@ class Dictionary(NamedTuple):
     coder: Coder
 
 
-Files = dict[
-    str, Any
-]  # relative path → Tensors (.safetensors, .pt) or a JSON value (.json, .yaml); configurations last
+Files = dict[str, Any]  # relative path → Tensors (.safetensors, .pt) or a JSON value; configurations last
+RELU, JUMPRELU = Relu(l1=0.0), JumpReLU(l0=0.0)  # as read: no file says what penalty trained it
 
 
 class Format(NamedTuple):
@@ -41,7 +40,7 @@ class Format(NamedTuple):
     write: Callable[[Sequence[Dictionary]], Files] | None  # None: import only
 
 
-# ------------------------------------------------------------------------------------------------- places and hooks
+# ----------------------------------------------------------------------------------------------------- places and hooks
 
 INPUT_HOOKS = ("mlp.hook_in", "ln2.hook_out", "ln2.hook_normalized")  # the norm's output: what our transcoders read
 SITES: tuple[tuple[str, Site, int], ...] = (  # hook point or module path → site, and the layer's offset
@@ -77,9 +76,7 @@ def find_place(source: Path, hook: str, given: Place) -> tuple[int, Site]:
 def check_input_hook(source: Path, hook: str | None) -> None:
     """Raises ValueError for a transcoder that reads something else than the MLP does."""
     if hook is not None and not hook.endswith(INPUT_HOOKS):
-        raise ValueError(
-            f"{source} reads {hook!r}: only transcoders of the MLP's own input ({INPUT_HOOKS[0]}) are measured"
-        )
+        raise ValueError(f"{source} reads {hook!r}: only transcoders of the MLP's own input, {INPUT_HOOKS[0]}, fit")
 
 
 def hooks(config: SAEConfig | EncoderConfig) -> tuple[str, str]:
@@ -94,6 +91,11 @@ def model_name(target: str) -> str:
     return target.removeprefix("hf:").removeprefix("tl:")
 
 
+def present(tensors: dict[str, torch.Tensor | None]) -> Tensors:
+    """Without the entries that this coder has not."""
+    return {name: tensor for name, tensor in tensors.items() if tensor is not None}
+
+
 def refuse(format_name: str, config: CoderConfig, allowed: str) -> ValueError:
     kind = {SAEConfig: "SAE", EncoderConfig: "transcoder", CLTConfig: "cross-layer transcoder"}[type(config)]
     kind = f"skip {kind}" if isinstance(config, EncoderConfig) and config.skip else kind
@@ -102,116 +104,99 @@ def refuse(format_name: str, config: CoderConfig, allowed: str) -> ValueError:
 
 # ------------------------------------------------------------------------ nn_decompositions (bartbussmann), PLT and CLT
 
-UPSTREAM_RULES: dict[str, Callable[[int], Rule]] = {
-    "vanilla": lambda k: Relu(l1=0.0),
-    "topk": TopK,
-    "batchtopk": TopK,  # its reader takes the k·B largest of whatever batch it is given; no threshold is stored
-    "jumprelu": lambda k: JumpReLU(l0=0.0),
-}
+UPSTREAM_KINDS = ("vanilla", "topk", "batchtopk", "jumprelu")
 UPSTREAM_KEYS = (
-    "input_size output_size dict_size encoder_type seed batch_size lr num_tokens l1_coeff beta1 beta2 max_grad_norm device "
-    "dtype n_batches_to_dead input_unit_norm pre_enc_bias top_k top_k_aux aux_penalty bandwidth run_name wandb_project "
-    "perf_log_freq checkpoint_freq n_eval_seqs layers"
+    "input_size output_size dict_size encoder_type seed batch_size lr num_tokens l1_coeff beta1 beta2 max_grad_norm "
+    "device dtype n_batches_to_dead input_unit_norm pre_enc_bias top_k top_k_aux aux_penalty bandwidth run_name "
+    "wandb_project perf_log_freq checkpoint_freq n_eval_seqs layers"
 ).split()
 
 
+def upstream_log_threshold(at: str) -> str:
+    return f"jumprelu_log_thresholds{at}" if at else "jumprelu.log_threshold"
+
+
 def read_upstream(folder: Path, given: Place) -> list[Dictionary]:
-    """encoder.pt + config.json; b_enc is honoured, the saved device is not."""
+    """encoder.pt + config.json; b_enc is honoured, the saved device is not. A CLT names its layers, a PLT none."""
     source = folder / CONFIG
     blob = read_config(source)
     for name in sorted(blob.keys() - set(UPSTREAM_KEYS)):
         raise ValueError(f"{source}: unknown key {name!r}: written by another version, or already a checkpoint of ours")
     only(
-        source,
-        blob,
-        "input_unit_norm",
-        (None, False),
-        "its outputs are rescaled by the target's own statistics, an oracle",
+        source, blob, "input_unit_norm", (None, False), "it rescales outputs by the target's own statistics, an oracle"
     )
     only(
-        source,
-        blob,
-        "pre_enc_bias",
-        (None, False),
-        "it subtracts the output's bias from the input, which no coder here does",
+        source, blob, "pre_enc_bias", (None, False), "it takes the output's bias from the input, as no coder here does"
     )
-    kind = only(source, blob, "encoder_type", tuple(UPSTREAM_RULES), f"use one of {', '.join(UPSTREAM_RULES)}")
+    kind = only(source, blob, "encoder_type", UPSTREAM_KINDS, f"use one of {', '.join(UPSTREAM_KINDS)}")
+    d_in, d_out, f = (size(source, blob, name) for name in ("input_size", "output_size", "dict_size"))
     if kind == "batchtopk":
         print(f"{source}: upstream stores no threshold, so BatchTopK becomes TopK: the same L0, and no neighbours")
-    d_in, d_out, f = (size(source, blob, name) for name in ("input_size", "output_size", "dict_size"))
-    rule = UPSTREAM_RULES[kind](size(source, blob, "top_k") if kind in ("topk", "batchtopk") else 0)
-    state, jump = read_tensors(folder / ENCODER), kind == "jumprelu"
-    if "layers" not in blob:
-        shapes = {"W_enc": (d_in, f), "b_enc": (f,), "W_dec": (f, d_out), "b_dec": (d_out,)}
-        t = check(folder / ENCODER, state, shapes | ({"jumprelu.log_threshold": (f,)} if jump else {}))
-        theta = t["jumprelu.log_threshold"].exp() if jump else None
-        config: CoderConfig = EncoderConfig(find_layer(source, "", given), d_in, d_out, f, rule)
-        parts = [Parts(t["W_enc"].T, t["b_enc"], t["W_dec"], t["b_dec"], None, theta)]
+    rule: Rule = RELU if kind == "vanilla" else JUMPRELU if kind == "jumprelu" else TopK(size(source, blob, "top_k"))
+    layers = tuple(int(layer) for layer in re.findall(r"\d+", str(blob.get("layers", ""))))
+    n, ats = (len(layers), [f".{i}" for i in range(len(layers))]) if "layers" in blob else (1, [""])
+    shapes: dict[str, tuple[int, ...]] = {}
+    for i, at in enumerate(ats):
+        W_dec = (n - i, f, d_out) if at else (f, d_out)
+        shapes |= {f"W_enc{at}": (d_in, f), f"b_enc{at}": (f,), f"W_dec{at}": W_dec, f"b_dec{at}": (d_out,)}
+        shapes |= {upstream_log_threshold(at): (f,)} if rule == JUMPRELU else {}
+    t = check(folder / ENCODER, read_tensors(folder / ENCODER), shapes)
+    parts = []
+    for i, at in enumerate(ats):
+        W_dec = t[f"W_dec{at}"].view(n - i, f, d_out).transpose(0, 1).reshape(f, -1)
+        theta = t[upstream_log_threshold(at)].exp() if rule == JUMPRELU else None
+        parts.append(Parts(t[f"W_enc{at}"].T, t[f"b_enc{at}"], W_dec, t[f"b_dec{at}"], None, theta))
+    config: CoderConfig
+    if "layers" in blob:
+        config = CLTConfig(layers, d_in, d_out, f, rule)
     else:
-        layers = tuple(int(layer) for layer in re.findall(r"\d+", str(blob["layers"])))
-        config, n = CLTConfig(layers, d_in, d_out, f, rule), len(layers)
-        shapes = {}
-        for i in range(n):
-            shapes |= {
-                f"W_enc.{i}": (d_in, f),
-                f"b_enc.{i}": (f,),
-                f"W_dec.{i}": (n - i, f, d_out),
-                f"b_dec.{i}": (d_out,),
-            }
-            shapes |= {f"jumprelu_log_thresholds.{i}": (f,)} if jump else {}
-        t = check(folder / ENCODER, state, shapes)
-        parts = [
-            Parts(t[f"W_enc.{i}"].T, t[f"b_enc.{i}"], t[f"W_dec.{i}"].transpose(0, 1).reshape(f, -1), t[f"b_dec.{i}"], None,
-                  t[f"jumprelu_log_thresholds.{i}"].exp() if jump else None)
-            for i in range(n)
-        ]  # fmt: skip
+        config = EncoderConfig(find_layer(source, "", given), d_in, d_out, f, rule)
     return [Dictionary(folder.resolve().name, "", build(config, parts))]
 
 
 def write_upstream(dictionaries: Sequence[Dictionary]) -> Files:
     files: Files = {}
     for name, _, coder in dictionaries:
-        config, parts = coder.config, fold(coder)
+        config, parts, rule = coder.config, fold(coder), coder.config.rule
         if isinstance(config, SAEConfig) or getattr(config, "skip", False):
             raise refuse("upstream", config, "transcoders without a skip, and CLTs")
-        rule, n, f = config.rule, len(config.layers), config.d_dict
+        n, f, is_clt = len(parts), config.d_dict, isinstance(config, CLTConfig)
         kind = {Relu: "vanilla", TopK: "topk", BatchTopK: "jumprelu", JumpReLU: "jumprelu"}[type(rule)]
         blob = {
             "input_size": config.d_in, "output_size": config.d_out, "dict_size": f, "encoder_type": kind, "seed": 0,
-            "batch_size": 4096, "lr": 3e-4, "num_tokens": 0, "l1_coeff": getattr(rule, "l1", 0.0), "beta1": 0.9, "beta2": 0.999,
-            "max_grad_norm": 1.0, "device": "cpu", "dtype": "torch.float32", "n_batches_to_dead": 50,
+            "batch_size": 4096, "lr": 3e-4, "num_tokens": 0, "l1_coeff": getattr(rule, "l1", 0.0), "beta1": 0.9,
+            "beta2": 0.999, "max_grad_norm": 1.0, "device": "cpu", "dtype": "torch.float32", "n_batches_to_dead": 50,
             "top_k": getattr(rule, "k", 0), "top_k_aux": config.d_in // 2, "aux_penalty": 1 / 32,
             "bandwidth": getattr(rule, "bandwidth", 0.001), "wandb_project": "", "perf_log_freq": 1000,
             "checkpoint_freq": "final", "n_eval_seqs": 8,
         }  # fmt: skip
+        scope = {"input_unit_norm": False, "pre_enc_bias": False, "run_name": name}
+        blob |= {"layers": str(list(config.layers))} if is_clt else scope
         state: Tensors = {}
         for i, part in enumerate(parts):
-            at = f".{i}" if isinstance(config, CLTConfig) else ""
-            W_dec = part.W_dec.view(f, n - i, -1).transpose(0, 1) if at else part.W_dec
+            at = f".{i}" if is_clt else ""
+            W_dec = part.W_dec.view(f, n - i, -1).transpose(0, 1) if is_clt else part.W_dec
             state |= {
                 f"W_enc{at}": part.W_enc.T,
                 f"b_enc{at}": part.b_enc,
                 f"W_dec{at}": W_dec,
                 f"b_dec{at}": part.b_dec,
             }
-            if part.theta is not None:
-                state[f"jumprelu_log_thresholds{at}" if at else "jumprelu.log_threshold"] = log_threshold(part.theta)
-        scope = {"layers": str(list(config.layers))} if isinstance(config, CLTConfig) else {
-            "input_unit_norm": False, "pre_enc_bias": False, "run_name": name}  # fmt: skip
-        files |= {f"{name}/{ENCODER}": state, f"{name}/{CONFIG}": blob | scope}
+            state |= {} if part.theta is None else {upstream_log_threshold(at): log_threshold(part.theta)}
+        files |= {f"{name}/{ENCODER}": state, f"{name}/{CONFIG}": blob}
     return files
 
 
-# ------------------------------------------------------------------------------------------------------------ SAELens
+# -------------------------------------------------------------------------------------------------------------- SAELens
 
 SAELENS = {  # architecture → (rule of this k, is a transcoder, has a skip)
-    "standard": (lambda k: Relu(l1=0.0), False, False),
+    "standard": (lambda k: RELU, False, False),
     "topk": (TopK, False, False),
-    "jumprelu": (lambda k: JumpReLU(l0=0.0), False, False),
-    "transcoder": (lambda k: Relu(l1=0.0), True, False),
-    "skip_transcoder": (lambda k: Relu(l1=0.0), True, True),
-    "jumprelu_transcoder": (lambda k: JumpReLU(l0=0.0), True, False),
-    "jumprelu_skip_transcoder": (lambda k: JumpReLU(l0=0.0), True, True),
+    "jumprelu": (lambda k: JUMPRELU, False, False),
+    "transcoder": (lambda k: RELU, True, False),
+    "skip_transcoder": (lambda k: RELU, True, True),
+    "jumprelu_transcoder": (lambda k: JUMPRELU, True, False),
+    "jumprelu_skip_transcoder": (lambda k: JUMPRELU, True, True),
 }  # fmt: skip
 SAELENS_VERSION = "6.54.12"  # whose layout this is; a file without one is read as older than 6, without its metadata
 TEXTS = {  # target → dataset, context: what SAELens' dashboards stream
@@ -259,22 +244,20 @@ def write_saelens(dictionaries: Sequence[Dictionary]) -> Files:
     files: Files = {}
     for name, target, coder in dictionaries:
         config, part = coder.config, fold(coder)[0]
-        skip = isinstance(config, EncoderConfig) and config.skip
         rule = {Relu: "", TopK: "topk", BatchTopK: "jumprelu", JumpReLU: "jumprelu"}[type(config.rule)]
-        arch = rule or "standard"
-        if not isinstance(config, SAEConfig):
-            arch = "_".join(filter(None, [rule, "skip" if skip else "", "transcoder"]))
+        words = [rule, "" if part.W_skip is None else "skip", "transcoder"]
+        arch = (rule or "standard") if isinstance(config, SAEConfig) else "_".join(filter(None, words))
         if isinstance(config, CLTConfig) or arch not in SAELENS:
             raise refuse("saelens", config, "SAEs of every rule, and transcoders of every rule but TopK")
         read, written = hooks(config)
         dataset, context = TEXTS.get(target, (None, 256))
         model = model_name(target)
         meta = {
-            "sae_lens_version": SAELENS_VERSION, "sae_lens_training_version": None, "model_name": model, "hook_name": read,
-            "hook_name_out": written, "hook_layer": config.layer, "hook_layer_out": config.layer, "hook_head_index": None,
-            "model_class_name": "HookedTransformer", "model_from_pretrained_kwargs": {}, "dataset_path": dataset,
-            "context_size": context, "prepend_bos": False, "exclude_special_tokens": False, "seqpos_slice": [None],
-            "sequence_separator_token": "eos", "disable_concat_sequences": False,
+            "sae_lens_version": SAELENS_VERSION, "sae_lens_training_version": None, "model_name": model,
+            "hook_name": read, "hook_name_out": written, "hook_layer": config.layer, "hook_layer_out": config.layer,
+            "hook_head_index": None, "model_class_name": "HookedTransformer", "model_from_pretrained_kwargs": {},
+            "dataset_path": dataset, "context_size": context, "prepend_bos": False, "exclude_special_tokens": False,
+            "seqpos_slice": [None], "sequence_separator_token": "eos", "disable_concat_sequences": False,
             "neuronpedia_id": f"{model.split('/')[-1]}/{config.layer}-nnd-{written.split('_', 1)[1]}-{config.d_dict}",
         }  # fmt: skip
         meta |= {"batch_topk": config.rule.k} if isinstance(config.rule, BatchTopK) else {}
@@ -286,13 +269,12 @@ def write_saelens(dictionaries: Sequence[Dictionary]) -> Files:
         blob |= {"k": config.rule.k, "rescale_acts_by_decoder_norm": False} if isinstance(config.rule, TopK) else {}
         blob |= {"d_out": config.d_out} if isinstance(config, EncoderConfig) else {}
         state = {"W_enc": part.W_enc.T, "b_enc": part.b_enc, "W_dec": part.W_dec, "b_dec": part.b_dec}
-        state |= {} if part.theta is None else {"threshold": part.theta}
-        state |= {} if part.W_skip is None else {"W_skip": part.W_skip}
+        state |= present({"threshold": part.theta, "W_skip": part.W_skip})
         files |= {f"{name}/sae_weights.safetensors": state, f"{name}/cfg.json": blob}
     return files
 
 
-# ----------------------------------------------------------------------------------------------------------- sparsify
+# ------------------------------------------------------------------------------------------------------------- sparsify
 
 
 def read_sparsify(folder: Path, given: Place) -> list[Dictionary]:
@@ -302,9 +284,7 @@ def read_sparsify(folder: Path, given: Place) -> list[Dictionary]:
     only(source, blob, "activation", (None, "topk"), "only topk is read")
     transcode, skip = bool(blob.get("transcode")), bool(blob.get("skip_connection"))
     if skip and not transcode:
-        raise ValueError(
-            f"{source}: an autoencoder with a skip connection rebuilds nothing: only transcoders may have one"
-        )
+        raise ValueError(f"{source}: an autoencoder with a skip rebuilds nothing: only transcoders may have one")
     d, rule = size(source, blob, "d_in"), TopK(size(source, blob, "k"))
     f = size(source, blob, "num_latents") if blob.get("num_latents") else d * size(source, blob, "expansion_factor")
     shapes = {"encoder.weight": (f, d), "encoder.bias": (f,), "W_dec": (f, d), "b_dec": (d,)}
@@ -323,27 +303,23 @@ def write_sparsify(dictionaries: Sequence[Dictionary]) -> Files:
         config, part = coder.config, fold(coder)[0]
         if not isinstance(config.rule, TopK) or isinstance(config, CLTConfig) or config.d_in != config.d_out:
             raise refuse("sparsify", config, "TopK SAEs and TopK transcoders whose input and output are equally wide")
-        is_sae, skip = isinstance(config, SAEConfig), part.W_skip is not None
+        is_sae = isinstance(config, SAEConfig)
         site = {"resid": "", "mlp_out": ".mlp", "attn_out": ".self_attn"}[config.site] if is_sae else ".mlp"
         blob = {
             "activation": "topk", "expansion_factor": max(config.d_dict // config.d_in, 1), "normalize_decoder": False,
-            "num_latents": config.d_dict, "k": config.rule.k, "multi_topk": False, "skip_connection": skip,
-            "transcode": not is_sae, "d_in": config.d_in,
+            "num_latents": config.d_dict, "k": config.rule.k, "multi_topk": False, "transcode": not is_sae,
+            "skip_connection": part.W_skip is not None, "d_in": config.d_in,
         }  # fmt: skip
         state = {"encoder.weight": part.W_enc, "encoder.bias": part.b_enc, "W_dec": part.W_dec, "b_dec": part.b_dec}
         hookpoint = f"layers.{config.layer}{site}"
         if f"{hookpoint}/cfg.json" in files:
-            raise ValueError(
-                f"two dictionaries of {hookpoint}: sparsify's folder holds one per hookpoint, export them apart"
-            )
-        files |= {
-            f"{hookpoint}/sae.safetensors": state | ({"W_skip": part.W_skip} if skip else {}),
-            f"{hookpoint}/cfg.json": blob,
-        }
+            raise ValueError(f"two dictionaries of {hookpoint}: sparsify keeps one per hookpoint, export them apart")
+        state |= present({"W_skip": part.W_skip})
+        files |= {f"{hookpoint}/sae.safetensors": state, f"{hookpoint}/cfg.json": blob}
     return files
 
 
-# ------------------------------------------------------------------------------------------------ dictionary_learning
+# -------------------------------------------------------------------------------------------------- dictionary_learning
 
 DICTIONARIES = {
     Relu: "AutoEncoder",
@@ -359,20 +335,19 @@ def read_dictionary_learning(folder: Path, given: Place) -> list[Dictionary]:
     blob = read_config(source).get("trainer")
     if not isinstance(blob, dict):
         raise ValueError(f"{source} has no trainer: not a dictionary_learning folder")
-    cls = only(
-        source, blob, "dict_class", tuple(DICTIONARIES.values()), f"use one of {', '.join(DICTIONARIES.values())}"
-    )
+    classes = tuple(DICTIONARIES.values())
+    cls = only(source, blob, "dict_class", classes, f"use one of {', '.join(classes)}")
     d, f, state = size(source, blob, "activation_dim"), size(source, blob, "dict_size"), read_tensors(weights)
     rule: Rule
     if cls == "JumpReluAutoEncoder":
         t = check(weights, state, {"W_enc": (d, f), "b_enc": (f,), "W_dec": (f, d), "b_dec": (d,), "threshold": (f,)})
         b_enc = t["b_enc"] + t["W_enc"].T @ t["b_dec"]  # it subtracts nothing from the input
-        part, rule = Parts(t["W_enc"].T, b_enc, t["W_dec"], t["b_dec"], None, t["threshold"]), JumpReLU(l0=0.0)
+        part, rule = Parts(t["W_enc"].T, b_enc, t["W_dec"], t["b_dec"], None, t["threshold"]), JUMPRELU
     else:
         bias = "bias" if cls == "AutoEncoder" else "b_dec"
         shapes = {"encoder.weight": (f, d), "encoder.bias": (f,), "decoder.weight": (d, f), bias: (d,)}
         t = check(weights, state, shapes | ({} if cls == "AutoEncoder" else {"k": (), "threshold": ()}))
-        part, rule = Parts(t["encoder.weight"], t["encoder.bias"], t["decoder.weight"].T, t[bias]), Relu(l1=0.0)
+        part, rule = Parts(t["encoder.weight"], t["encoder.bias"], t["decoder.weight"].T, t[bias]), RELU
     if cls == "AutoEncoderTopK":
         rule = TopK(int(t["k"]))
     if cls == "BatchTopKSAE":
@@ -392,30 +367,25 @@ def write_dictionary_learning(dictionaries: Sequence[Dictionary]) -> Files:
         if not isinstance(config, SAEConfig):
             raise refuse("dictionary_learning", config, "SAEs of every rule")
         k = torch.tensor(getattr(config.rule, "k", 0), dtype=torch.int)
-        bias = "bias" if isinstance(config.rule, Relu) else "b_dec"
-        state = {
-            "encoder.weight": part.W_enc,
-            "encoder.bias": part.b_enc,
-            "decoder.weight": part.W_dec.T,
-            bias: part.b_dec,
-        }
+        bias, W_enc, W_dec = "bias" if isinstance(config.rule, Relu) else "b_dec", part.W_enc, part.W_dec
+        state = {"encoder.weight": W_enc, "encoder.bias": part.b_enc, "decoder.weight": W_dec.T, bias: part.b_dec}
         match config.rule:
             case TopK():
                 state |= {"k": k, "threshold": torch.tensor(-1.0)}
             case BatchTopK():
                 state |= {"k": k, "threshold": part.theta[0]}  # type: ignore[index]
-            case JumpReLU():
-                b_enc = part.b_enc - part.W_enc @ part.b_dec
+            case JumpReLU():  # it subtracts nothing from the input
                 state = {
-                    "W_enc": part.W_enc.T,
-                    "b_enc": b_enc,
-                    "W_dec": part.W_dec,
+                    "W_enc": W_enc.T,
+                    "b_enc": part.b_enc - W_enc @ part.b_dec,
+                    "W_dec": W_dec,
                     "b_dec": part.b_dec,
-                    "threshold": part.theta,
                 }
+                state |= present({"threshold": part.theta})
         trainer = {
-            "dict_class": DICTIONARIES[type(config.rule)], "activation_dim": config.d_in, "dict_size": config.d_dict, "k": int(k),
-            "layer": config.layer, "lm_name": model_name(target), "submodule_name": f"{hooks(config)[0].split('.hook_')[1]}",
+            "dict_class": DICTIONARIES[type(config.rule)], "activation_dim": config.d_in, "dict_size": config.d_dict,
+            "k": int(k), "layer": config.layer, "lm_name": model_name(target),
+            "submodule_name": hooks(config)[0].split(".hook_")[1],
         }  # fmt: skip
         files |= {f"trainer_{i}/ae.pt": state, f"trainer_{i}/config.json": {"trainer": trainer}}
     return files
@@ -429,13 +399,8 @@ def read_circuit_tracer(folder: Path, given: Place) -> list[Dictionary]:
     source = folder / "config.yaml"
     blob = read_config(source)
     kind = only(source, blob, "model_kind", ("transcoder_set", "cross_layer_transcoder"), "only these two are known")
-    only(
-        source,
-        blob,
-        "activation",
-        (None, "relu", "jump_relu", "jumprelu"),
-        "circuit-tracer's loader knows relu and jump_relu",
-    )
+    activations = (None, "relu", "jump_relu", "jumprelu")
+    only(source, blob, "activation", activations, "circuit-tracer's loader knows relu and jump_relu")
     check_input_hook(source, blob.get("feature_input_hook"))
     target, is_set = str(blob.get("model_name") or ""), kind == "transcoder_set"
     n = len(list(folder.glob("layer_*.safetensors" if is_set else "W_enc_*.safetensors")))
@@ -446,26 +411,23 @@ def read_circuit_tracer(folder: Path, given: Place) -> list[Dictionary]:
         path = folder / (f"layer_{i}.safetensors" if is_set else f"W_enc_{i}.safetensors")
         at, theta = ("", "activation_function.threshold") if is_set else (f"_{i}", f"threshold_{i}")
         state = read_tensors(path) | ({} if is_set else read_tensors(folder / f"W_dec_{i}.safetensors"))
-        f, d = (state[f"b_{side}{at}"].shape[0] if f"b_{side}{at}" in state else 0 for side in ("enc", "dec"))
-        W_dec = (f, d) if is_set else (f, n - i, d)
-        shapes = {f"W_enc{at}": (f, d), f"b_enc{at}": (f,), f"W_dec{at}": W_dec, f"b_dec{at}": (d,)}
+        f, d = (state[f"b_{side}{at}"].numel() if f"b_{side}{at}" in state else 0 for side in ("enc", "dec"))
+        shapes = {f"W_enc{at}": (f, d), f"b_enc{at}": (f,), f"b_dec{at}": (d,)}
+        shapes |= {f"W_dec{at}": (f, d) if is_set else (f, n - i, d)}
         shapes |= {theta: (f,)} if theta in state else {}
         t = check(path, state, shapes | ({"W_skip": (d, d)} if is_set and "W_skip" in state else {}))
-        skip, rule = t.get("W_skip"), JumpReLU(l0=0.0) if theta in t else Relu(l1=0.0)
-        part = Parts(
-            t[f"W_enc{at}"], t[f"b_enc{at}"], t[f"W_dec{at}"].reshape(f, -1), t[f"b_dec{at}"], skip, t.get(theta)
-        )
+        skip, rule = t.get("W_skip"), JUMPRELU if theta in t else RELU
+        W_dec = t[f"W_dec{at}"].reshape(f, -1)
+        part = Parts(t[f"W_enc{at}"], t[f"b_enc{at}"], W_dec, t[f"b_dec{at}"], skip, t.get(theta))
         parts.append(part)
         if is_set:
             config = EncoderConfig(i, d, d, f, rule, skip is not None)
             found.append(Dictionary(f"layer_{i}", target, build(config, [part])))
     if len({(part.W_enc.shape, part.theta is None, part.W_skip is None) for part in parts}) > 1:
         raise ValueError(f"{folder}: the layers differ in width, activation or skip")
-    return (
-        found
-        if is_set
-        else [Dictionary(folder.resolve().name, target, build(CLTConfig(tuple(range(n)), d, d, f, rule), parts))]
-    )
+    if is_set:
+        return found
+    return [Dictionary(folder.resolve().name, target, build(CLTConfig(tuple(range(n)), d, d, f, rule), parts))]
 
 
 def write_circuit_tracer(dictionaries: Sequence[Dictionary]) -> Files:
@@ -473,36 +435,26 @@ def write_circuit_tracer(dictionaries: Sequence[Dictionary]) -> Files:
     configs = [entry.coder.config for entry in dictionaries]
     is_clt = isinstance(configs[0], CLTConfig)
     for config in configs:
-        wrong_kind = (
-            isinstance(config, SAEConfig) or isinstance(config, CLTConfig) != is_clt or (is_clt and len(configs) > 1)
-        )
+        alone = isinstance(config, CLTConfig) and len(configs) == 1
+        fits = isinstance(config, EncoderConfig) or alone
         if (
-            wrong_kind
+            not fits
             or isinstance(config.rule, TopK)
             or config.d_in != config.d_out
             or config.d_dict != configs[0].d_dict
         ):
-            allowed = "one CLT, or equally wide transcoders, of Relu, BatchTopK or JumpReLU, whose input and output are equally wide"
-            raise refuse("circuit-tracer", config, allowed)
+            raise refuse("circuit-tracer", config, "one CLT, or transcoders, of one width, d_in = d_out and no TopK")
     layers = [layer for config in configs for layer in config.layers]
     if sorted(layers) != list(range(len(layers))):
         raise ValueError(f"circuit-tracer wants one coder for each layer from 0 upwards, not layers {layers}")
     files: Files = {}
     for entry in dictionaries:
         for i, part in zip(entry.coder.config.layers, fold(entry.coder)):
-            at = f"_{i}" if is_clt else ""
+            at, theta = (f"_{i}", f"threshold_{i}") if is_clt else ("", "activation_function.threshold")
             state = {f"W_enc{at}": part.W_enc, f"b_enc{at}": part.b_enc, f"b_dec{at}": part.b_dec}
-            W_dec = {
-                f"W_dec{at}": part.W_dec.view(part.W_dec.shape[0], -1, entry.coder.config.d_out)
-                if is_clt
-                else part.W_dec
-            }
-            state |= (
-                {}
-                if part.theta is None
-                else {f"threshold{at}" if is_clt else "activation_function.threshold": part.theta}
-            )
-            state |= {} if part.W_skip is None else {"W_skip": part.W_skip}
+            state |= present({theta: part.theta, "W_skip": part.W_skip})
+            shape = (len(part.W_dec), -1, entry.coder.config.d_out) if is_clt else part.W_dec.shape
+            W_dec = {f"W_dec{at}": part.W_dec.view(shape)}
             named = {f"W_enc_{i}": state, f"W_dec_{i}": W_dec} if is_clt else {f"layer_{i}": state | W_dec}
             files |= {f"{name}.safetensors": tensors for name, tensors in named.items()}
     kind = "cross_layer_transcoder" if is_clt else "transcoder_set"
@@ -517,9 +469,8 @@ def read_crosslayer_coding(folder: Path, given: Place) -> list[Dictionary]:
     """cfg.json + one clt_checkpoint_*.safetensors or model.safetensors, untied decoders; biases of a target add up."""
     source = folder / "cfg.json"
     blob = read_config(source)
-    kind = only(
-        source, blob, "activation_fn", ("relu", "jumprelu"), "its top-k spans all layers: convert it to jumprelu there"
-    )
+    remedy = "its top-k spans all layers: convert it to jumprelu there"
+    kind = only(source, blob, "activation_fn", ("relu", "jumprelu"), remedy)
     only(source, blob, "decoder_tying", (None, "none"), "only untied decoders are read")
     only(source, blob, "normalization_method", (None, "none"), "its normalisation is not in the checkpoint")
     found = sorted([*folder.glob("clt_checkpoint_*.safetensors"), *folder.glob("model.safetensors")])
@@ -543,12 +494,8 @@ def read_crosslayer_coding(folder: Path, given: Place) -> list[Dictionary]:
         )
         for i in range(n)
     ]
-    rule = JumpReLU(l0=0.0) if kind == "jumprelu" else Relu(l1=0.0)
-    return [
-        Dictionary(
-            folder.name, str(blob.get("model_name") or ""), build(CLTConfig(tuple(range(n)), d, d, f, rule), parts)
-        )
-    ]
+    config = CLTConfig(tuple(range(n)), d, d, f, JUMPRELU if kind == "jumprelu" else RELU)
+    return [Dictionary(folder.resolve().name, str(blob.get("model_name") or ""), build(config, parts))]
 
 
 FORMATS: dict[str, Format] = {

@@ -155,7 +155,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     app.command(upload)
     try:
         app.cli(args=arguments, description=__doc__)
-    except ValueError as error:
+    except (ValueError, AssertionError) as error:  # a configuration's own checks are assertions
         raise SystemExit(str(error)) from None
 
 

@@ -414,8 +414,8 @@ def test_a_transcoder_without_a_layer_asks_for_it(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("hook", "place"),
     [("blocks.3.hook_resid_post", (3, "resid")), ("blocks.3.hook_resid_pre", (2, "resid")),
-     ("layers.7.mlp", (7, "mlp_out")), ("layers.12", (12, "resid")), ("resid_post_layer_4", (4, "resid")), ("h.1.attn", (1, "attn_out")),
-     ("blocks.2.hook_attn_out", (2, "attn_out")), ("transformer.h.5", (5, "resid"))],
+     ("layers.7.mlp", (7, "mlp_out")), ("layers.12", (12, "resid")), ("resid_post_layer_4", (4, "resid")),
+     ("h.1.attn", (1, "attn_out")), ("blocks.2.hook_attn_out", (2, "attn_out")), ("transformer.h.5", (5, "resid"))],
 )  # fmt: skip
 def test_places(hook: str, place: tuple[int, str]) -> None:
     from foreign_formats import find_place
