@@ -152,7 +152,7 @@ class GateConfig:
             raise ValueError(f"unknown gate kind {self.kind!r}: use one of {', '.join(kinds)}")
         assert self.hidden, f"a gate needs a hidden layer: {self.hidden=}"
         if self.kind == "global_shared_transformer":
-            assert self.d_model > 0 and self.blocks > 0 and self.heads > 0, f"{self.d_model=} {self.blocks=} {self.heads=}"
+            assert min(self.d_model, self.blocks, self.heads) > 0, f"{self.d_model=} {self.blocks=} {self.heads=}"
 
     @property
     def local(self) -> bool:

@@ -6,7 +6,7 @@
     m = g_lo + (1 − g_lo) r,   r ~ U(0, 1);   routing: a position that keeps the original map has m = m_Δ = 1
 
 SPD: arXiv 2506.20790, with the later gates of goodfire-ai/spd. Parameter names are those of Goodfire's checkpoints.
-Any tensor may carry one leading axis `stack`: the same toy with several seeds, trained side by side in batched products.
+Any tensor may carry one leading axis `stack`: one toy with several seeds, trained side by side in batched products.
 """
 
 import contextlib
@@ -16,7 +16,7 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
@@ -99,7 +99,9 @@ class _Affine(nn.Module):
 class _ParallelAffine(nn.Module):
     """One affine map per component, as a batched product. x: (..., C, d_in) → (..., C, d_out)."""
 
-    def __init__(self, n: int, d_in: int, d_out: int, gain: float, lead: tuple[int, ...], generator: torch.Generator) -> None:
+    def __init__(
+        self, n: int, d_in: int, d_out: int, gain: float, lead: tuple[int, ...], generator: torch.Generator
+    ) -> None:
         super().__init__()
         self.W = nn.Parameter(torch.randn(*lead, n, d_in, d_out, generator=generator) * (gain / d_in) ** 0.5)
         self.b = nn.Parameter(torch.zeros(*lead, n, d_out))
@@ -112,7 +114,9 @@ class _ParallelAffine(nn.Module):
         return y.transpose(-3, -2).reshape(*lead, *batch, *y.shape[-3:-2], y.shape[-1])
 
 
-def _mlp(sizes: list[int], lead: tuple[int, ...], generator: torch.Generator, parallel: int | None = None) -> nn.Sequential:
+def _mlp(
+    sizes: list[int], lead: tuple[int, ...], generator: torch.Generator, parallel: int | None = None
+) -> nn.Sequential:
     """Affine maps with GELU between; He-normal hidden weights (gain 2), LeCun-normal output (gain 1)."""
     layers: list[nn.Module] = []
     for i, (d_in, d_out) in enumerate(zip(sizes, sizes[1:])):
@@ -134,7 +138,9 @@ class ComponentGate(nn.Module):
 
     scalar = staticmethod(scalar_mlp)  # `ComponentModel.compile_gates` swaps in the compiled one
 
-    def __init__(self, kind: str, d_in: int, n: int, hidden: tuple[int, ...], lead: tuple[int, ...], g: torch.Generator) -> None:
+    def __init__(
+        self, kind: str, d_in: int, n: int, hidden: tuple[int, ...], lead: tuple[int, ...], g: torch.Generator
+    ) -> None:
         super().__init__()
         self.kind = kind
         self.layers = {
@@ -143,7 +149,9 @@ class ComponentGate(nn.Module):
             "shared_mlp": lambda: _mlp([d_in, *hidden, n], lead, g),
         }[kind]()
 
-    def forward(self, x: Float[Tensor, "*batch d_in"], h: Float[Tensor, "*batch component"]) -> Float[Tensor, "*batch component"]:
+    def forward(
+        self, x: Float[Tensor, "*batch d_in"], h: Float[Tensor, "*batch component"]
+    ) -> Float[Tensor, "*batch component"]:
         if self.kind == "shared_mlp":
             return self.layers(x)
         if self.kind == "vector_mlp":
@@ -159,7 +167,9 @@ class ComponentGate(nn.Module):
 class GlobalMLPGate(nn.Module):
     """`global_shared_mlp`: all module inputs, concatenated in the order of their names → MLP → all components."""
 
-    def __init__(self, d_in: int, n: int, hidden: tuple[int, ...], lead: tuple[int, ...], generator: torch.Generator) -> None:
+    def __init__(
+        self, d_in: int, n: int, hidden: tuple[int, ...], lead: tuple[int, ...], generator: torch.Generator
+    ) -> None:
         super().__init__()
         self.layers = _mlp([d_in, *hidden, n], lead, generator)
 
@@ -177,7 +187,9 @@ class _GateAttention(nn.Module):
             self.add_module(name, linear)
 
     def forward(self, x: Float[Tensor, "batch seq d"]) -> Float[Tensor, "batch seq d"]:
-        q, k, v = (p(x).unflatten(-1, (self.heads, -1)).transpose(1, 2) for p in (self.q_proj, self.k_proj, self.v_proj))
+        q, k, v = (
+            p(x).unflatten(-1, (self.heads, -1)).transpose(1, 2) for p in (self.q_proj, self.k_proj, self.v_proj)
+        )
         cos, sin = (t.to(x) for t in rotary_tables(x.shape[1], q.shape[-1], 10_000.0))
         z = F.scaled_dot_product_attention(rotate(q, cos, sin), rotate(k, cos, sin), v, is_causal=self.causal)
         return self.out_proj(z.transpose(1, 2).flatten(-2))
@@ -262,10 +274,13 @@ def stochastic_masks(g_lo: Mapping[str, Tensor], generator: torch.Generator) -> 
     }  # fmt: skip
 
 
-def source_masks(g_lo: Mapping[str, Tensor], sources: Mapping[str, Float[Tensor, "*batch component+1"]]) -> dict[str, Mask]:
+def source_masks(
+    g_lo: Mapping[str, Tensor], sources: Mapping[str, Float[Tensor, "*batch component+1"]]
+) -> dict[str, Mask]:
     """m = g_lo + (1 − g_lo) r with given sources r; the last channel is m_Δ."""
     return {
-        path: Mask(_blend(g, sources[path][..., :-1]), sources[path][..., -1].expand(g.shape[:-1])) for path, g in g_lo.items()
+        path: Mask(_blend(g, sources[path][..., :-1]), sources[path][..., -1].expand(g.shape[:-1]))
+        for path, g in g_lo.items()
     }
 
 
@@ -309,7 +324,9 @@ class ComponentModel(nn.Module):
         self.__dict__["target_model"] = target_model  # not a submodule: a checkpoint holds the decomposition alone
         sizes = match_patterns(target_model, config.components)
         self.paths = sorted(sizes)
-        stacked = [m.weight.shape[0] for m in map(target_model.get_submodule, self.paths) if isinstance(m, StackedLinear)]
+        stacked = [
+            m.weight.shape[0] for m in map(target_model.get_submodule, self.paths) if isinstance(m, StackedLinear)
+        ]
         self.stack = stacked[0] if stacked else None
         tied = {b: a for a, b in config.tied}
         self._components = nn.ModuleDict()
@@ -328,7 +345,9 @@ class ComponentModel(nn.Module):
             if path not in sizes:
                 raise ValueError(f"tied module {path!r} is not decomposed: add a pattern for it")
         if sizes[first] != sizes[second]:
-            raise ValueError(f"tied modules {first!r} (C={sizes[first]}) and {second!r} (C={sizes[second]}) need the same C")
+            raise ValueError(
+                f"tied modules {first!r} (C={sizes[first]}) and {second!r} (C={sizes[second]}) need the same C"
+            )
         shapes = [tuple(weight_map(self.target_model.get_submodule(p)).shape[-2:]) for p in (first, second)]
         if shapes[0] != shapes[1][::-1]:
             raise ValueError(f"tied modules {first!r} and {second!r} are not transposes: {shapes[0]} and {shapes[1]}")
@@ -339,7 +358,9 @@ class ComponentModel(nn.Module):
         total = sum(self.sizes.values())
         if gate.kind in ("mlp", "vector_mlp", "shared_mlp"):
             self._ci_fns = nn.ModuleDict({
-                path.replace(".", "-"): ComponentGate(gate.kind, self._gate_width(path), self.sizes[path], gate.hidden, lead, generator)
+                path.replace(".", "-"): ComponentGate(
+                    gate.kind, self._gate_width(path), self.sizes[path], gate.hidden, lead, generator
+                )
                 for path in self.paths
             })  # fmt: skip
         elif gate.kind == "global_shared_mlp":
@@ -405,12 +426,18 @@ class ComponentModel(nn.Module):
         return upper(z, self.config.alpha)
 
     def linear(
-        self, path: str, x: Tensor, mask: Float[Tensor, "*batch component"], delta_mask: Float[Tensor, "*batch"] | float = 0.0
+        self,
+        path: str,
+        x: Tensor,
+        mask: Float[Tensor, "*batch component"],
+        delta_mask: Float[Tensor, "*batch"] | float = 0.0,
     ) -> Float[Tensor, "*batch d_out"]:
         """The masked module on its own input; delta_mask 0.0 closes the path through Δ."""
         module = self.target_model.get_submodule(path)
         closed = isinstance(delta_mask, float) and delta_mask == 0.0
-        return self._masked(path, x, None if closed else module(x), Mask(mask, None if closed else torch.as_tensor(delta_mask)))
+        return self._masked(
+            path, x, None if closed else module(x), Mask(mask, None if closed else torch.as_tensor(delta_mask))
+        )
 
     def _masked(self, path: str, x: Tensor, y: Tensor | None, mask: Mask) -> Tensor:
         """y: the module's own output x W + b, needed where Δ is open."""
@@ -428,7 +455,9 @@ class ComponentModel(nn.Module):
 
     @contextlib.contextmanager
     def masked(
-        self, masks: Mapping[str, Tensor | Callable[[Tensor], Tensor]], delta_masks: Mapping[str, Tensor | float] | None = None
+        self,
+        masks: Mapping[str, Tensor | Callable[[Tensor], Tensor]],
+        delta_masks: Mapping[str, Tensor | float] | None = None,
     ) -> Iterator[None]:
         """Inside, the target's own forward runs with the masked maps of the named modules; restored on any exit.
 
@@ -447,7 +476,9 @@ class ComponentModel(nn.Module):
     ) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], Tensor]:
         def replace(_module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
             m = mask(args[0]) if callable(mask) else mask
-            return self._masked(path, args[0], output, Mask(m, None if delta is None else torch.as_tensor(delta, device=m.device)))
+            return self._masked(
+                path, args[0], output, Mask(m, None if delta is None else torch.as_tensor(delta, device=m.device))
+            )
 
         return replace
 
@@ -473,7 +504,8 @@ class ComponentModel(nn.Module):
     def deltas(self) -> dict[str, Float[Tensor, "*stack d_in d_out"]]:
         """Δ = W − V U of every module, with gradient in V and U."""
         return {
-            path: weight_map(self.target_model.get_submodule(path)) - part.V @ part.U for path, part in self.components.items()
+            path: weight_map(self.target_model.get_submodule(path)) - part.V @ part.U
+            for path, part in self.components.items()
         }
 
     def start_faithful(self) -> None:
@@ -500,11 +532,15 @@ def match_patterns(model: nn.Module, patterns: tuple[tuple[str, int], ...]) -> d
     for pattern, n in patterns:
         hits = [name for name in names if fnmatch.fnmatchcase(name, pattern)]
         if not hits:
-            raise ValueError(f"pattern {pattern!r} matches no module of {type(model).__name__}: e.g. {names[-1]!r} is one")
+            raise ValueError(
+                f"pattern {pattern!r} matches no module of {type(model).__name__}: e.g. {names[-1]!r} is one"
+            )
         for name in hits:
             module = model.get_submodule(name)
             if not isinstance(module, nn.Linear | Conv1D | nn.Embedding | StackedLinear):
-                raise ValueError(f"{name!r} ({pattern!r}) is a {type(module).__name__}: only linear maps and embeddings decompose")
+                raise ValueError(
+                    f"{name!r} ({pattern!r}) is a {type(module).__name__}: only linear maps and embeddings decompose"
+                )
             if name in sizes:
                 raise ValueError(f"{name!r} is matched twice, by {pattern!r} too: make the patterns disjoint")
             sizes[name] = n
@@ -539,11 +575,19 @@ class PersistentSources(nn.Module):
     """
 
     def __init__(
-        self, sizes: Mapping[str, int], shape: tuple[int, ...], lr: float, betas: tuple[float, float], generator: torch.Generator
+        self,
+        sizes: Mapping[str, int],
+        shape: tuple[int, ...],
+        lr: float,
+        betas: tuple[float, float],
+        generator: torch.Generator,
     ) -> None:
         super().__init__()
         self.r = nn.ParameterDict(
-            {p.replace(".", "-"): nn.Parameter(torch.rand(*shape, n + 1, generator=generator)) for p, n in sizes.items()}
+            {
+                p.replace(".", "-"): nn.Parameter(torch.rand(*shape, n + 1, generator=generator))
+                for p, n in sizes.items()
+            }
         )
         self.optimiser = torch.optim.Adam(self.r.values(), lr=lr, betas=betas, maximize=True)
 

@@ -1,9 +1,9 @@
 """Training a stochastic parameter decomposition, of toys and of language models alike.
 
-    loss = Σ_terms coefficient · D(target, target under masks × routing) + λ · minimality(g_up; p) + γ · faithfulness(V U)
-    D = squared error or KL;   AdamW (no weight decay) on V, U and the gates;   p moves linearly, the learning rate by cosine
+    loss = Σ_terms coefficient · D(target, target under masks × routing) + λ · minimality(g_up; p) + γ · faithfulness
+    D = squared error or KL;   AdamW (no weight decay) on V, U and the gates;   p moves linearly, the rate by cosine
 
-One clean pass gives the inputs of all modules; gates read them, not detached; each term is one masked pass of the target.
+One clean pass gives the inputs of all modules; gates read them, not detached; each term is one masked pass.
 Published recipe and numbers: arXiv 2506.20790 and goodfire-ai/spd.
 """
 
@@ -23,7 +23,14 @@ from config import Recon, SPDTrainConfig, to_json
 from logs import Logger
 from losses import annealed_p, faithfulness, importance_minimality, mean_kl, squared_error
 from spd_model import (
-    ComponentModel, Mask, PersistentSources, pgd_sources, route_subset, routed, source_masks, stochastic_masks,
+    ComponentModel,
+    Mask,
+    PersistentSources,
+    pgd_sources,
+    route_subset,
+    routed,
+    source_masks,
+    stochastic_masks,
 )  # fmt: skip
 
 
@@ -52,7 +59,10 @@ class SPDTrainer:
         weights = [p for part in model.components.values() for p in part.parameters()]
         self.weights = weights
         self.optimiser = torch.optim.AdamW(
-            [{"params": weights}, {"params": list(model.gates.parameters())}], lr=config.lr, weight_decay=0.0, fused=True
+            [{"params": weights}, {"params": list(model.gates.parameters())}],
+            lr=config.lr,
+            weight_decay=0.0,
+            fused=True,
         )
         self.adversaries = {
             i: PersistentSources(model.sizes, (), term.step_size, (0.5, 0.99), self.generator).to(weights[0].device)
@@ -143,7 +153,9 @@ class SPDTrainer:
         if term.source == "pgd":
             lead = (self.model.stack,) if self.model.stack else ()
             start = {
-                path: torch.rand(*lead, *[1] * (g.ndim - 1 - len(lead)), g.shape[-1] + 1, generator=self.generator, device=g.device)
+                path: torch.rand(
+                    *lead, *[1] * (g.ndim - 1 - len(lead)), g.shape[-1] + 1, generator=self.generator, device=g.device
+                )
                 for path, g in g_lo.items()
             }
             return route(source_masks(g_lo, pgd_sources(objective, start, term.steps, term.step_size)))
@@ -189,7 +201,13 @@ def train_spd(
     else:
         trainer.warm_up()
     logger = Logger(name, folder, {"spd": to_json(model.config), "train": to_json(config)})
-    bar = tqdm(range(trainer.steps_done, config.steps), initial=trainer.steps_done, total=config.steps, desc=name, mininterval=2.0)
+    bar = tqdm(
+        range(trainer.steps_done, config.steps),
+        initial=trainer.steps_done,
+        total=config.steps,
+        desc=name,
+        mininterval=2.0,
+    )
     began = time.perf_counter()
     for step in bar:
         readings = trainer.step(next(batches))
@@ -204,7 +222,9 @@ def train_spd(
             bar.set_postfix_str(f"loss {loss:.3g}, recon {recon:.3g}, L0 {sum(l0) / len(l0):.2f}")
         if saves and step + 1 < config.steps:
             took = seconds + time.perf_counter() - began
-            save_tensors(state_file, {"trainer": trainer.state_dict(), "batches": batches.state_dict(), "seconds": took})
+            save_tensors(
+                state_file, {"trainer": trainer.state_dict(), "batches": batches.state_dict(), "seconds": took}
+            )
     logger.close()
     state_file.unlink(missing_ok=True)
     return seconds + time.perf_counter() - began

@@ -4,7 +4,7 @@ TMS:       out = relu(W₁ᵀ (I) W₁ x + b);  x_i ~ U[0, 1] with probability .
 ResidMLP:  r ← r + W_out relu(W_in r) per layer, r₀ = x W_E, out = r W_Eᵀ;  x_i ~ U[−1, 1] w.p. .01;  label x + relu(x)
 
 Definitions, sizes and recipes: goodfire-ai/spd (arXiv 2506.20790).
-MMCS = mean_j max_c cos(U_c V_cj, W_j),  ML2R = mean_j ‖U_c V_cj‖ / ‖W_j‖ at that c, W_j the weights that feature j reads.
+MMCS = mean_j max_c cos(U_c V_cj, W_j),  ML2R = mean_j ‖U_c V_cj‖ / ‖W_j‖ at that c, W_j the weights read by feature j.
 """
 
 from dataclasses import dataclass
@@ -48,7 +48,9 @@ D_EMBED = 1000
 
 
 class TMS(nn.Module):
-    def __init__(self, W: Float[Tensor, "stack hidden feature"], b: Float[Tensor, "stack feature"], identities: int) -> None:
+    def __init__(
+        self, W: Float[Tensor, "stack hidden feature"], b: Float[Tensor, "stack feature"], identities: int
+    ) -> None:
         super().__init__()
         eye = torch.eye(W.shape[1]).expand(W.shape[0], -1, -1).clone()
         self.linear1 = StackedLinear(W, None)
@@ -129,7 +131,8 @@ def train_target(toy: Toy, stack: int, seed: int) -> nn.Module:
         W_E = torch.randn(stack, n, D_EMBED, generator=g)
         W_E /= W_E.norm(dim=-1, keepdim=True)
         blocks = [
-            (_xavier(stack, w, D_EMBED, generator=g), _xavier(stack, D_EMBED, w, generator=g)) for _ in range(toy.layers)
+            (_xavier(stack, w, D_EMBED, generator=g), _xavier(stack, D_EMBED, w, generator=g))
+            for _ in range(toy.layers)
         ]
         parameters, forward = [p for block in blocks for p in block], ResidMLP(W_E, blocks).requires_grad_(True)
         parameters = list(forward.parameters())
@@ -220,11 +223,13 @@ def importance_errors(toy: Toy, g: dict[str, Float[Tensor, "stack feature compon
         ones = ["linear1", "linear2"]
         dense = [path for path in g if path.startswith("hidden")]
         return [
-            sum(identity_error(g[p][s], tolerance) for p in ones) + sum(dense_error(g[p][s], toy.width, tolerance) for p in dense)
+            sum(identity_error(g[p][s], tolerance) for p in ones)
+            + sum(dense_error(g[p][s], toy.width, tolerance) for p in dense)
             for s in range(stack)
         ]
     reads = torch.cat([g[f"layers.{i}.mlp_in"] for i in range(toy.layers)], -1)
     writes = [g[f"layers.{i}.mlp_out"] for i in range(toy.layers)]
     return [
-        identity_error(reads[s], tolerance) + sum(dense_error(w[s], toy.width, tolerance) for w in writes) for s in range(stack)
+        identity_error(reads[s], tolerance) + sum(dense_error(w[s], toy.width, tolerance) for w in writes)
+        for s in range(stack)
     ]

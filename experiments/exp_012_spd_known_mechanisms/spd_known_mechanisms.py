@@ -1,0 +1,127 @@
+"""Does SPD find mechanisms that are known? TMS and ResidMLP toys, trained and decomposed, three seeds each.
+
+    python experiments/exp_012_spd_known_mechanisms/spd_known_mechanisms.py                 # what points.csv lacks
+    python experiments/exp_012_spd_known_mechanisms/spd_known_mechanisms.py --toys tms_5-2  # one toy, minutes
+
+The seeds of a toy (target and decomposition both) run side by side in batched products. Expected: one component per
+feature in linear1 and linear2 (MMCS 1, no importance error); a rank-50 output in ResidMLP-1.
+"""
+
+import csv
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import tyro
+from toy_figures import draw_directions, draw_importance
+
+from config import GateConfig, Recon, SPDConfig, SPDTrainConfig
+from logs import atomic_path, write_settings
+from spd_model import ComponentModel
+from spd_training import train_spd
+from toy_models import TOYS, Toy, ToyBatches, importance_errors, importance_matrix, recovery, train_target
+
+COLUMNS = ["toy", "seed", "mmcs", "ml2r", "ci_error_01", "ci_error_02", "l0", "steps", "seconds"]
+
+
+@dataclass(frozen=True)
+class Recipe:
+    C: int
+    gate: GateConfig
+    minimality: float
+    p: float
+    lr: float
+    schedule: str
+    steps: int
+    batch: int
+    recon: tuple[Recon, ...] = (Recon(1.0), Recon(1.0, routing="layerwise"))
+
+
+SCALAR = GateConfig("mlp", (16,))
+# Published: batch 4096 (TMS), 2048 (ResidMLP); steps 10k (TMS; 40-10+id 20k), 20k, 25k and 50k (ResidMLP).
+RECIPES = {
+    "tms_5-2": Recipe(20, SCALAR, 3e-3, 1.0, 1e-3, "cosine", 8000, 1024),
+    "tms_5-2_id": Recipe(20, SCALAR, 3e-3, 1.0, 1e-3, "cosine", 4000, 512),
+    "tms_40-10": Recipe(200, SCALAR, 1e-4, 2.0, 1e-3, "cosine", 4000, 256),
+    "tms_40-10_id": Recipe(200, SCALAR, 1e-4, 2.0, 1e-3, "cosine", 4000, 256),
+    "resid_1": Recipe(100, SCALAR, 1e-5, 2.0, 2e-3, "constant", 3000, 256),
+    "resid_2": Recipe(400, GateConfig("shared_mlp", (256,)), 1e-4, 2.0, 3e-4, "constant", 6000, 512,
+                      (Recon(2.0, routing="subset"), Recon(2.0, "pgd", "subset", 1, 1.0))),
+    "resid_3": Recipe(500, GateConfig("mlp", (128,)), 1e-5, 2.0, 1e-3, "constant", 6000, 512),
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Settings:
+    toys: tuple[str, ...] = tuple(RECIPES)  # in this order; a toy already in points.csv is skipped
+    seeds: int = 3  # side by side
+    scale: float = 1.0  # steps are multiplied by this
+    compile_gates: bool = True  # needs a C++ compiler; about twice as fast
+    seed: int = 0
+    output: Path = Path(__file__).parent / "output"
+
+
+def decompose(name: str, toy: Toy, s: Settings) -> None:
+    recipe, folder = RECIPES[name], s.output / f".{name}"
+    target = train_target(toy, s.seeds, s.seed)
+    if toy.kind == "tms":
+        patterns = [("linear1", recipe.C), ("linear2", recipe.C)] + [("hidden_layers.*", recipe.C)] * (toy.layers > 0)
+        tied: tuple[tuple[str, str], ...] = (("linear1", "linear2"),)
+    else:
+        patterns, tied = [("layers.*.mlp_in", recipe.C), ("layers.*.mlp_out", recipe.C)], ()
+    config = SPDConfig(tuple(patterns), recipe.gate, tied)
+    model = ComponentModel(target, config, torch.Generator().manual_seed(s.seed + 1))
+    if s.compile_gates and recipe.gate == SCALAR:
+        model.compile_gates()
+    steps = round(recipe.steps * s.scale)
+    train = SPDTrainConfig(steps, recipe.lr, recipe.recon, recipe.minimality, p=(recipe.p, recipe.p),
+                           schedule=recipe.schedule, seed=s.seed + 2)  # type: ignore[arg-type]  # fmt: skip
+    seconds = train_spd(model, ToyBatches(toy, s.seeds, recipe.batch, s.seed + 3), train, folder, f"spd_{name}")
+    importances = importance_matrix(toy, model)
+    mmcs, ml2r = recovery(toy, model)
+    with torch.no_grad():
+        x = next(ToyBatches(toy, s.seeds, 8192, s.seed + 4))
+        z = model.importance_logits(model.inputs_capture(x)[0])
+        l0 = torch.stack([(model.lower(logit) > 0.1).sum(-1).float().mean(-1) for logit in z.values()]).mean(0)
+    errors = [importance_errors(toy, importances, tolerance) for tolerance in (0.1, 0.2)]
+    rows = [
+        [name, i, *(round(v, 5) for v in (mmcs[i].item(), ml2r[i].item())), errors[0][i], errors[1][i],
+         round(l0[i].item(), 3), steps, round(seconds, 1)]
+        for i in range(s.seeds)
+    ]  # fmt: skip
+    write_rows(s.output / "points.csv", name, rows)
+    torch.save({"importances": importances, "model": model.state_dict()}, folder / "result.pt")
+    draw_importance(importances, s.output / f"importance_{name}.png", name)
+    if name == "tms_5-2":
+        draw_directions(model, s.output / "directions_tms_5-2.png")
+    print(*rows, sep="\n")
+
+
+def write_rows(path: Path, name: str, rows: list[list[object]]) -> None:
+    old = [row for row in read_rows(path) if row[0] != name]
+    with atomic_path(path) as temporary, temporary.open("w", newline="") as file:
+        csv.writer(file, lineterminator="\n").writerows([COLUMNS, *old, *rows])
+
+
+def read_rows(path: Path) -> list[list[str]]:
+    return list(csv.reader(path.open()))[1:] if path.exists() else []
+
+
+def main(s: Settings) -> None:
+    began = time.perf_counter()
+    unknown = [toy for toy in s.toys if toy not in RECIPES]
+    if unknown:
+        raise SystemExit(f"unknown toy {unknown[0]!r}: use {', '.join(RECIPES)}")
+    done = {row[0] for row in read_rows(s.output / "points.csv")}
+    for name in s.toys:
+        if name in done:
+            print(f"{name} is in {s.output / 'points.csv'}: delete its rows to run it again", file=sys.stderr)
+        else:
+            decompose(name, TOYS[name], s)
+            write_settings(s.output, s, "cpu", time.perf_counter() - began)
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Settings))

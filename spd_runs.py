@@ -1,0 +1,156 @@
+"""Reading Goodfire's SPD runs: `final_config.yaml`, `model_{step}.pth` (the highest step), the target beside it.
+
+    state dict: target_model.*, _components.<path, . → ->.{V, U, bias}, [ci_fn.]_ci_fns.<path, . → ->.layers.<i>.{W, b}
+    global gates: [ci_fn.]_global_ci_fn.{layers.<i>.{W, b} | _input_projector, _blocks.<n>.…, _output_head}
+    legacy keys:  _gates. → _ci_fns.,  patched_model. → target_model.,  .original.weight → .weight
+
+A run's tensors say which modules are decomposed, each C, and every width of the gates; the configuration is asked only
+for what tensors cannot say: the gate's kind and its number of heads. No code of that repository is needed.
+"""
+
+import re
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from torch import Tensor, nn
+
+from checkpoints import load_state, load_tensors
+from config import GateConfig, SPDConfig
+from logs import download_run_files
+from spd_model import ComponentModel
+from token_stream import cache_folder
+
+RENAMED = (
+    (r"^patched_model\.", "target_model."),
+    (r"^_gates\.|^gates\.", "_ci_fns."),
+    (r"^ci_fn\.", ""),
+    (r"^_global_ci_fn\._global_ci_fn\.", "_global_ci_fn."),
+    (r"\.original\.(weight|bias)$", r".\1"),
+    (r"^components\.", "_components."),
+)
+
+
+def run_folder(reference: str) -> Path:
+    """A local run directory as it is; `wandb:entity/project/runs/id` (or without `runs/`) is fetched once."""
+    if not reference.startswith("wandb:"):
+        return Path(reference)
+    run = reference.removeprefix("wandb:").replace("/runs/", "/")
+    return download_run_files(run, ("final_config", "model_"), cache_folder() / "wandb")
+
+
+def latest_checkpoint(folder: Path) -> Path:
+    """The `model_{step}.pth` of the largest number; model_9 comes before model_10."""
+    found = {int(m[1]): p for p in folder.glob("model_*.pth") if (m := re.fullmatch(r"model_(\d+)\.pth", p.name))}
+    if not found or not (folder / "final_config.yaml").exists():
+        raise ValueError(f"{folder} holds no final_config.yaml with a model_STEP.pth beside it: not an SPD run")
+    return found[max(found)]
+
+
+def canonical(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Current names for legacy and development ones."""
+    out = {}
+    for key, value in state.items():
+        for pattern, replacement in RENAMED:
+            key = re.sub(pattern, replacement, key)
+        out[key] = value
+    return out
+
+
+def _gate_section(raw: dict[str, Any]) -> dict[str, Any]:
+    """The part of final_config.yaml that describes the gates: its names changed between versions."""
+    section = raw.get("ci_config") or raw
+    return section if isinstance(section, dict) else raw
+
+
+def _find(node: Any, names: tuple[str, ...]) -> Any:
+    """The first value in a nested configuration whose key is one of `names`; None if there is none."""
+    if isinstance(node, dict):
+        for name in names:
+            if node.get(name) is not None:
+                return node[name]
+        node = list(node.values())
+    if isinstance(node, list):
+        return next((found for item in node if (found := _find(item, names)) is not None), None)
+    return None
+
+
+def _gate_config(state: dict[str, Tensor], raw: dict[str, Any]) -> GateConfig:
+    section = _gate_section(raw)
+    if "_global_ci_fn._input_projector.W" in state:
+        blocks = {m[1] for key in state if (m := re.match(r"_global_ci_fn\._blocks\.(\d+)\.", key))}
+        heads = _find(section, ("n_heads", "num_heads", "n_head"))
+        if heads is None:
+            raise ValueError("final_config.yaml names no number of attention heads (n_heads) of the transformer gate")
+        d_model = state["_global_ci_fn._input_projector.W"].shape[1]
+        hidden = state["_global_ci_fn._blocks.0.mlp.0.W"].shape[1]
+        causal = bool(_find(section, ("is_causal", "causal")))  # those runs' gates are bidirectional
+        return GateConfig("global_shared_transformer", (hidden,), d_model, len(blocks), int(heads), causal)
+    reverse = [key for key in state if key.startswith("_global_ci_fn.") and not key.startswith("_global_ci_fn.layers.")]
+    if reverse:
+        raise ValueError(
+            f"tensor {reverse[0]!r} belongs to a kind of gate this project does not know (reverse residual?)"
+        )
+    scope = "_global_ci_fn." if any(key.startswith("_global_ci_fn.") for key in state) else ""
+    first = next((key for key in state if key.startswith(scope or "_ci_fns.")), None)
+    if first is None:
+        raise ValueError("the checkpoint holds no gates (_ci_fns.* or _global_ci_fn.*)")
+    stem = "_global_ci_fn." if scope else ".".join(first.split(".")[:2]) + "."
+    layers = sorted(
+        (int(m[1]), state[k]) for k in state if (m := re.fullmatch(re.escape(stem) + r"layers\.(\d+)\.W", k))
+    )
+    hidden = tuple(W.shape[-1] for _, W in layers[:-1])
+    if scope:
+        return GateConfig("global_shared_mlp", hidden)
+    first_W = layers[0][1]
+    kind = "shared_mlp" if first_W.ndim == 2 else "mlp" if first_W.shape[-2] == 1 else "vector_mlp"
+    return GateConfig(kind, hidden)  # type: ignore[arg-type]
+
+
+def _paths(state: dict[str, Tensor], model: nn.Module) -> dict[str, str]:
+    """Name in the state dict (dots as dashes) → module path, proven to exist in the target."""
+    modules = {name.replace(".", "-"): name for name, _ in model.named_modules() if name}
+    names = sorted({key.split(".")[1] for key in state if key.startswith("_components.")})
+    missing = [name for name in names if name not in modules]
+    if missing:
+        raise ValueError(f"the run decomposes {missing[0]!r}, which the given target does not have: wrong target?")
+    return {name: modules[name] for name in names}
+
+
+def load_run(reference: str, target_model: nn.Module) -> ComponentModel:
+    """The decomposition of a Goodfire run, in eval mode, on the target given (whose weights the run's must equal).
+
+    Raises ValueError in one line for a folder that is no run, a truncated checkpoint, an unknown kind of gate, a target
+    that differs, or tensors that do not fit.
+    """
+    folder = run_folder(reference)
+    file = latest_checkpoint(folder)
+    state = canonical(load_tensors(file, "cpu"))
+    raw = yaml.safe_load((folder / "final_config.yaml").read_text())
+    _check_target(state, target_model, reference)
+    paths = _paths(state, target_model)
+    sizes = {path: state[f"_components.{name}.V"].shape[1] for name, path in paths.items()}
+    config = SPDConfig(tuple(sizes.items()), _gate_config(state, raw))
+    model = ComponentModel(target_model, config, torch.Generator())
+    own = {
+        key: value.float()
+        for key, value in state.items()
+        if key.startswith(("_components.", "_ci_fns.", "_global_ci_fn."))
+    }
+    load_state(model, own, reference)
+    return model.eval()
+
+
+def _check_target(state: dict[str, Tensor], model: nn.Module, reference: str) -> None:
+    weights = model.state_dict()
+    stored = {
+        key.removeprefix("target_model."): value for key, value in state.items() if key.startswith("target_model.")
+    }
+    for name, value in stored.items():
+        if name in weights and (
+            weights[name].shape != value.shape or not torch.allclose(weights[name].float(), value.float(), atol=1e-3)
+        ):
+            raise ValueError(
+                f"{reference} decomposes a model whose {name!r} differs from the given target's: load its own target"
+            )
