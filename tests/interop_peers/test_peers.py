@@ -79,6 +79,37 @@ def test_saelens_hooks_our_sae_into_a_model(tmp_path: Path) -> None:
     torch.testing.assert_close(reconstruction, expected, rtol=1e-4, atol=1e-4)
 
 
+def test_saelens_evaluates_our_sae_from_its_configuration_alone(tmp_path: Path) -> None:
+    """The path its dashboards and SAEBench take: cfg.json names the hook, the context and what precedes a text."""
+    sae_lens = pytest.importorskip("sae_lens")
+    from datasets import Dataset
+    from sae_lens.evals import EvalConfig, run_evals
+    from sae_lens.training.activation_scaler import ActivationScaler
+    from transformer_lens import HookedTransformerConfig
+    from transformers import AutoTokenizer
+
+    config = HookedTransformerConfig(
+        n_layers=2, d_model=D, n_ctx=256, d_head=3, n_heads=2, d_vocab=len(WORDS) + 2, act_fn="gelu", d_mlp=12,
+        device="cpu", default_prepend_bos=False,
+    )  # fmt: skip
+    tokenizer = word_tokenizer()
+    tokenizer.pad_token = tokenizer.bos_token = tokenizer.eos_token
+    tokenizer.save_pretrained(tmp_path / "tokenizer")  # TransformerLens reads tokenizers from folders
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "tokenizer")
+    model = sae_lens.HookedSAETransformer(config, tokenizer=tokenizer)
+    coder = sae(TopK(3))
+    theirs = sae_lens.SAE.load_from_disk(exported("saelens", tmp_path, coder))
+    text = Dataset.from_dict({"text": [" ".join(WORDS[i % 7 :: 2]) for i in range(200)]})
+    store = sae_lens.ActivationsStore.from_sae(model, theirs, text, streaming=False)
+    settings = EvalConfig(
+        batch_size_prompts=2, n_eval_reconstruction_batches=1, n_eval_sparsity_variance_batches=1, compute_kl=True,
+        compute_ce_loss=True, compute_l2_norms=True, compute_sparsity_metrics=True, compute_variance_metrics=True,
+    )  # fmt: skip
+    metrics, _ = run_evals(theirs, store, model, ActivationScaler(), settings)
+    assert 0 < metrics["sparsity"]["l0"] <= 3
+    assert metrics["model_performance_preservation"]["ce_loss_with_sae"] > 0
+
+
 # ------------------------------------------------------------------------------------------------------------- sparsify
 
 
