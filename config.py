@@ -123,7 +123,7 @@ class TrainConfig:
     lr: float  # peak learning rate of Adam
     warmup: float = 0.05  # fraction of the steps with a rising learning rate
     decay: float = 0.2  # fraction of the steps, at the end, in which it falls linearly to zero
-    anneal: float = 0.1  # fraction of the steps in which k falls from 10k to k
+    anneal: float = 0.1  # fraction of the steps in which k falls from 4k to k
     max_grad_norm: float = 1.0  # each coder's gradient is clipped to this norm
     aux: float = 1 / 32  # coefficient of the AuxK loss
     dead_after: int = 10_000_000  # a latent is dead after being silent for this many tokens

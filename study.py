@@ -13,16 +13,17 @@ from jaxtyping import Int
 from torch import Tensor
 
 from activation_store import ActivationsStore, DataConfig
-from checkpoints import CHECKPOINTS, Checkpoint, build_coder
+from checkpoints import CHECKPOINTS, Checkpoint, TrainingRecord, build_coder, load_spd
 from clt import CrossLayerTranscoder
 from config import CLTConfig, EncoderConfig, Rule, SAEConfig, TrainConfig
 from logs import write_settings
 from evaluation import Measurement
 from pareto import draw, markdown_table, read_points, write_layers, write_points
-from replacement import CLT, SAE, Affine, Identity, Mean, Neurons, Origin, Replacement, Transcoder, Zero, fit_affine
+from replacement import CLT, SAE, SPD, Affine, Identity, Mean, Neurons, Origin, Replacement, Transcoder, Zero, fit_affine
 from sae import BaseAutoencoder
 from sparsity import Coder
-from target_models import TargetModel
+from spd_model import ComponentModel
+from target_models import ASSETS, TargetModel, mlp_matrices
 from token_stream import TokenStream, take_tokens
 from training import learning_rate, train_group
 
@@ -127,3 +128,37 @@ def train_coders(
     data = DataConfig(layers, batch, seed=seed)
     train = TrainConfig(tokens, learning_rate(tokens, configs[0].d_dict), seed=seed)
     return train_group([new_coder(config, seed) for config in configs], target, data, train, folder)
+
+
+def find_spd(target: TargetModel) -> tuple[ComponentModel, TrainingRecord]:
+    """The target's decomposition: the shipped one of `tiny`, else the one that exp_004 left among the checkpoints."""
+    shipped = ASSETS / f"spd_{target.name}"
+    found = sorted(checkpoint_folder(target.name).glob("*_spd_*"))
+    if not shipped.exists() and not found:
+        raise ValueError(f"there is no SPD of {target.name!r}: train one with exp_004 first")
+    return load_spd(str(shipped if shipped.exists() else found[-1]), target)
+
+
+def spd_replacements(
+    target: TargetModel, model: ComponentModel, record: TrainingRecord, layers: Sequence[int]
+) -> list[Replacement]:
+    """The decomposition at its own thresholds, importance above 0 and above 0.5, with and without the delta component."""
+    origin = Origin(record.seed, record.train_tokens, record.train_seconds, record.name)
+    return [SPD(target, model, t, delta=delta, layers=layers, origin=origin) for t in (0.0, 0.5) for delta in (False, True)]
+
+
+def spd_thresholds(target: TargetModel, layers: Sequence[int]) -> list[Replacement]:
+    return spd_replacements(target, *find_spd(target), layers)
+
+
+def spd_sweep(target: TargetModel, layers: Sequence[int], top_k: Sequence[int], each_matrix: bool = False) -> list[Replacement]:
+    """Components ranked by pre-sigmoid importance, k of each matrix; `each_matrix` also replaces one matrix at a time."""
+    model, record = find_spd(target)
+    origin = Origin(record.seed, record.train_tokens, record.train_seconds, record.name)
+    names = [path.rpartition(".")[2] for path in mlp_matrices(target, layers[0])]
+    groups = [None, *([name] for name in names)] if each_matrix else [None]
+    largest = min(model.sizes.values())
+    return [
+        SPD(target, model, top_k=k, layers=layers, matrices=group, origin=origin)
+        for group in groups for k in top_k if k <= largest
+    ]  # fmt: skip

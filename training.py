@@ -5,7 +5,7 @@
 
 One forward of the target feeds all coders; each has its own optimiser, schedule, metrics and checkpoint. Nothing in a
 step synchronises the device: metrics are read, dead latents listed and NaN looked for every `metrics_every` steps.
-k falls from 10k to k over the first `anneal` of the steps (linear). The learning rate rises over `warmup`, stays, and
+k falls from 4k to k over the first `anneal` of the steps (linear). The learning rate rises over `warmup`, stays, and
 falls linearly to zero over the last `decay`. The deployed threshold is set on tokens of the stream that come after the
 last training batch, so that neither training nor evaluation has seen them.
 """
@@ -37,6 +37,9 @@ from target_models import TargetModel
 
 
 
+ANNEAL_FROM = 4  # times k; the field starts at 10k, whose first steps cost more than all the others together
+
+
 def learning_rate(tokens: int, d_dict: int) -> float:
     """Default peak learning rate of Adam: 2e-4 / √(d_dict / 2¹⁴) · max(1, 10⁸ / tokens)^0.4.
 
@@ -54,9 +57,9 @@ def schedule(step: int, steps: int, config: TrainConfig) -> float:
 
 
 def annealed_k(k: int, step: int, steps: int, config: TrainConfig) -> int:
-    """10k at the first step, k from `anneal` of the steps on, linear between."""
+    """ANNEAL_FROM · k at the first step, k from `anneal` of the steps on, linear between."""
     progress = min(1.0, step / max(1.0, config.anneal * steps))
-    return round(k * (10 - 9 * progress))
+    return round(k * (ANNEAL_FROM - (ANNEAL_FROM - 1) * progress))
 
 
 @dataclass

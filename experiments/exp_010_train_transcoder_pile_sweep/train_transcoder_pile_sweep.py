@@ -10,7 +10,7 @@ Expected: FVU and CE degradation fall with k in every layer; all layers together
 """
 
 import time
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 from config import BatchTopK
@@ -43,22 +43,15 @@ PRESETS = {"pile": Settings(), "tiny": Settings("tiny", d_dict=1536, tokens=1_00
 def train_layer(s: Settings, layer: int, device: str) -> None:
     target = load_target(s.target, device)
     configs = transcoder_configs(target, (layer,), [BatchTopK(k) for k in s.top_k], s.d_dict)
-    folder = checkpoint_folder(s.target) / f"layer_{layer}"
-    train_coders(configs, target, s.tokens, s.batch, s.seed, folder)
+    train_coders(configs, target, s.tokens, s.batch, s.seed, checkpoint_folder(s.target))
 
 
 def main(s: Settings) -> None:
     began = time.perf_counter()
     run_jobs([Job(f"layer {layer}", train_layer, (s, layer)) for layer in s.layers], s.devices)
     target = load_target(s.target, s.devices[0])
-    checkpoints = [
-        checkpoint
-        for layer in s.layers
-        for checkpoint in train_coders(
-            transcoder_configs(target, (layer,), [BatchTopK(k) for k in s.top_k], s.d_dict),
-            target, s.tokens, s.batch, s.seed, checkpoint_folder(s.target) / f"layer_{layer}",
-        )
-    ]  # fmt: skip
+    configs = transcoder_configs(target, s.layers, [BatchTopK(k) for k in s.top_k], s.d_dict)
+    checkpoints = train_coders(configs, target, s.tokens, s.batch, s.seed, checkpoint_folder(s.target))  # all are there
     replacements = as_replacements(checkpoints) + baselines(target, s.layers, neurons=s.top_k)
     measured = evaluate(target, replacements, held_out_tokens(target, s.eval_tokens), ("single", "frozen", "free"))
     write_report(s.output, measured, s, "Transcoders, k swept", __doc__, began, s.devices[0])
