@@ -31,7 +31,6 @@ from tyro.conf import Positional
 from checkpoints import CONFIG, Checkpoint, TrainingRecord, check_target, load_checkpoint, load_spd, resolve
 from config import Site
 from logs import git_commit
-from losses import cross_entropy, kl_divergence
 from pareto import LayerPoint, ParetoPoint, markdown_table, read_layers, read_points, write_layers, write_points
 from replacement import SPD, Active, Identity, Mean, Module, Origin, Pass, Replacement, Zero, replaced
 from target_models import Captured, TargetModel, load_target
@@ -40,7 +39,7 @@ Protocol = Literal["single", "frozen", "free"]
 PROTOCOLS: tuple[Protocol, ...] = ("single", "frozen", "free")
 RESAMPLES = 1000
 VALUE_BITS = 8  # stands for an active value until a measured quantisation replaces it
-LOGITS_AT_ONCE = 2**25  # log-probabilities compared at a time: bounds the memory of large vocabularies
+BATCH_LOGITS = 2**26  # logits of a batch: bounds the memory of large vocabularies
 
 
 class Measurement(NamedTuple):
@@ -105,6 +104,9 @@ class _Original(NamedTuple):
     """The original model on one batch."""
 
     logits: Float[Tensor, "batch seq vocab"]
+    p: Float[Tensor, "batch seq vocab"]  # softmax of the logits
+    log_z: Float[Tensor, "batch seq"]  # log Σ exp of the logits
+    ce: Float[Tensor, "batch"]
     activations: Captured
 
 
@@ -117,9 +119,38 @@ def _original(target: TargetModel, tokens: Int[Tensor, "batch seq"], layers: Seq
             seen[layer] = (x, y)
             return y
 
-    logits = replaced(target, tokens, Watch(Identity(layers), None), layers, lambda layer, y_hat: None)
+    logits = replaced(target, tokens, Watch(Identity(layers), None), layers, lambda layer, y_hat: None).float()
+    log_z = logits.logsumexp(-1)
+    ce = _cross_entropy(logits, log_z, tokens).cpu()
     inputs, outputs = (torch.stack([seen[layer][i] for layer in layers]) for i in range(2))
-    return _Original(logits, Captured(inputs, outputs))
+    return _Original(logits, logits.softmax(-1), log_z, ce, Captured(inputs, outputs))
+
+
+def _cross_entropy(
+    logits: Float[Tensor, "batch seq vocab"], log_z: Float[Tensor, "batch seq"], tokens: Int[Tensor, "batch seq"]
+) -> Float[Tensor, "batch"]:
+    """Each sequence's mean CE: log Z − the next token's logit."""
+    correct = logits[:, :-1].gather(2, tokens[:, 1:, None])[..., 0]
+    return (log_z[:, :-1] - correct).double().mean(1)
+
+
+def _compare(
+    original: _Original, logits: Float[Tensor, "batch seq vocab"], tokens: Int[Tensor, "batch seq"]
+) -> tuple[Float[Tensor, "batch"], Float[Tensor, "batch"]]:
+    """Each sequence's CE and KL(original ‖ replaced), on the CPU; few logits at a time, which stay in a CPU's cache.
+
+    KL = Σ p (log p − log q) = log Z_q − log Z_p − Σ p (logit_q − logit_p): one exponential per logit, 0 where q is p.
+    """
+    at_once = max(1, (2**20 if logits.device.type == "cpu" else 2**25) // logits[0].numel())
+    ce, kl = [], []
+    for i in range(0, len(tokens), at_once):
+        part = slice(i, i + at_once)
+        q = logits[part].float()
+        log_z = q.logsumexp(-1)
+        ce.append(_cross_entropy(q, log_z, tokens[part]))
+        shift = torch.linalg.vecdot(original.p[part], q - original.logits[part])
+        kl.append((log_z - original.log_z[part] - shift).double().mean(1))
+    return torch.cat(ce).cpu(), torch.cat(kl).cpu()
 
 
 def _pick(captured: Captured, all_layers: Sequence[int], layers: Sequence[int]) -> Captured:
@@ -144,7 +175,7 @@ def evaluate(
         replacements: what to measure. CE recovered against mean ablation needs a `Mean` of the same layers among them.
         tokens: held-out sequences without padding.
         protocols: which rows to make; `single` makes one per layer.
-        batch: sequences per forward pass; None: 16, or as many as keep the logits below 512 MiB.
+        batch: sequences per forward pass; None: 16, or as few as keep a batch's logits within 256 MiB.
         seed: of the bootstrap.
     Returns: rows in the order of `replacements`, then protocols, then layers; losses in nats. Nothing is mutated.
     """
@@ -177,7 +208,7 @@ def evaluate(
     tallies = {run: _Tally(everything[run.replacement].modules(run.layers), run.layers, target.device) for run in runs}
     moments = _Moments(all_layers)
     ce_original: list[Tensor] = []
-    batch = batch or max(1, min(16, 4 * LOGITS_AT_ONCE // (tokens.shape[1] * target.vocab_size)))
+    batch = batch or max(1, min(16, BATCH_LOGITS // (tokens.shape[1] * target.vocab_size)))
     with torch.inference_mode():
         for sequences in tokens.split(batch):
             _measure_batch(target, everything, sequences.to(target.device), all_layers, tallies, moments, ce_original)
@@ -241,7 +272,7 @@ def _measure_batch(
     ce_original: list[Tensor],
 ) -> None:
     original = _original(target, tokens, all_layers)
-    ce_original.append(_compare(original.logits, original.logits, tokens)[0])
+    ce_original.append(original.ce)
     moments.add(original.activations.outputs)
     clean_pass: dict[int, Pass] = {}
     for run, tally in tallies.items():
@@ -259,24 +290,10 @@ def _measure_batch(
             tally.add_error(layer, original.activations.outputs[all_layers.index(layer)], y_hat)
 
         logits = replaced(target, tokens, pass_, run.layers, observe)
-        ce, kl = _compare(original.logits, logits, tokens)
+        ce, kl = _compare(original, logits, tokens)
         tally.ce.append(ce)
         tally.kl.append(kl)
         tally.add_activity(pass_.active, *tokens.shape)
-
-
-def _compare(
-    logits_p: Float[Tensor, "batch seq vocab"],
-    logits_q: Float[Tensor, "batch seq vocab"],
-    tokens: Int[Tensor, "batch seq"],
-) -> tuple[Float[Tensor, "batch"], Float[Tensor, "batch"]]:
-    """Each sequence's CE under q and KL(p‖q), a few sequences at a time (float64 on the CPU)."""
-    at_once = max(1, LOGITS_AT_ONCE // logits_p[0].numel())
-    pieces = list(zip(logits_p.split(at_once), logits_q.split(at_once), tokens.split(at_once)))
-    ce = torch.cat([cross_entropy(q, t).double().mean(1) for _, q, t in pieces])
-    if logits_p is logits_q:
-        return ce.cpu(), torch.zeros(len(tokens), dtype=torch.float64)
-    return ce.cpu(), torch.cat([kl_divergence(p, q).double().mean(1) for p, q, _ in pieces]).cpu()
 
 
 # --------------------------------------------------------------------------------------------------------- summing up
