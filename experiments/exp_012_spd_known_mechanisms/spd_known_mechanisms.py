@@ -18,7 +18,7 @@ import tyro
 from toy_figures import draw_directions, draw_importance
 
 from config import GateConfig, Recon, SPDConfig, SPDTrainConfig
-from logs import atomic_path, write_settings
+from logs import REPOSITORY, atomic_path, write_settings
 from spd_model import ComponentModel
 from spd_training import train_spd
 from toy_models import TOYS, Toy, ToyBatches, importance_errors, importance_matrix, recovery, train_target
@@ -64,7 +64,7 @@ class Settings:
 
 
 def decompose(name: str, toy: Toy, s: Settings) -> None:
-    recipe, folder = RECIPES[name], s.output / f".{name}"
+    recipe, folder = RECIPES[name], REPOSITORY / "checkpoints" / f"toy_{name}_s{s.seed}"
     target = train_target(toy, s.seeds, s.seed)
     if toy.kind == "tms":
         patterns = [("linear1", recipe.C), ("linear2", recipe.C)] + [("hidden_layers.*", recipe.C)] * (toy.layers > 0)
@@ -92,7 +92,6 @@ def decompose(name: str, toy: Toy, s: Settings) -> None:
         for i in range(s.seeds)
     ]  # fmt: skip
     write_rows(s.output / "points.csv", name, rows)
-    torch.save({"importances": importances, "model": model.state_dict()}, folder / "result.pt")
     draw_importance(importances, s.output / f"importance_{name}.png", name)
     if name == "tms_5-2":
         draw_directions(model, s.output / "directions_tms_5-2.png")

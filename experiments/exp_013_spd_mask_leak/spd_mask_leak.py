@@ -1,0 +1,140 @@
+"""How well do SPD's masks alone predict the next token? A gate that sees the future can write it into its masks.
+
+A linear softmax probe reads which components are active (g_lo > 0, all modules) and predicts the next token among the
+`classes` most frequent ones; trained on one stretch of held-out text, measured on another. Beside it: masks shuffled
+over positions (what frequencies alone give), the current token (what any honest gate may know, as a bigram probe), and,
+with --gate-steps, gates trained in place of the decomposition's own, its components kept: one causal transformer and one
+bidirectional, as Goodfire's are.
+
+    python experiments/exp_013_spd_mask_leak/spd_mask_leak.py                    # the shipped decomposition of `tiny`
+    python experiments/exp_013_spd_mask_leak/spd_mask_leak.py --gate-steps 1000  # and both transformer gates
+
+Expected: a per-position gate predicts about as well as, or less well than, the model itself; a bidirectional one better
+than any causal predictor could, if it leaks.
+"""
+
+import csv
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import matplotlib.pyplot as plt
+import torch
+import torch.nn.functional as F
+import tyro
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from checkpoints import load_spd
+from config import GateConfig, Recon, SPDConfig, SPDTrainConfig
+from logs import REPOSITORY, atomic_path, write_settings
+from spd_model import ComponentModel
+from spd_training import SPDTrainer
+from target_models import TargetModel, load_target
+from token_stream import TokenStream, take_tokens
+
+COLUMNS = ["gate", "probe_ce", "shuffled_ce", "current_token_ce", "model_ce", "l0", "tokens", "classes", "gate_steps"]
+
+
+@dataclass(frozen=True)
+class Settings:
+    target: str = "tiny"
+    checkpoint: str = "assets/spd_tiny"
+    tokens: int = 40_000  # half train the probe, half measure it
+    classes: int = 256  # most frequent next tokens; positions with others are left out
+    probe_steps: int = 300
+    gate_steps: int = 0  # steps of training each transformer gate; 0: only the decomposition's own gate
+    seed: int = 0
+    output: Path = Path(__file__).parent / "output"
+
+
+def probe(x: Float[Tensor, "position feature"], y: Int[Tensor, "position"], s: Settings) -> float:
+    """Held-out cross-entropy (nats) of a linear softmax classifier trained on the first half."""
+    half, generator = len(x) // 2, torch.Generator().manual_seed(s.seed)
+    W = torch.zeros(x.shape[1], s.classes, requires_grad=True)
+    frequency = torch.bincount(y[:half], minlength=s.classes) + 1.0
+    b = frequency.div(frequency.sum()).log().requires_grad_()
+    optimiser = torch.optim.Adam([W, b], lr=2e-3)
+    best = float("inf")
+    for step in range(s.probe_steps + 1):
+        if step % 50 == 0:  # the best of a few readings: an early stop, the same rule for every probe
+            with torch.no_grad():
+                best = min(best, F.cross_entropy(x[half:].float() @ W + b, y[half:]).item())
+        rows = torch.randint(half, (1024,), generator=generator)
+        F.cross_entropy(x[rows].float() @ W + b, y[rows]).backward()
+        optimiser.step()
+        optimiser.zero_grad()
+    return best
+
+
+def masks(model: ComponentModel, tokens: Int[Tensor, "sequence seq"]) -> Tensor:
+    """Which components are active at each position but the last of each sequence: position × all components, uint8."""
+    out = []
+    with torch.inference_mode():
+        for rows in tokens.split(16):
+            z = model.importance_logits(model.inputs_capture(rows)[0])
+            out.append(torch.cat([(z[path] > 0)[:, :-1].flatten(0, 1) for path in model.paths], -1).to(torch.uint8))
+    return torch.cat(out)
+
+
+def with_gate(own: ComponentModel, target: TargetModel, causal: bool, s: Settings) -> ComponentModel:
+    """The same components, a transformer gate trained to serve them."""
+    gate = GateConfig("global_shared_transformer", (256,), 128, 2, 4, causal)
+    model = ComponentModel(target.model, SPDConfig(own.config.components, gate), torch.Generator().manual_seed(s.seed))
+    model._components.load_state_dict(own._components.state_dict())
+    recipe = SPDTrainConfig(s.gate_steps, 1e-3, (Recon(1.0),), 5e-4, "kl", p=(2.0, 0.4), warmup=0.05, final=0.1)
+    trainer = SPDTrainer(model, recipe, autocast=True)
+    model._components.requires_grad_(False)
+    stream = TokenStream(target.data, target.tokenizer, "train", 4, target.context, s.seed)
+    for _ in range(s.gate_steps):
+        trainer.step(next(stream))
+    return model
+
+
+def main(s: Settings) -> None:
+    began = time.perf_counter()
+    target = load_target(s.target, "cpu")
+    own, _ = load_spd(str(REPOSITORY / s.checkpoint), target)
+    tokens = take_tokens(TokenStream(target.data, target.tokenizer, "val", 16, target.context), s.tokens)
+    nexts, current = tokens[:, 1:].flatten(), tokens[:, :-1].flatten()
+    common = torch.bincount(nexts, minlength=target.vocab_size).topk(s.classes).indices
+    label = torch.full((target.vocab_size,), -1).scatter(0, common, torch.arange(s.classes))[nexts]
+    kept = (label >= 0).nonzero().flatten()
+    y, frequent = label[kept], torch.bincount(current, minlength=target.vocab_size).topk(1024).indices
+    bigram = probe((current[kept, None] == frequent).to(torch.uint8), y, s)
+    with torch.inference_mode():
+        logits = torch.cat([target.logits(rows)[:, :-1, common].flatten(0, 1) for rows in tokens.split(16)])[kept]
+    model_ce = F.cross_entropy(logits[len(y) // 2 :], y[len(y) // 2 :]).item()
+    gates = {f"{own.config.gate.kind} (its own)": own}
+    if s.gate_steps:
+        gates |= {name: with_gate(own, target, name == "causal transformer", s)
+                  for name in ("causal transformer", "bidirectional transformer")}  # fmt: skip
+    shuffle = torch.randperm(len(y), generator=torch.Generator().manual_seed(s.seed))
+    rows = []
+    for name, model in gates.items():
+        x = masks(model, tokens)[kept]
+        scores = [round(v, 4) for v in (probe(x, y, s), probe(x[shuffle], y, s), bigram, model_ce)]
+        l0 = x.float().sum(1).mean().item() / len(model.paths)
+        rows.append([name, *scores, round(l0, 2), s.tokens, s.classes, s.gate_steps if model is not own else ""])
+        print(dict(zip(COLUMNS, rows[-1])))
+    with atomic_path(s.output / "points.csv") as temporary, temporary.open("w", newline="") as file:
+        csv.writer(file, lineterminator="\n").writerows([COLUMNS, *rows])
+    draw(s.output)
+    write_settings(s.output, s, "cpu", time.perf_counter() - began)
+
+
+def draw(folder: Path) -> None:
+    rows = list(csv.DictReader((folder / "points.csv").open()))
+    figure, axis = plt.subplots(figsize=(6, 3.2))
+    axis.bar([row["gate"] for row in rows], [float(row["probe_ce"]) for row in rows], width=0.4)
+    for key, style in (("shuffled_ce", ":"), ("current_token_ce", "--"), ("model_ce", "-")):
+        axis.axhline(float(rows[0][key]), linestyle=style, color="0.3", label=key.removesuffix("_ce").replace("_", " "))
+    axis.set(ylabel="cross-entropy of the next token (nats)", title="What masks alone tell of the next token")
+    axis.legend(fontsize=7)
+    figure.tight_layout()
+    with atomic_path(folder / "mask_leak.png") as temporary:
+        figure.savefig(temporary, dpi=130, format="png")
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Settings))
