@@ -2,8 +2,8 @@
 
 A linear softmax probe reads which components are active (g_lo > 0, all modules) and predicts the next token among the
 `classes` most frequent ones; trained on one stretch of held-out text, measured on another. Beside it: masks shuffled
-over positions (what frequencies alone give), the current token (what any honest gate may know, as a bigram probe), and,
-with --gate-steps, gates trained in place of the decomposition's own, its components kept: one causal transformer and one
+over positions (what frequencies alone give), the current token (what any honest gate may know, a bigram probe), and,
+with --gate-steps, gates trained in place of its own, the components kept: one causal transformer and one
 bidirectional, as Goodfire's are.
 
     python experiments/exp_013_spd_mask_leak/spd_mask_leak.py                    # the shipped decomposition of `tiny`
