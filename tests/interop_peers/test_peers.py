@@ -201,9 +201,7 @@ def test_circuit_tracer_opens_our_clt(tmp_path: Path, monkeypatch: pytest.Monkey
 
 
 @pytest.mark.parametrize("kind", ["transcoders", "skip transcoders", "clt"])
-def test_circuit_tracer_builds_an_attribution_graph(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str
-) -> None:
+def test_circuit_tracer_builds_an_attribution_graph(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str) -> None:
     """Its nodes are our active latents (it zeroes position 0), and effects reach the logits."""
     circuit_tracer = pytest.importorskip("circuit_tracer")
     from circuit_tracer.replacement_model.replacement_model_transformerlens import TransformerLensReplacementModel
