@@ -56,6 +56,21 @@ def check_device(device: str) -> str:
     return device
 
 
+def errors_in_one_line() -> None:
+    """From here on an uncaught ValueError, which says what was wrong with an input, prints its line without a traceback.
+
+    Called by command lines; the exit code stays 1. `python -X dev` keeps tracebacks.
+    """
+
+    def report(kind: type[BaseException], error: BaseException, trace: Any) -> None:
+        if issubclass(kind, ValueError) and not sys.flags.dev_mode:
+            print(f"error: {error}", file=sys.stderr)
+        else:
+            sys.__excepthook__(kind, error, trace)
+
+    sys.excepthook = report
+
+
 def write_json(path: Path, value: Any) -> None:
     with atomic_path(path) as temporary:
         temporary.write_text(json.dumps(value, indent=1, default=str) + "\n")

@@ -13,11 +13,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-import tyro
 
 from config import BatchTopK
 from evaluation import evaluate
-from study import as_replacements, baselines, clt_configs, held_out_tokens, train_coders, transcoder_configs, write_report
+from study import (
+    as_replacements, baselines, clt_configs, held_out_tokens, settings_for, spd_thresholds, train_coders, transcoder_configs,
+    write_report,
+)  # fmt: skip
 from target_models import load_target
 
 HERE = Path(__file__).parent
@@ -29,7 +31,7 @@ class Settings:
     layers: tuple[int, ...] = (0, 1, 2, 3)
     transcoder_k: tuple[int, ...] = (8, 16, 32)  # active latents per token of the BatchTopK transcoders
     clt_k: tuple[int, ...] = (8, 16)  # active latents per token and layer of the cross-layer transcoders
-    neuron_k: tuple[int, ...] = (16, 64, 256)  # neurons kept per token by the neuron baseline
+    neuron_k: tuple[int, ...] = (16, 128)  # neurons kept per token by the neuron baseline
     d_dict: int = 1536  # latents per layer
     tokens: int = 1_000_000  # training tokens seen by every coder
     batch: int = 2048  # tokens per training batch
@@ -52,10 +54,11 @@ def main(s: Settings) -> None:
         *clt_configs(target, s.layers, [BatchTopK(k) for k in s.clt_k], s.d_dict),
     ]
     checkpoints = train_coders(configs, target, s.tokens, s.batch, s.seed, s.checkpoints)
-    replacements = as_replacements(checkpoints) + baselines(target, s.layers, s.neuron_k)
+    spd = spd_thresholds(target, s.layers) if s.target == "tiny" else []  # shipped in assets/, trained by exp_004
+    replacements = as_replacements(checkpoints) + spd + baselines(target, s.layers, s.neuron_k)
     measured = evaluate(target, replacements, held_out_tokens(target, s.eval_tokens), ("single", "frozen", "free"))
     write_report(s.output, measured, s, "The main job", TEXT, began, s.device)
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Settings, description=__doc__))
+    main(settings_for({"tiny": Settings()}, __doc__))

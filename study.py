@@ -16,7 +16,7 @@ from activation_store import ActivationsStore, DataConfig
 from checkpoints import CHECKPOINTS, Checkpoint, TrainingRecord, build_coder, load_spd
 from clt import CrossLayerTranscoder
 from config import CLTConfig, EncoderConfig, Rule, SAEConfig, TrainConfig
-from logs import write_settings
+from logs import errors_in_one_line, write_settings
 from evaluation import Measurement
 from pareto import draw, markdown_table, read_points, write_layers, write_points
 from replacement import CLT, SAE, SPD, Affine, Identity, Mean, Neurons, Origin, Replacement, Transcoder, Zero, fit_affine
@@ -115,6 +115,7 @@ def replot(folder: Path) -> None:
 
 def settings_for[S](presets: dict[str, S], doc: str | None) -> S:
     """The command line's settings; the preset of the named `--target` (or the first one) gives the defaults."""
+    errors_in_one_line()
     named = dict(zip(sys.argv, sys.argv[1:])).get("--target", next(iter(presets)))
     preset = presets.get(named, next(iter(presets.values())))
     return tyro.cli(type(preset), default=preset, description=doc)

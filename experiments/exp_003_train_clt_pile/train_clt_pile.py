@@ -34,7 +34,7 @@ class Settings:
     output: Path = Path(__file__).parent / "output"
 
 
-PRESETS = {"pile": Settings(), "tiny": Settings("tiny", d_dict=1536, tokens=1_000_000, batch=2048, device="cpu")}
+PRESETS = {"pile": Settings(), "tiny": Settings("tiny", top_k=(8, 16), d_dict=1536, tokens=1_000_000, batch=2048, device="cpu")}
 
 
 def main(s: Settings) -> None:
