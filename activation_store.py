@@ -3,8 +3,9 @@
     tokens ─ one forward of the target, stopped after the last hooked MLP ─▶ (x, y) of every layer, aligned by token
            ─ first position of each sequence dropped ─▶ buffer of `buffer_tokens` tokens ─ random half ─▶ batches
 
-The buffer holds (inputs or outputs, layer, token, d) in fp16, mixed; it serves half of itself and refills that half, so
-that every batch mixes tokens of many sequences. Memory: 2 · L · buffer_tokens · d · 2 bytes, twice that while mixing.
+The buffer holds (inputs or outputs, layer, token, d) in fp16. It serves a random half of its tokens, puts new ones into
+their slots, and draws a new random order, so that every batch mixes tokens of many sequences; nothing is ever moved.
+Memory: 2 · L · (buffer_tokens + one forward's tokens) · d · 2 bytes, allocated once.
 With `cache`, what the model gave is also written to disk (fp16) and read instead of the model by a later run; a
 fingerprint of model, data and settings refuses a stale one.
 """
@@ -18,7 +19,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from logs import atomic_path, write_json
@@ -64,34 +65,45 @@ class ActivationsStore:
         self.stream_position = 0  # batches of tokens read
         self.forwards = 0  # batches of tokens whose activations were put into the buffer
         self.generator = torch.Generator().manual_seed(config.seed)
-        self.buffer = torch.empty(2, len(config.layers), 0, target.d_model, dtype=torch.float16, device=target.device)
-        self.served = 0  # tokens at the buffer's start that were given out
-        self.serve = 0  # tokens to give out before the next refill
+        slots = config.buffer_tokens + config.model_batch * (target.context - 1)
+        self.buffer = torch.zeros(2, len(config.layers), slots, target.d_model, dtype=torch.float16, device=target.device)
+        self.free = torch.arange(slots)  # slots without a token to give out
+        self.order = torch.zeros(0, dtype=torch.int64)  # slots with one, in the order in which they are given out
+        self.served = 0  # slots at the start of `order` that were given out
+        self.serve = 0  # slots to give out before the next refill
         if config.cache:
             open_cache(Path(config.cache), self._fingerprint())
         self._refill()
-        self.stats = measure(self.buffer[:, :, : config.stats_tokens])
+        if not self.serve:
+            raise ValueError(
+                f"dataset {target.data.path!r} gives {len(self.order)} tokens of its {split} split, fewer than one batch of "
+                f"{config.batch_tokens}: choose a smaller batch or more text"
+            )
+        self.stats = measure(self.buffer, self.order[: config.stats_tokens].to(target.device))
 
     @property
     def bytes(self) -> int:
-        """Memory of the mixing buffer at its largest: while it is being mixed, twice its content."""
-        n = self.config.buffer_tokens + self.config.model_batch * self.target.context  # one forward more than it keeps
-        return 2 * 2 * len(self.config.layers) * n * self.target.d_model * self.buffer.element_size()
+        """Memory of the mixing buffer, all its life."""
+        return self.buffer.nbytes
 
     def _fingerprint(self) -> str:
         c, t = self.config, self.target
         settings = [t.name, t.fingerprint, dataclasses.astuple(t.data), c.layers, c.model_batch, t.context, c.seed, self.split]
         return hashlib.sha256(json.dumps(settings).encode()).hexdigest()[:16]
 
-    def _harvest(self) -> Float[Tensor, "two layer token d"]:
-        """Inputs and outputs of one forward's tokens, from the model or from the cache."""
+    def _harvest(self) -> Float[Tensor, "two layer token d"] | None:
+        """Inputs and outputs of one forward's tokens, from the model or from the cache; None where the text has ended."""
         file = Path(self.config.cache) / f"{self.forwards:06d}.npy"
         if self.config.cache and file.exists():
-            kept = torch.from_numpy(np.load(file)).to(self.target.device)
+            kept = torch.from_numpy(np.load(file, mmap_mode="c")).to(self.target.device)
         else:
             for _ in range(self.forwards - self.stream_position):
                 next(self.stream)
-            kept = stack_tokens(capture(self.target, next(self.stream), self.config.layers))
+            tokens = next(self.stream, None)
+            if tokens is None:
+                self.stream_position = self.forwards
+                return None
+            kept = stack_tokens(capture(self.target, tokens, self.config.layers))
             self.stream_position = self.forwards + 1
             if self.config.cache:
                 with atomic_path(file) as temporary, temporary.open("wb") as f:
@@ -100,16 +112,19 @@ class ActivationsStore:
         return kept
 
     def _refill(self) -> None:
-        """Drop what was served, fill up, mix, and serve half."""
-        parts = [self.buffer[:, :, self.served :]]
-        n = parts[0].shape[2]
-        while n < self.config.buffer_tokens:
-            parts.append(self._harvest())
-            n += parts[-1].shape[2]
-        order = torch.randperm(n, generator=self.generator).to(self.buffer.device)
-        self.buffer = torch.cat(parts, dim=2)[:, :, order]
-        batches = max(1, n // 2 // self.config.batch_tokens)
-        self.served, self.serve = 0, batches * self.config.batch_tokens
+        """Put new tokens where the served ones were, mix all, and serve half; all of it once the text has ended."""
+        self.free, self.order = torch.cat([self.free, self.order[: self.served]]), self.order[self.served :]
+        whole = torch.ones((), dtype=torch.bool, device=self.buffer.device)
+        while len(self.order) < self.config.buffer_tokens and (kept := self._harvest()) is not None:
+            slots, self.free = self.free.tensor_split([kept.shape[2]])
+            self.buffer.index_copy_(2, slots.to(self.buffer.device), kept)
+            self.order = torch.cat([self.order, slots])
+            whole &= kept.isfinite().all()
+        assert whole, f"an activation of {self.target.name} is not finite in fp16 (largest: {MAX_FP16:.0f})"
+        n = len(self.order)
+        self.order = self.order[torch.randperm(n, generator=self.generator)]
+        share = max(n // 2, self.config.batch_tokens) if n >= self.config.buffer_tokens else n
+        self.served, self.serve = 0, share // self.config.batch_tokens * self.config.batch_tokens
 
     def __iter__(self) -> "ActivationsStore":
         return self
@@ -117,47 +132,47 @@ class ActivationsStore:
     def __next__(self) -> ActivationBatch:
         if self.served == self.serve:
             self._refill()
-        inputs, targets = self.buffer[:, :, self.served : self.served + self.config.batch_tokens].float()
+        if not self.serve:
+            raise StopIteration
+        slots = self.order[self.served : self.served + self.config.batch_tokens].to(self.buffer.device)
         self.served += self.config.batch_tokens
-        return ActivationBatch(inputs, targets)
+        return ActivationBatch(*self.buffer.index_select(2, slots).float())
 
     def state_dict(self) -> dict[str, Any]:
-        """Everything that decides the batches to come, the buffer included."""
+        """Everything that decides the batches to come, the buffer itself (no copy of it) included."""
         return {
-            "buffer": self.buffer, "served": self.served, "serve": self.serve, "forwards": self.forwards,
+            "buffer": self.buffer, "free": self.free, "order": self.order, "served": self.served, "serve": self.serve, "forwards": self.forwards,
             "stream": self.stream.state_dict(), "stream_position": self.stream_position,
             "generator": self.generator.get_state(), "stats": tuple(self.stats),
         }  # fmt: skip
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.buffer = state["buffer"].to(self.target.device)
+        self.buffer.copy_(state["buffer"])
+        self.free, self.order = state["free"].cpu(), state["order"].cpu()
         self.served, self.serve, self.forwards = state["served"], state["serve"], state["forwards"]
         self.stream.load_state_dict(state["stream"])
         self.stream_position = state["stream_position"]
-        self.generator.set_state(state["generator"])
+        self.generator.set_state(state["generator"].cpu())
         self.stats = ActivationStats(*state["stats"])
 
 
 def stack_tokens(captured: Captured) -> Float[Tensor, "two layer token d"]:
     """Inputs and outputs side by side in fp16, without the first position of each sequence."""
-    both = torch.stack([captured.inputs[:, :, 1:].flatten(1, 2).float(), captured.outputs[:, :, 1:].flatten(1, 2).float()])
-    largest = both.abs().amax().item()
-    assert largest < MAX_FP16, f"an activation of {largest:.3g} does not fit the fp16 buffer"
-    return both.half()
+    return torch.stack([part[:, :, 1:].flatten(1, 2).half() for part in captured])
 
 
-def measure(buffer: Float[Tensor, "two layer token d"]) -> ActivationStats:
-    """Means, scales and variances of a sample of tokens."""
-    x, y = buffer.float()
-    y_mean = y.mean(1)
-    return ActivationStats(
-        x_mean=x.mean(1),
-        x_scale=x.shape[-1] ** 0.5 / x.norm(dim=-1).mean(1),
-        y_mean=y_mean,
-        y_scale=y.shape[-1] ** 0.5 / y.norm(dim=-1).mean(1),
-        y_variance=(y - y_mean[:, None]).square().sum(-1).mean(1),
-        n_tokens=x.shape[1],
+def measure(buffer: Float[Tensor, "two layer slot d"], slots: Int[Tensor, "token"]) -> ActivationStats:
+    """Means, scales and variances of the tokens in these slots; one layer in fp32 at a time."""
+
+    def one(side: int, layer: int) -> tuple[Tensor, Tensor, Tensor]:
+        a = buffer[side, layer, slots].float()
+        mean = a.mean(0)
+        return mean, a.shape[1] ** 0.5 / a.norm(dim=1).mean(), (a - mean).square().sum(1).mean()
+
+    (x_mean, x_scale, _), (y_mean, y_scale, y_variance) = (
+        [torch.stack(column) for column in zip(*(one(side, layer) for layer in range(buffer.shape[1])))] for side in (0, 1)
     )
+    return ActivationStats(x_mean, x_scale, y_mean, y_scale, y_variance, len(slots))
 
 
 def open_cache(folder: Path, fingerprint: str) -> None:

@@ -1,5 +1,6 @@
 """Theorems about the activation store, checkpoints and the training loop, on a small random target."""
 
+import copy
 import dataclasses
 import json
 import os
@@ -70,7 +71,7 @@ def test_a_store_resumes_exactly(small_target: TargetModel) -> None:
     store = ActivationsStore(small_target, DATA)
     for _ in range(7):
         next(store)
-    state = store.state_dict()
+    state = copy.deepcopy(store.state_dict())
     expected = [next(store) for _ in range(12)]
     other = ActivationsStore(small_target, DATA)
     other.load_state_dict(state)
@@ -81,9 +82,10 @@ def test_a_store_resumes_exactly(small_target: TargetModel) -> None:
 
 def test_the_buffer_keeps_to_its_stated_memory(small_target: TargetModel) -> None:
     store = ActivationsStore(small_target, DATA)
+    stated = 2 * 2 * 2 * (256 + 4 * 15) * 16  # bytes · sides · layers · (buffer + one forward) · d
     for _ in range(20):
         next(store)
-        assert 2 * store.buffer.nbytes <= store.bytes, f"{store.buffer.nbytes=} {store.bytes=}"
+        assert store.buffer.nbytes == store.bytes == stated, f"{store.bytes=} {stated=}"
 
 
 def test_cached_activations_are_the_same_and_a_stale_cache_is_refused(small_target: TargetModel, tmp_path: Path) -> None:
@@ -97,6 +99,17 @@ def test_cached_activations_are_the_same_and_a_stale_cache_is_refused(small_targ
     other = make_small_target(Path(small_target.data.path), seed=1)
     with pytest.raises(ValueError, match="is stale"):
         ActivationsStore(other, config)
+
+
+def test_a_text_that_ends_is_served_to_its_end(small_target: TargetModel) -> None:
+    """All tokens but a last part of a batch are given out once, then the store stops; too little text is refused."""
+    store = ActivationsStore(small_target, DATA, split="val")
+    batches = list(store)
+    n = store.forwards * 4 * 15
+    assert len(batches) == n // 32, f"{len(batches)=} {n=}"
+    assert next(store, None) is None
+    with pytest.raises(ValueError, match="fewer than one batch of 100000"):
+        ActivationsStore(small_target, dataclasses.replace(DATA, batch_tokens=100_000, buffer_tokens=200_000))
 
 
 def test_a_layer_out_of_range_is_refused(small_target: TargetModel) -> None:
@@ -114,9 +127,9 @@ def test_schedule_rises_stays_and_falls_to_zero() -> None:
     assert factors[90] == pytest.approx(0.5)
 
 
-def test_k_anneals_from_ten_k_to_k() -> None:
+def test_k_anneals_from_four_k_to_k() -> None:
     ks = [annealed_k(8, step, 100, TrainConfig(1, 1.0, anneal=0.2)) for step in range(100)]
-    assert ks[0] == 80 and ks[20:] == [8] * 80 and sorted(ks, reverse=True) == ks
+    assert ks[0] == 32 and ks[20:] == [8] * 80 and sorted(ks, reverse=True) == ks
 
 
 def test_learning_rate_is_the_fields_rule_in_long_runs() -> None:
