@@ -1,0 +1,153 @@
+"""What are the latents of one layer? One HTML file that opens anywhere: no server, nothing fetched.
+
+For each latent: density, the text around its strongest activations (colour: activation), the logits it raises and
+lowers, and its explanation where autointerp.py wrote one. The logit effect is measured: the mean change of the logits
+when the latent's mean write is added to the MLP's output at every position of a batch of held-out text.
+
+    python experiments/exp_008_interp_pile/dashboard.py                 # pile: GPU to train, network
+    python experiments/exp_008_interp_pile/dashboard.py --target tiny   # offline; minutes on 2 cores
+
+Writes dashboard.html. `--replot` is not offered: the page is the result.
+"""
+
+import html
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from features import TINY, Activations, Common, collect, draw_latents, read_csv, replacements, windows
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from logs import atomic_path, write_settings
+from replacement import Replacement
+from sparse_ops import Codes
+from study import held_out_tokens, settings_for
+from target_models import TargetModel, load_target, patched
+
+HERE = Path(__file__).parent
+EXAMPLES, EFFECTS = 8, 8
+
+
+@dataclass(frozen=True)
+class Settings(Common):
+    method: str = "transcoder"  # transcoder, clt or neurons
+    explanations: Path = HERE / "output" / "autointerp" / "results.csv"  # its latents are shown, where it exists
+    output: Path = HERE / "output" / "dashboard"
+
+
+PRESETS = {"pile": Settings(), "tiny": Settings(**vars(TINY))}
+
+
+class Effect(NamedTuple):
+    raised: list[tuple[int, float]]  # (token, mean change of its logit in nats), largest first
+    lowered: list[tuple[int, float]]
+
+
+def write_vector(
+    replacement: Replacement, layer: int, latent: int, value: float, x: Float[Tensor, "1 d_in"]
+) -> Float[Tensor, "1 1 d_out"]:
+    """What `latent` at `value` adds to the output of `layer`; x, any input, says width and device."""
+    size = next(module.n_parts for module in replacement.modules(replacement.layers) if module.layer == layer)
+    none = torch.zeros(0, dtype=torch.int64, device=x.device)
+    empty = Codes(torch.zeros(0, device=x.device), none, none, 1, size)
+    index = torch.tensor([latent], device=x.device)
+    one = Codes(torch.tensor([value], device=x.device), torch.zeros_like(index), index, 1, size)
+    outputs = []
+    for codes in (one, empty):
+        pass_ = replacement.begin()
+        pass_.codes = dict.fromkeys([own for own in replacement.layers if own < layer], empty) | {layer: codes}
+        outputs.append(replacement.write(pass_, layer, x, x))
+    return (outputs[0] - outputs[1])[:, None]
+
+
+@torch.inference_mode()
+def logit_effect(
+    target: TargetModel, layer: int, vector: Float[Tensor, "1 1 d_out"], tokens: Int[Tensor, "batch seq"],
+    before: Float[Tensor, "vocab"],
+) -> Effect:  # fmt: skip
+    """Mean change of the logits over all positions, less its mean over the vocabulary."""
+    with patched(target, {layer: lambda x, y: y + vector}):
+        change = target.logits(tokens).float().mean((0, 1)) - before
+    change = change - change.mean()
+    up, down = change.topk(EFFECTS), (-change).topk(EFFECTS)
+    return Effect(
+        list(zip(up.indices.tolist(), up.values.tolist())), list(zip(down.indices.tolist(), (-down.values).tolist()))
+    )
+
+
+def shown(piece: str) -> str:
+    return html.escape(piece).replace("\n", "⏎")
+
+
+def card(target: TargetModel, acts: Activations, latent: int, density: float, effect: Effect, explanation: str) -> str:
+    """One latent as HTML."""
+    tokens, values = windows(acts.tokens), windows(acts.of(latent))
+    peaks, largest = values.amax(1), values.max().item()
+    lines = []
+    for w in peaks.topk(min(EXAMPLES, int((peaks > 0).sum()))).indices.tolist():
+        pieces = [
+            f'<mark style="--a:{a / largest:.2f}" title="{a:.3f}">{shown(target.tokenizer.decode([t]))}</mark>'
+            if a > 0 else shown(target.tokenizer.decode([t]))
+            for t, a in zip(tokens[w].tolist(), values[w].tolist())
+        ]  # fmt: skip
+        lines.append(f"<li>{''.join(pieces)}</li>")
+    effects = [
+        f"<p class=effect>{name}: "
+        + " ".join(f"<code>{shown(target.tokenizer.decode([t]))}</code> {v:+.2f}" for t, v in side) + "</p>"
+        for name, side in zip(("raises", "lowers"), effect)
+    ]  # fmt: skip
+    said = f"<p>“{html.escape(explanation)}”</p>" if explanation else "<p class=none>no explanation</p>"
+    head = f"<h2>latent {latent}</h2><p>active on {density:.3%} of tokens, at most {largest:.3g}</p>"
+    return f'<section data-density="{density:.6g}">{head}{said}<ol>{"".join(lines)}</ol>{"".join(effects)}</section>'
+
+
+PAGE = """<!doctype html><html lang="en"><head><meta charset="utf-8"><title>{title}</title><style>
+body{{font:15px/1.5 system-ui,sans-serif;max-width:60rem;margin:2rem auto;padding:0 1rem;color:#222}}
+section{{border-top:1px solid #ddd;padding:.6rem 0}} h2{{font-size:1.05rem;margin:.2rem 0}} p{{margin:.2rem 0}}
+li,code{{font:13px/1.6 ui-monospace,monospace;white-space:pre-wrap}} code{{background:#f2f2f2;padding:0 .2em}}
+mark{{background:rgba(0,114,178,calc(.12 + .6*var(--a)));color:inherit}}
+.none,.effect{{color:#555}} .hidden{{display:none}}
+</style></head><body><h1>{title}</h1><p>{text}</p>
+<p><label>Search <input id="search" type="search"></label> <label>Order <select id="order"><option value="page">as drawn
+</option><option value="rare">rarest first</option><option value="common">most common first</option></select></label>
+<output id="count"></output></p><main>{cards}</main><script>
+const main=document.querySelector("main"),all=[...main.children],search=document.getElementById("search"),
+order=document.getElementById("order"),sign={{page:0,rare:1,common:-1}};
+function show(){{const word=search.value.toLowerCase();let n=0;
+[...all].sort((a,b)=>sign[order.value]*(a.dataset.density-b.dataset.density)).forEach(s=>{{
+const hit=s.textContent.toLowerCase().includes(word);s.classList.toggle("hidden",!hit);n+=hit;main.append(s)}});
+document.getElementById("count").textContent=n+" of "+all.length+" latents shown"}}
+search.oninput=order.oninput=show;show()</script></body></html>
+"""
+
+
+def main(s: Settings) -> None:
+    began, target = time.perf_counter(), load_target(s.target, s.device)
+    tokens = held_out_tokens(target, s.eval_tokens)
+    replacement = replacements(s, target, (s.method,))[s.method][1]
+    acts = collect(s, target, replacement, tokens)
+    rows = read_csv(s.explanations) if s.explanations.exists() else []
+    said = {int(row["latent"]): row["explanation"] for row in rows if row["method"] == s.method}
+    latents = list(said) or draw_latents(acts, s.latents, EXAMPLES, torch.Generator().manual_seed(s.seed))["uniform"]
+    sample, origin = tokens[:8, :64], torch.zeros(1, target.d_model, device=target.device)
+    with torch.inference_mode():
+        before = target.logits(sample).float().mean((0, 1))
+    cards, density = [], acts.density
+    for latent in latents:
+        values = acts.values[acts.latents == latent]
+        vector = write_vector(replacement, s.layer, latent, values.mean().item(), origin)
+        effect = logit_effect(target, s.layer, vector, sample, before)
+        cards.append(card(target, acts, latent, density[latent].item(), effect, said.get(latent, "")))
+    title = f"{s.method}, layer {s.layer} of {s.target}"
+    text = f"{len(latents)} latents of {acts.d_dict}; {tokens.numel():,} held-out tokens; strongest examples first."
+    with atomic_path(s.output / "dashboard.html") as temporary:
+        temporary.write_text(PAGE.format(title=html.escape(title), text=text, cards="\n".join(cards)), encoding="utf-8")
+    write_settings(s.output, s, s.device, time.perf_counter() - began)
+    print(s.output / "dashboard.html")
+
+
+if __name__ == "__main__":
+    main(settings_for(PRESETS, __doc__))

@@ -1,0 +1,235 @@
+"""Experiment 008: judges that are right, silent or babbling; items that are what they claim; known Jacobians."""
+
+import json
+import shutil
+import subprocess
+import sys
+import threading
+from http.server import BaseHTTPRequestHandler, HTTPServer
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+
+FOLDER = Path(__file__).parent.parent / "experiments" / "exp_008_interp_pile"
+SCRIPTS = ("autointerp", "intruder", "predictability", "faithfulness", "dashboard")
+CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome", "chrome"))), None)
+
+
+@pytest.fixture
+def module(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Import a file of the experiment as its scripts do: from their folder."""
+    monkeypatch.syspath_prepend(str(FOLDER))
+    return __import__
+
+
+def generator() -> torch.Generator:
+    return torch.Generator().manual_seed(0)
+
+
+class Words:
+    """A tokenizer whose token t reads ` w` and two digits."""
+
+    def decode(self, tokens: Any) -> str:
+        return "".join(f" w{int(t):02d}" for t in tokens)
+
+
+def activations(features: ModuleType, sequences: int = 64) -> Any:
+    """Latent i of 4 is active exactly on token i; its strength varies."""
+    tokens = torch.randint(40, (sequences, 32), generator=generator())
+    tokens[:, 0] = 39
+    values = torch.rand(tokens.shape, generator=generator()) + 0.5
+    parts = [(tokens == i).flatten().nonzero()[:, 0] for i in range(4)]
+    latents = torch.cat([torch.full_like(p, i) for i, p in enumerate(parts)])
+    places = torch.cat(parts)
+    return features.Activations(tokens, latents, places, values.flatten()[places], 4)
+
+
+class Perfect:
+    """Knows that the latent is active on ` w01`."""
+
+    def complete(self, prompt: str, max_tokens: int) -> Any:
+        from clients import Reply
+
+        if prompt.startswith("EXPLAIN"):
+            return Reply("<think>EXPLANATION: no</think>\nEXPLANATION: the word w01", False)
+        lines = [line.partition(". ") for line in prompt.split("---\n")[1].split("\n")]
+        numbers = [number for number, _, text in lines if "w01" in json.loads(text).split()]
+        return Reply("**ANSWER: " + (", ".join(numbers) or "none"), False)
+
+
+class Fixed:
+    def __init__(self, answer: str, cut_off: bool = False) -> None:
+        self.answer, self.cut_off = answer, cut_off
+
+    def complete(self, prompt: str, max_tokens: int) -> Any:
+        from clients import Reply
+
+        return Reply("EXPLANATION: words", False) if prompt.startswith("EXPLAIN") else Reply(self.answer, self.cut_off)
+
+
+def test_perfect_judge_scores_one_and_silent_judge_scores_half(module: Any) -> None:
+    autointerp, acts = module("autointerp"), activations(module("features"))
+    for client, expected in ((Perfect(), (1.0, 1.0)), (Fixed("ANSWER: none."), (10 / 14, 0.5))):
+        explanation, answer, truth = autointerp.judge(client, 100, Words(), acts, 1, generator())
+        assert explanation and len(truth) == 14 and sum(truth) == 4
+        assert autointerp.score(answer, truth) == pytest.approx(expected)
+
+
+def test_random_examples_are_inactive_and_none_is_used_twice(module: Any) -> None:
+    autointerp, features = module("autointerp"), module("features")
+    peaks = features.windows(activations(features).of(2)).amax(1)
+    examples = autointerp.pick(peaks, generator())
+    used = torch.cat([examples.explain, examples.score])
+    assert len(examples.explain) == 15 and len(used.unique()) == len(used)
+    assert examples.active == (peaks[examples.score] > 0).tolist()
+
+
+GARBAGE = ["", "I think 3", "ANSWER:", "ANSWER: 3 and 4", "ANSWER: 99", "<think>ANSWER: 3</think>"]
+
+
+@pytest.mark.parametrize("said", GARBAGE)
+def test_a_reply_without_a_readable_answer_is_a_failure(module: Any, said: str) -> None:
+    autointerp, acts = module("autointerp"), activations(module("features"))
+    assert autointerp.judge(Fixed(said), 100, Words(), acts, 1, generator())[1] is None
+    assert autointerp.judge(Fixed("ANSWER: 1", cut_off=True), 100, Words(), acts, 1, generator())[1] is None
+
+
+def test_token_rule_reads_the_same_prompts(module: Any) -> None:
+    autointerp, clients, acts = module("autointerp"), module("clients"), activations(module("features"))
+    explanation, answer, truth = autointerp.judge(clients.TokenRule(), 100, Words(), acts, 3, generator())
+    assert json.loads(explanation) == ["w03"] and autointerp.score(answer, truth) == (1.0, 1.0)
+
+
+def test_endpoint_asks_with_key_and_room_to_think(module: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[Any] = []
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_POST(self) -> None:
+            body = self.rfile.read(int(self.headers["Content-Length"]))
+            asked.append((self.headers["Authorization"], json.loads(body)))
+            self.send_response(200)
+            self.end_headers()
+            choice = {"message": {"content": None}, "finish_reason": "length"}
+            self.wfile.write(json.dumps({"choices": [choice]}).encode())
+
+        def log_message(self, *_: Any) -> None:
+            pass
+
+    server = HTTPServer(("127.0.0.1", 0), Handler)
+    threading.Thread(target=server.handle_request, daemon=True).start()
+    monkeypatch.setenv("OPENAI_API_KEY", "k")
+    monkeypatch.setenv("OPENAI_BASE_URL", f"http://127.0.0.1:{server.server_port}/v1")
+    monkeypatch.setenv("no_proxy", "127.0.0.1")
+    reply = module("clients").make_client("endpoint:m", "cpu").complete("hello", 4096)
+    server.server_close()
+    assert reply == ("", True) and module("clients").parse_numbers(reply, 5) is None
+    assert asked[0][0] == "Bearer k" and asked[0][1]["max_completion_tokens"] == 4096
+
+
+def test_deciles_of_tied_activations_are_equal_parts(module: Any) -> None:
+    parts = module("oddity").deciles(torch.tensor([1.0] * 57 + [0.0] * 9 + [0.5] * 3), generator())
+    assert [len(p) for p in parts] == [6] * 10 and len(torch.cat(parts).unique()) == 60
+
+
+def test_intruder_is_active_for_its_donor_and_silent_for_the_latent(module: Any) -> None:
+    oddity, features = module("oddity"), module("features")
+    acts = activations(features, 256)
+    found = oddity.items(acts, 0, [1, 2, 3], generator())
+    assert len(found) == 10
+    for item in found:
+        assert item.active[item.intruder].any() and not (item.tokens[item.intruder] == 0).any()
+        own = [i for i in range(5) if i != item.intruder]
+        assert (item.active[own] == (item.tokens[own] == 0)).all() and item.active[own].any(1).all()
+
+
+def test_offline_judges_find_the_intruder_and_shuffling_blinds_them(module: Any) -> None:
+    from collections import Counter
+
+    oddity, features = module("oddity"), module("features")
+    acts = activations(features, 1024)
+    embedding = torch.eye(40)
+    rates = []
+    for case in (acts, features.shuffled(acts, generator())):
+        g = generator()
+        items = [item for i in [0, 1, 2, 3] * 3 for item in oddity.items(case, i, [j for j in range(4) if j != i], g)]
+        for judge in ("tfidf", "embedding"):
+            extra = (Counter(), 100) if judge == "tfidf" else (embedding,)
+            vectors = getattr(oddity, f"{judge}_vectors")
+            hits = [oddity.odd_one(vectors(item, *extra), g) == item.intruder for item in items]
+            rates.append(sum(hits) / len(hits))
+    assert min(rates[:2]) > 0.6 and max(rates[2:]) < 0.4, rates
+
+
+def test_shuffling_keeps_density_and_avoids_first_positions(module: Any) -> None:
+    features = module("features")
+    acts = activations(features)
+    dealt = features.shuffled(acts, generator())
+    assert torch.equal(dealt.counts, acts.counts) and (dealt.places % 32 != 0).all()
+    assert dealt.of(1).sum() == pytest.approx(acts.of(1).sum().item())
+
+
+def test_tree_learns_a_rule_of_three_tokens_exactly(module: Any) -> None:
+    p = module("predictability")
+    tokens = torch.randint(5, (400, 12), generator=generator())
+    left = torch.nn.functional.pad(tokens, (1, 0), value=5)[:, :-1]
+    y = (((tokens == 2) & (left != 3)) | (tokens == 4))[:, 1:]
+    features, n = p.context(tokens, 5), 17 * 6
+    half = 200 * 11
+    rule = y.flatten()
+    assert p.predictability(features[:half], rule[:half], features[half:], rule[half:], n) == pytest.approx(1.0)
+    noise = torch.rand(len(rule), generator=generator()) < 0.3
+    assert abs(p.predictability(features[:half], noise[:half], features[half:], noise[half:], n)) < 0.1
+
+
+def test_jacobian_of_a_linear_map_is_its_matrix(module: Any) -> None:
+    f = module("faithfulness")
+    W = torch.randn(5, 7, generator=generator())
+    found = f.local_jacobian(lambda x: x @ W.T, torch.randn(3, 1, 7, generator=generator()))
+    assert torch.allclose(found, W.expand(3, 5, 7))
+    assert f.cosines(found, found) == pytest.approx([1.0] * 3) and f.cosines(found, -found) == pytest.approx([-1.0] * 3)
+
+
+def test_identity_replacement_is_faithful_and_mean_ablation_is_not(module: Any) -> None:
+    from replacement import Mean, Neurons
+    from target_models import load_target
+
+    target = load_target("tiny", "cpu")
+    tokens = torch.randint(4096, (3, 12), generator=generator())
+    methods = {"all": Neurons(target, (2,), target.d_mlp), "mean": Mean((2,), torch.zeros(1, target.d_model))}
+    rows = module("faithfulness").measure(target, 2, methods, tokens)
+    for row in rows:
+        if row.method in ("all", "mean"):
+            assert row.cosine == pytest.approx(row.method == "all", abs=2e-2), row
+
+
+@pytest.fixture(scope="module")
+def outputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Every script once, at a miniature size, through its command line; the second time they only redraw."""
+    root = tmp_path_factory.mktemp("exp_008")
+    small = "--target tiny --layers 3 --d-dict 64 --k 4 --tokens 16384 --eval-tokens 65536 --latents 2".split()
+    for script in SCRIPTS:
+        extra = ["--samples", "4", "--no-spd"] if script == "faithfulness" else []
+        extra += ["--explanations", str(root / "autointerp" / "results.csv")] if script == "dashboard" else []
+        command = [sys.executable, str(FOLDER / f"{script}.py"), *small, *extra, "--output", str(root / script)]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=600)
+        assert done.returncode == 0, f"{script}: {done.stderr[-2000:]}"
+    return root
+
+
+def test_scripts_run_from_the_command_line(outputs: Path) -> None:
+    for script in SCRIPTS:
+        names = {path.name for path in (outputs / script).iterdir()}
+        assert "settings.json" in names and ("dashboard.html" in names or {"results.csv", "README.md"} <= names), names
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="no chromium on this machine")
+def test_dashboard_opens_in_a_browser(outputs: Path, tmp_path: Path) -> None:
+    page = (outputs / "dashboard" / "dashboard.html").resolve()
+    flags = ["--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={tmp_path}", "--dump-dom"]
+    dom = subprocess.run([str(CHROMIUM), *flags, page.as_uri()], capture_output=True, text=True, timeout=120).stdout
+    n = dom.count("<section")
+    assert n > 0 and f"{n} of {n} latents shown" in dom and "<mark" in dom
+    assert "http://" not in page.read_text() and "https://" not in page.read_text().replace("https:// ", "")
