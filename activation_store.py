@@ -37,7 +37,7 @@ class DataConfig:
     buffer_tokens: int = 65_536  # tokens mixed with each other
     model_batch: int = 32  # sequences per forward of the target
     seed: int = 0  # of the order of documents and of the mixing
-    stats_tokens: int = 1_000_000  # scales and means are taken from this many tokens, or from one buffer if it is smaller
+    stats_tokens: int = 1_000_000  # that give scales and means; one buffer of them where it is smaller
     cache: str = ""  # folder that keeps the activations between runs; empty: none
 
     def __post_init__(self) -> None:
@@ -66,7 +66,8 @@ class ActivationsStore:
         self.forwards = 0  # batches of tokens whose activations were put into the buffer
         self.generator = torch.Generator().manual_seed(config.seed)
         slots = config.buffer_tokens + config.model_batch * (target.context - 1)
-        self.buffer = torch.zeros(2, len(config.layers), slots, target.d_model, dtype=torch.float16, device=target.device)
+        shape = (2, len(config.layers), slots, target.d_model)
+        self.buffer = torch.zeros(shape, dtype=torch.float16, device=target.device)
         self.free = torch.arange(slots)  # slots without a token to give out
         self.order = torch.zeros(0, dtype=torch.int64)  # slots with one, in the order in which they are given out
         self.served = 0  # slots at the start of `order` that were given out
@@ -76,7 +77,7 @@ class ActivationsStore:
         self._refill()
         if not self.serve:
             raise ValueError(
-                f"dataset {target.data.path!r} gives {len(self.order)} tokens of its {split} split, fewer than one batch of "
+                f"dataset {target.data.path!r} gives {len(self.order)} tokens of its {split} split, less than a batch of "
                 f"{config.batch_tokens}: choose a smaller batch or more text"
             )
         self.stats = measure(self.buffer, self.order[: config.stats_tokens].to(target.device))
@@ -88,11 +89,12 @@ class ActivationsStore:
 
     def _fingerprint(self) -> str:
         c, t = self.config, self.target
-        settings = [t.name, t.fingerprint, dataclasses.astuple(t.data), c.layers, c.model_batch, t.context, c.seed, self.split]
+        data = dataclasses.astuple(t.data)
+        settings = [t.name, t.fingerprint, data, c.layers, c.model_batch, t.context, c.seed, self.split]
         return hashlib.sha256(json.dumps(settings).encode()).hexdigest()[:16]
 
     def _harvest(self) -> Float[Tensor, "two layer token d"] | None:
-        """Inputs and outputs of one forward's tokens, from the model or from the cache; None where the text has ended."""
+        """Inputs and outputs of one forward's tokens, from the model or the cache; None where the text has ended."""
         file = Path(self.config.cache) / f"{self.forwards:06d}.npy"
         if self.config.cache and file.exists():
             kept = torch.from_numpy(np.load(file, mmap_mode="c")).to(self.target.device)
@@ -141,7 +143,8 @@ class ActivationsStore:
     def state_dict(self) -> dict[str, Any]:
         """Everything that decides the batches to come, the buffer itself (no copy of it) included."""
         return {
-            "buffer": self.buffer, "free": self.free, "order": self.order, "served": self.served, "serve": self.serve, "forwards": self.forwards,
+            "buffer": self.buffer, "free": self.free, "order": self.order, "served": self.served, "serve": self.serve,
+            "forwards": self.forwards,
             "stream": self.stream.state_dict(), "stream_position": self.stream_position,
             "generator": self.generator.get_state(), "stats": tuple(self.stats),
         }  # fmt: skip
@@ -169,9 +172,9 @@ def measure(buffer: Float[Tensor, "two layer slot d"], slots: Int[Tensor, "token
         mean = a.mean(0)
         return mean, a.shape[1] ** 0.5 / a.norm(dim=1).mean(), (a - mean).square().sum(1).mean()
 
-    (x_mean, x_scale, _), (y_mean, y_scale, y_variance) = (
-        [torch.stack(column) for column in zip(*(one(side, layer) for layer in range(buffer.shape[1])))] for side in (0, 1)
-    )
+    layers = range(buffer.shape[1])
+    x_mean, x_scale, _ = (torch.stack(column) for column in zip(*(one(0, layer) for layer in layers)))
+    y_mean, y_scale, y_variance = (torch.stack(column) for column in zip(*(one(1, layer) for layer in layers)))
     return ActivationStats(x_mean, x_scale, y_mean, y_scale, y_variance, len(slots))
 
 
@@ -182,4 +185,4 @@ def open_cache(folder: Path, fingerprint: str) -> None:
         write_json(file, fingerprint)
     found = json.loads(file.read_text())
     if found != fingerprint:
-        raise ValueError(f"activation cache {folder} is stale (it holds {found}, this run needs {fingerprint}): delete it")
+        raise ValueError(f"activation cache {folder} is stale (holds {found}, this run needs {fingerprint}): delete it")

@@ -39,6 +39,7 @@ class TrainingRecord:
     train_seconds: float  # its share of the group's wall time
     seed: int
     commit: str
+    recipe: str = ""  # how it was trained: settings in words; empty where unknown
 
 
 @dataclass(frozen=True)
@@ -95,13 +96,17 @@ def resolve(reference: str) -> Path:
     return download_artifact(reference, cache_folder() / "artifacts")
 
 
-def is_trained(folder: Path, config: SAEConfig | EncoderConfig | CLTConfig, train_tokens: int) -> bool:
-    """Whether `folder` holds a finished coder of these settings."""
+def is_trained(
+    folder: Path, config: SAEConfig | EncoderConfig | CLTConfig, train_tokens: int, fingerprint: str, recipe: str
+) -> bool:
+    """Whether `folder` holds a finished coder of these settings; an unknown recipe passes for the same."""
     file = folder / CONFIG
     if not file.exists():
         return False
     blob = json.loads(file.read_text())
-    return from_json(blob["config"]) == config and blob["record"]["train_tokens"] == train_tokens
+    record = TrainingRecord(**blob["record"])
+    same = record.train_tokens == train_tokens and record.target_fingerprint == fingerprint
+    return same and from_json(blob["config"]) == config and record.recipe in ("", recipe)
 
 
 def load_checkpoint(reference: str, device: str) -> Checkpoint:
@@ -129,7 +134,9 @@ def load_spd(reference: str, target: TargetModel) -> tuple[ComponentModel, Train
     blob = json.loads((folder / CONFIG).read_text())
     record = TrainingRecord(**blob["record"])
     if record.target_fingerprint != target.fingerprint:
-        raise ValueError(f"{reference} decomposes {record.target!r} ({record.target_fingerprint}), not {target.fingerprint}")
+        raise ValueError(
+            f"{reference} decomposes {record.target!r} ({record.target_fingerprint}), not {target.fingerprint}"
+        )
     model = ComponentModel(target.model, from_json(blob["config"]), torch.Generator())
     load_state(model, load_tensors(folder / ENCODER, "cpu"), reference)
     return model.float().to(target.device).eval(), record
@@ -141,7 +148,8 @@ def load_state(module: nn.Module, state: dict[str, torch.Tensor], reference: str
     wrong = [name for name in expected.keys() | state.keys() if name not in expected or name not in state]
     wrong += [name for name in expected.keys() & state.keys() if expected[name].shape != state[name].shape]
     if wrong:
-        raise ValueError(f"{reference} does not match its {CONFIG}: tensor {sorted(wrong)[0]!r} is missing, extra or misshapen")
+        first = sorted(wrong)[0]
+        raise ValueError(f"{reference} does not match its {CONFIG}: tensor {first!r} is missing, extra or misshapen")
     module.load_state_dict(state)
 
 

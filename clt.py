@@ -50,9 +50,7 @@ class CrossLayerTranscoder(Coder):
     def encode(self, x: Float[Tensor, "layer batch d_in"]) -> tuple[Codes, ...]:
         return tuple(self.encode_layer(i, x_i) for i, x_i in enumerate(x))
 
-    def encode_with_penalty(
-        self, x: Float[Tensor, "layer batch d_in"]
-    ) -> tuple[tuple[Codes, ...], Float[Tensor, ""]]:
+    def encode_with_penalty(self, x: Float[Tensor, "layer batch d_in"]) -> tuple[tuple[Codes, ...], Float[Tensor, ""]]:
         pairs = [
             encoder.encode_with_penalty(x[i] * self.x_scale[i], self.W_dec[i].norm(dim=1))
             for i, encoder in enumerate(self.encoders)

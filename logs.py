@@ -137,7 +137,9 @@ def _start_wandb(name: str, config: Any) -> Any:
 
     if mode == "offline" and mode not in _announced:
         _announced.add(mode)
-        print("W&B: no credentials found, logging offline to wandb/ (WANDB_MODE=disabled turns it off)", file=sys.stderr)
+        print(
+            "W&B: no credentials found, logging offline to wandb/ (WANDB_MODE=disabled turns it off)", file=sys.stderr
+        )
     return wandb.init(
         project=os.environ.get("WANDB_PROJECT", "nn_decompositions"),
         name=name,

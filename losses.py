@@ -16,7 +16,9 @@ from torch import Tensor
 
 
 def fvu(
-    y: Float[Tensor, "*layer batch d_out"], y_hat: Float[Tensor, "*layer batch d_out"], variance: Float[Tensor, "*layer"]
+    y: Float[Tensor, "*layer batch d_out"],
+    y_hat: Float[Tensor, "*layer batch d_out"],
+    variance: Float[Tensor, "*layer"],
 ) -> Float[Tensor, "*layer"]:
     """Fraction of variance unexplained, per layer. `variance` = E‖y − ȳ‖² per token, from a large sample."""
     return (y - y_hat).float().square().sum(-1).mean(-1) / variance
@@ -35,7 +37,9 @@ def auxk(e: Float[Tensor, "batch d_out"], e_hat: Float[Tensor, "batch d_out"]) -
 # ------------------------------------------------------------------------------------------------ language models
 
 
-def cross_entropy(logits: Float[Tensor, "batch seq vocab"], tokens: Int[Tensor, "batch seq"]) -> Float[Tensor, "batch seq-1"]:
+def cross_entropy(
+    logits: Float[Tensor, "batch seq vocab"], tokens: Int[Tensor, "batch seq"]
+) -> Float[Tensor, "batch seq-1"]:
     """−log q(tokens[t+1]) at every position but the last, in nats."""
     flat = F.cross_entropy(logits[:, :-1].flatten(0, 1).float(), tokens[:, 1:].flatten(), reduction="none")
     return flat.view(tokens.shape[0], -1)

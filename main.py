@@ -17,7 +17,14 @@ import torch
 from config import BatchTopK
 from evaluation import evaluate
 from study import (
-    as_replacements, baselines, clt_configs, held_out_tokens, settings_for, spd_thresholds, train_coders, transcoder_configs,
+    as_replacements,
+    baselines,
+    clt_configs,
+    held_out_tokens,
+    settings_for,
+    spd_thresholds,
+    train_coders,
+    transcoder_configs,
     write_report,
 )  # fmt: skip
 from target_models import load_target
@@ -42,8 +49,9 @@ class Settings:
     checkpoints: Path = HERE / "checkpoints" / "main"
 
 
-TEXT = """Every row is one method under one protocol, on held-out text. `single`: one layer replaced. `frozen`: all layers replaced,
-codes from a clean pass. `free`: all layers replaced, every encoder reads the stream the replacements produced."""
+TEXT = """Every row is one method under one protocol, on held-out text. `single`: one layer replaced. `frozen`: all layers
+replaced, codes from a clean pass. `free`: all layers replaced, every encoder reads the stream that the replacements
+produced."""
 
 
 def main(s: Settings) -> None:

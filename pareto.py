@@ -198,6 +198,7 @@ STYLES = {
     "sae": Style("#CC79A7", "D", (0, (1.5, 1.2))),
     "neurons": Style("#333333", "P", (0, (3, 1.5, 1, 1.5, 1, 1.5))),
 }
+FILLS = {"": "full", "topk": "none", "skip": "bottom", "delta": "left", "c_fc-topk": "top", "down_proj-topk": "bottom"}
 BASELINES = ("affine", "mean", "zero")  # horizontal lines; identity is ΔCE = 0, below any log axis
 AXES = {
     "l0": "active parts per module",
@@ -207,9 +208,9 @@ AXES = {
 }
 LEFT_AXIS = {"ce_degradation": "ΔCE (nats per token)", "kl": "KL to the original (nats)", "fvu": "FVU", "mse": "MSE"}
 ROWS = {
-    "single": "single: one layer replaced\n(mean over layers)",
-    "frozen": "frozen: all layers,\ncodes of a clean pass",
-    "free": "free: all layers,\ncodes follow the stream",
+    "single": "single: one layer replaced",
+    "frozen": "frozen: codes of a clean pass",
+    "free": "free: codes follow the stream",
 }
 
 
@@ -221,6 +222,11 @@ def base(method: str) -> str:
 def family(method: str) -> str:
     """The method without a number at its end (a gate's threshold): what is joined to one curve."""
     return re.sub(r"-\d+(\.\d+)?$", "", method)
+
+
+def fill(method: str) -> str:
+    """How much of the marker is filled tells variants of a method apart; hollow: sparsity imposed after training."""
+    return FILLS.get(family(method).removeprefix(base(method)).removeprefix("-"), "right")
 
 
 class _Mark(NamedTuple):
@@ -259,8 +265,8 @@ def draw(
 ) -> None:
     """One panel per x-axis, one row per protocol, both axes logarithmic; curves and baselines are labelled directly.
 
-    Values ≤ 0 lie on the lower edge, marked ▾. In `single` a mark is the mean over layers. Filled marks are sparsities
-    that were trained, hollow ones (`-topk`) were imposed afterwards.
+    Values ≤ 0 lie on the lower edge, marked ▾. In `single` a mark is the mean over layers. Full marks are
+    sparsities that were trained, hollow ones (`-topk`) were imposed afterwards; half-full ones are other variants.
     """
     import matplotlib
 
@@ -274,7 +280,7 @@ def draw(
     longest = max(len(family(p.method)) for p in points)
     with plt.rc_context({"font.size": 11, "axes.spines.top": False, "axes.spines.right": False, "axes.linewidth": 0.8}):
         margins = (0.95, 0.55 + 0.095 * max(longest, 13))  # inches: the y-axis' label; the names of the curves
-        size = (3.1 * len(axes) + sum(margins), 2.9 * len(rows) + 0.9)
+        size = (3.1 * len(axes) + sum(margins), (3.4 if len(rows) == 1 else 2.9) * len(rows) + 0.9)
         figure, grid = plt.subplots(len(rows), len(axes), figsize=size, sharex="col", sharey="row", squeeze=False)
         figure.subplots_adjust(
             left=margins[0] / size[0], right=1 - margins[1] / size[0], bottom=0.6 / size[1],
@@ -296,7 +302,7 @@ def draw(
                     panel.set_xlabel(AXES.get(axis, axis))
                 if j == 0:
                     panel.set_ylabel(LEFT_AXIS.get(y, y))
-                    panel.set_title(ROWS[protocol].replace("\n", " "), loc="left", fontsize=11, fontweight="bold")
+                    panel.set_title(_row_title(protocol, chosen), loc="left", fontsize=11, fontweight="bold")
             labels.append(names)
             grid[i][0].set_ylim(bottom=floor * 0.8)
         for panel in {*grid[:, 0], *grid[0]}:  # the panels that own a shared axis
@@ -331,11 +337,18 @@ def _ticks(low: float, high: float) -> Any:
     return FixedLocator([step * 10.0**e for e in decades for step in steps if low <= step * 10.0**e <= high])
 
 
+def _row_title(protocol: str, points: Sequence[ParetoPoint]) -> str:
+    layers = sorted({p.layers for p in points})
+    if protocol == "single":
+        return ROWS[protocol] + (f" (layer {layers[0][0]})" if len(layers) == 1 else f" (mean over {len(layers)})")
+    return ROWS[protocol] + (f", {len(layers[0])} layers replaced" if len(layers) == 1 else "")
+
+
 class _Label(NamedTuple):
     text: str
     colour: str
     marker: str
-    hollow: bool
+    fill: str
     x: float  # data coordinates of what it names; infinite: the panel's right edge
     y: float
 
@@ -353,7 +366,7 @@ def _draw_baselines(panel: Any, points: Sequence[ParetoPoint], y: str) -> list[_
         if values and (value := sum(values) / len(values)) > 0:
             panel.axhline(value, color="#8a8a8a", linewidth=1.1, linestyle=line, zorder=1)
             text = "affine map" if name == "affine" else f"{name} ablation"
-            labels.append(_Label(text, "#666666", "", False, float("inf"), value))
+            labels.append(_Label(text, "#666666", "", "full", float("inf"), value))
     return labels
 
 
@@ -361,21 +374,28 @@ def _draw_curves(panel: Any, points: Sequence[ParetoPoint], x: str, y: str, floo
     labels = []
     families = sorted({family(p.method) for p in points if p.method not in BASELINES}, key=_order)
     for name in families:
-        style, hollow = STYLES[base(name)], name != base(name)
+        style = STYLES[base(name)]
         marks = _marks([p for p in points if family(p.method) == name], x, y)
         if not marks:
             continue
         xs, ys = [m.x for m in marks], [max(m.y, floor) for m in marks]
-        face = "white" if hollow else style.colour
-        shape = {"color": style.colour, "linestyle": style.line, "marker": style.marker, "markerfacecolor": face}
-        panel.plot(xs, ys, linewidth=1.6, markersize=5.5, markeredgewidth=1.2, zorder=3, **shape)
+        panel.plot(xs, ys, color=style.colour, linestyle=style.line, linewidth=1.6, zorder=3)
+        panel.plot(xs, ys, color=style.colour, linestyle="", zorder=4, **_marker(style.marker, fill(name)))
         low, high = ([max(v, floor) for v in side] for side in ([m.low for m in marks], [m.high for m in marks]))
         panel.fill_between(xs, low, high, color=style.colour, alpha=0.15, linewidth=0, zorder=2)
         panel.vlines(xs, low, high, color=style.colour, linewidth=1.0, zorder=2)
         below = [m.x for m in marks if m.y <= 0]
         panel.plot(below, [floor] * len(below), linestyle="", marker="v", color=style.colour, markersize=8, zorder=4)
-        labels.append(_Label(name, style.colour, style.marker, hollow, xs[-1], ys[-1]))
+        labels.append(_Label(name, style.colour, style.marker, fill(name), xs[-1], ys[-1]))
     return labels
+
+
+def _marker(shape: str, filled: str) -> dict[str, Any]:
+    """A marker of the line's colour, its empty part white."""
+    look = {"marker": shape, "markersize": 6, "markeredgewidth": 1.2}
+    if filled == "none":
+        return look | {"markerfacecolor": "white"}
+    return look | {"fillstyle": filled, "markerfacecoloralt": "white"}
 
 
 def _order(name: str) -> tuple[int, str]:
@@ -397,9 +417,8 @@ def _label(panel: Any, labels: Sequence[_Label]) -> None:
         panel.plot([start, 1.03, 1.07], [anchor, anchor, place], color=label.colour, linewidth=0.7, alpha=0.75,
                    linestyle=(0, (1, 1.5)), transform=panel.transAxes, clip_on=False, zorder=1)  # fmt: skip
         if label.marker:
-            face = "white" if label.hollow else label.colour
-            panel.plot([1.11], [place], marker=label.marker, color=label.colour, markerfacecolor=face, markersize=5.5,
-                       clip_on=False, transform=panel.transAxes)  # fmt: skip
+            panel.plot([1.11], [place], color=label.colour, clip_on=False, transform=panel.transAxes,
+                       **_marker(label.marker, label.fill))  # fmt: skip
         panel.text(1.16 if label.marker else 1.09, place, label.text, color=label.colour, va="center", fontsize=10.5,
                    transform=panel.transAxes)  # fmt: skip
 

@@ -222,9 +222,7 @@ def by_layer(coders: Iterable[Any]) -> dict[int, Any]:
 class _PerLayer(Replacement):
     """One coder per layer."""
 
-    def __init__(
-        self, method: str, coders: Iterable[Coder], top_k: int | None, variant: str, origin: Origin
-    ) -> None:
+    def __init__(self, method: str, coders: Iterable[Coder], top_k: int | None, variant: str, origin: Origin) -> None:
         originals = by_layer(coders)
         self.method = _name(method, top_k, variant)
         self.layers = tuple(originals)
@@ -424,9 +422,7 @@ class SPDPass(Pass):
 
     replacement: SPD
 
-    def __init__(
-        self, replacement: SPD, z: dict[str, Tensor] | None, inputs: dict[str, Tensor] | None = None
-    ) -> None:
+    def __init__(self, replacement: SPD, z: dict[str, Tensor] | None, inputs: dict[str, Tensor] | None = None) -> None:
         super().__init__(replacement, None)
         self.z = z
         self.inputs = dict(inputs or {})

@@ -7,18 +7,36 @@
     ∂/∂codes[t, j] = g[t] · W_dec[j]            ∂/∂W_dec[j] = Σ_t codes[t, j] g[t]
     ∂/∂W_enc[j]    = Σ_t δ[t, j] x[t]           ∂/∂x[t]     = Σ_j δ[t, j] W_enc[j],   δ = ∂/∂codes · [pre > 0]
 
-All sums over active entries are `embedding_bag`s: bags are tokens in token order, or latents in latent order; one stable
-sort per step (`Layout`) gives the second order to both weight gradients. Nothing of size B·d_dict is kept for backward.
+The dense product runs in bf16 and still selects what float32 selects, because it computes an upper bound of pre. With
+x̂, ŵ the rounded rows, γ the relative error of a float32 sum of d terms and ρ = max_j ‖w_j − ŵ_j‖/‖w_j‖ (Cauchy–Schwarz):
+
+    pre[t, j] ≤ upper[t, j] = x̂_t·ŵ_j + b_j + m_t ‖w_j‖,    m_t = ‖x_t − x̂_t‖ + (ρ + γ)‖x_t‖
+
+m and ‖w‖ are one more column of the product. Whoever wins has upper ≥ the smallest winner, so (1) entries whose upper
+bound exceeds a guess are kept, (2) the k·B largest of them and a few more get float32 values, whose k·B-th largest T can
+only be too low, (3) every entry with upper ≥ T gets its float32 value too, and the winners are among these. A guess
+that proves higher than T is lowered to T. Nothing of size B·d_dict outlives a block of tokens.
+
+All sums over active entries are `embedding_bag`s (on CUDA, the Triton kernels of `sparse_triton.py`): bags are tokens in
+token order, or latents in latent order; one stable sort per step (`Layout`) serves decoder and both weight gradients.
 Every function has a dense twin (`dense_*`) that says the same in plain matrix products; tests compare the two.
 """
 
 from functools import cached_property
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+# Measured choices (benchmarks/): where a dense product beats what is sparse. None of them changes a result.
+DENSE_SUMS_ABOVE = {"cpu": 1 / 8, "cuda": 1 / 32}  # active share of a batch; the cuda value is an estimate, unmeasured
+DENSE_SELECTION_ABOVE = 1 / 16  # k / d_dict, or share of entries above a guess: float32 product, float32 selection
+GROUP = round(1 / DENSE_SELECTION_ABOVE)  # latents per group: k groups must exist
+BLOCK = 1 << 21  # entries of pre that are computed and filtered while they are in the cache
 
 
 class Layout:
@@ -26,38 +44,75 @@ class Layout:
 
     def __init__(self, rows: Int[Tensor, "active"], cols: Int[Tensor, "active"], n_rows: int, d_dict: int) -> None:
         self.rows, self.cols, self.n_rows, self.d_dict = rows, cols, n_rows, d_dict
+        self.dense = len(rows) > n_rows * d_dict * DENSE_SUMS_ABOVE[rows.device.type]
 
     @cached_property
-    def row_starts(self) -> Int[Tensor, "batch"]:
-        return torch.searchsorted(self.rows, torch.arange(self.n_rows, device=self.rows.device))
+    def row_starts(self) -> Int[Tensor, "batch+1"]:
+        return torch.searchsorted(self.rows, torch.arange(self.n_rows + 1, device=self.rows.device))
 
     @cached_property
     def by_latent(self) -> Int[Tensor, "active"]:
         """Positions of the entries in the order of their latents."""
-        return self.cols.argsort(stable=True)
+        return self.cols.int().argsort(stable=True)
 
     @cached_property
     def rows_by_latent(self) -> Int[Tensor, "active"]:
         return self.rows[self.by_latent]
 
     @cached_property
-    def latent_starts(self) -> Int[Tensor, "d_dict"]:
-        return torch.searchsorted(self.cols[self.by_latent], torch.arange(self.d_dict, device=self.cols.device))
+    def cols_by_latent(self) -> Int[Tensor, "active"]:
+        return self.cols[self.by_latent]
+
+    @cached_property
+    def latent_starts(self) -> Int[Tensor, "d_dict+1"]:
+        return torch.searchsorted(self.cols_by_latent, torch.arange(self.d_dict + 1, device=self.cols.device))
+
+    def matrix(self, values: Float[Tensor, "active"]) -> Float[Tensor, "batch d_dict"]:
+        flat = values.new_zeros(self.n_rows * self.d_dict)
+        return flat.index_put((self.rows * self.d_dict + self.cols,), values).view(self.n_rows, self.d_dict)
 
     def sum_by_row(self, values: Float[Tensor, "active"], W: Float[Tensor, "d_dict d"]) -> Float[Tensor, "batch d"]:
         """out[t] = Σ_j values[t, j] W[j]."""
-        return F.embedding_bag(self.cols, W, self.row_starts, mode="sum", per_sample_weights=values)
+        return self.matrix(values) @ W if self.dense else segment_sums(self.cols, self.row_starts, values, W)
 
     def sum_by_latent(self, values: Float[Tensor, "active"], x: Float[Tensor, "batch d"]) -> Float[Tensor, "d_dict d"]:
         """out[j] = Σ_t values[t, j] x[t]."""
-        weights = values[self.by_latent]
-        return F.embedding_bag(self.rows_by_latent, x, self.latent_starts, mode="sum", per_sample_weights=weights)
+        if self.dense:
+            return self.matrix(values).T @ x
+        return segment_sums(self.rows_by_latent, self.latent_starts, values[self.by_latent], x)
 
     def dots(self, x: Float[Tensor, "batch d"], W: Float[Tensor, "d_dict d"]) -> Float[Tensor, "active"]:
-        """x[t] · W[j] at every active (t, j), without copies of the gathered rows."""
-        return torch.ops.aten._embedding_bag_per_sample_weights_backward(
-            x.contiguous(), W, self.cols, self.row_starts, self.rows, 0
-        )
+        """x[t] · W[j] at every active (t, j)."""
+        if self.dense:
+            return (x @ W.T).flatten()[self.rows * self.d_dict + self.cols]
+        if self.d_dict <= self.n_rows or len(self.rows) == 0:
+            return pair_dots(x, self.rows, W, self.cols)
+        in_latent_order = pair_dots(x, self.rows_by_latent, W, self.cols_by_latent)  # reads each row of the larger once
+        return torch.empty_like(in_latent_order).index_copy_(0, self.by_latent, in_latent_order)
+
+
+def segment_sums(
+    index: Int[Tensor, "active"], starts: Int[Tensor, "segment+1"], weights: Float[Tensor, "active"],
+    table: Float[Tensor, "n d"],
+) -> Float[Tensor, "segment d"]:  # fmt: skip
+    """out[s] = Σ weights[e] · table[index[e]] over starts[s] ≤ e < starts[s + 1]; every output row is written once."""
+    if table.device.type == "cuda":
+        from sparse_triton import segment_sums as triton_segment_sums
+
+        return triton_segment_sums(index, starts, weights, table)
+    return F.embedding_bag(index, table, starts, mode="sum", per_sample_weights=weights, include_last_offset=True)
+
+
+def pair_dots(
+    a: Float[Tensor, "n d"], rows: Int[Tensor, "pair"], b: Float[Tensor, "m d"], cols: Int[Tensor, "pair"]
+) -> Float[Tensor, "pair"]:
+    """out[e] = a[rows[e]] · b[cols[e]], without copies of the gathered rows."""
+    if a.device.type == "cuda":
+        from sparse_triton import pair_dots as triton_pair_dots
+
+        return triton_pair_dots(a, rows, b, cols)
+    # the gradient of embedding_bag's weights is just this; it reads no offsets
+    return torch.ops.aten._embedding_bag_per_sample_weights_backward(a, b, cols, rows[:1], rows, 0)
 
 
 class Codes(NamedTuple):
@@ -85,6 +140,7 @@ class _Encode(torch.autograd.Function):
         return selected.relu()
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         x, W_enc, selected = ctx.saved_tensors
         delta = grad * (selected > 0)
@@ -104,6 +160,7 @@ class _Decode(torch.autograd.Function):
         return layout.sum_by_row(values, W_dec)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         values, W_dec = ctx.saved_tensors
         grad = grad.contiguous()
@@ -112,14 +169,14 @@ class _Decode(torch.autograd.Function):
         return d_values, d_W, None
 
 
+# ---------------------------------------------------------------------------------------------------- encode, decode
+
+
 def encode_topk(
     x: Float[Tensor, "batch d_in"], W_enc: Float[Tensor, "d_dict d_in"], b_enc: Float[Tensor, "d_dict"], k: int
 ) -> Codes:
     """relu(pre) at the k largest pre-activations of each token; k·B entries. Ties go to the lowest latent."""
-    with torch.no_grad():
-        pre = torch.addmm(b_enc, x, W_enc.T)
-        flat = _topk_mask(pre, k).flatten().nonzero()[:, 0]
-    return _at(x, W_enc, b_enc, pre, flat)
+    return _encode(x, W_enc, b_enc, _select(x, W_enc, b_enc, k, None))
 
 
 def encode_batch_topk(
@@ -134,34 +191,7 @@ def encode_batch_topk(
     `bound` is a guess of the smallest winner (a running threshold, −inf if unknown). It decides how fast the winners
     are found, never who they are.
     """
-    with torch.no_grad():
-        pre = torch.addmm(b_enc, x, W_enc.T)
-        flat = largest(pre.flatten(), k * len(x), bound - 0.05 * bound.abs())
-    return _at(x, W_enc, b_enc, pre, flat)
-
-
-def largest(flat: Float[Tensor, "n"], k: int, bound: Float[Tensor, ""]) -> Int[Tensor, "k"]:
-    """Ascending positions of the k largest values; ties go to the lowest position.
-
-    Values above `bound` are candidates: if there are at least k, the winners are among them. Else the bound is lowered
-    to where a sample of the values says that k·3/2 should be found, and to −inf if even that was too high.
-    """
-    if flat.device.type == "cuda":  # static shapes, no synchronisation
-        smallest = flat.topk(k).values[-1]
-        candidates = torch.arange(len(flat), device=flat.device)
-    else:
-        candidates = (flat > bound).nonzero()[:, 0] if bound > -torch.inf else flat.new_empty(0, dtype=torch.int64)
-        if len(candidates) < k:
-            sample = flat[:: max(1, len(flat) // 65_536)]
-            rank = min(len(sample), int(1.5 * k * len(sample) / len(flat)) + 8)
-            candidates = (flat >= sample.topk(rank).values[-1]).nonzero()[:, 0]
-        if len(candidates) < k:
-            candidates = torch.arange(len(flat))
-        smallest = flat[candidates].kthvalue(len(candidates) - k + 1).values
-    values = flat[candidates]
-    above, equal = values > smallest, values == smallest
-    keep = above | (equal & (equal.cumsum(0) <= k - above.sum()))
-    return candidates[keep.nonzero()[:, 0]] if flat.device.type == "cpu" else candidates[keep.nonzero_static(size=k)[:, 0]]
+    return _encode(x, W_enc, b_enc, _select(x, W_enc, b_enc, k, bound))
 
 
 def encode_threshold(
@@ -171,10 +201,7 @@ def encode_threshold(
     threshold: Float[Tensor, ""] | Float[Tensor, "d_dict"],
 ) -> Codes:
     """Every pre-activation above max(threshold, 0): the deployed face of BatchTopK, JumpReLU and Relu."""
-    with torch.no_grad():
-        pre = torch.addmm(b_enc, x, W_enc.T)
-        flat = (pre > threshold.clamp_min(0)).flatten().nonzero()[:, 0]
-    return _at(x, W_enc, b_enc, pre, flat)
+    return _encode(x, W_enc, b_enc, _above(x, W_enc, b_enc, threshold.clamp_min(0)))
 
 
 def decode(codes: Codes, W_dec: Float[Tensor, "d_dict d_out"]) -> Float[Tensor, "batch d_out"]:
@@ -183,13 +210,14 @@ def decode(codes: Codes, W_dec: Float[Tensor, "d_dict d_out"]) -> Float[Tensor, 
 
 
 def to_dense(codes: Codes) -> Float[Tensor, "batch d_dict"]:
-    flat = codes.values.new_zeros(codes.n_rows * codes.d_dict)
-    return flat.index_put((codes.rows * codes.d_dict + codes.cols,), codes.values).view(codes.n_rows, codes.d_dict)
+    return codes.layout.matrix(codes.values)
 
 
 def from_dense(acts: Float[Tensor, "batch d_dict"]) -> Codes:
     """The positive entries of a dense matrix of activations; differentiable."""
-    return _gather(acts, (acts.detach() > 0).flatten().nonzero()[:, 0])
+    flat = _nonzero(acts.detach() > 0)
+    rows, cols = flat // acts.shape[1], flat % acts.shape[1]
+    return Codes(acts.flatten()[flat], rows, cols, *acts.shape, Layout(rows, cols, *acts.shape))
 
 
 def fire_counts(codes: Codes) -> Int[Tensor, "d_dict"]:
@@ -198,24 +226,233 @@ def fire_counts(codes: Codes) -> Int[Tensor, "d_dict"]:
     return torch.zeros(codes.d_dict, dtype=torch.int64, device=codes.cols.device).index_add_(0, codes.cols, fired)
 
 
-def _at(x: Tensor, W_enc: Tensor, b_enc: Tensor, pre: Float[Tensor, "batch d_dict"], flat: Int[Tensor, "active"]) -> Codes:
-    """Codes at the given flat positions."""
-    rows, cols = flat // pre.shape[1], flat % pre.shape[1]
-    layout = Layout(rows, cols, *pre.shape)
-    values = _Encode.apply(x, W_enc, b_enc, pre.flatten()[flat], layout)
-    return Codes(values, rows, cols, *pre.shape, layout)
+# ------------------------------------------------------------------------------------------------------- dense twins
 
 
-def _gather(pre: Float[Tensor, "batch d_dict"], flat: Int[Tensor, "active"]) -> Codes:
-    d_dict = pre.shape[1]
-    return Codes(pre.flatten()[flat].relu(), flat // d_dict, flat % d_dict, pre.shape[0], d_dict)
+def dense_encode_topk(x: Tensor, W_enc: Tensor, b_enc: Tensor, k: int) -> Float[Tensor, "batch d_dict"]:
+    pre = torch.addmm(b_enc, x, W_enc.T)
+    return pre.relu() * _largest(pre.detach(), k)
 
 
-def _topk_mask(pre: Float[Tensor, "batch d_dict"], k: int) -> Tensor:
-    """True at the k largest of each row; ties go to the lowest index."""
-    smallest = pre.topk(k, dim=1).values[:, -1:]
-    mask = pre >= smallest
-    if pre.device.type == "cpu" and mask.sum() == k * len(pre):  # no ties
+def dense_encode_batch_topk(x: Tensor, W_enc: Tensor, b_enc: Tensor, k: int) -> Float[Tensor, "batch d_dict"]:
+    pre = torch.addmm(b_enc, x, W_enc.T)
+    return pre.relu() * _largest(pre.detach().view(1, -1), k * len(x)).view_as(pre)
+
+
+def dense_encode_threshold(x: Tensor, W_enc: Tensor, b_enc: Tensor, threshold: Tensor) -> Float[Tensor, "batch d_dict"]:
+    pre = torch.addmm(b_enc, x, W_enc.T)
+    return pre * (pre.detach() > threshold.clamp_min(0))
+
+
+def dense_decode(acts: Float[Tensor, "batch d_dict"], W_dec: Tensor) -> Float[Tensor, "batch d_out"]:
+    return acts @ W_dec
+
+
+# --------------------------------------------------------------------------------------------------------- selection
+
+
+class _Selected(NamedTuple):
+    flat: Int[Tensor, "active"]  # ascending positions t · d_dict + j
+    pre: Float[Tensor, "active"]  # pre-activations there, in the precision of x
+
+
+def _encode(x: Tensor, W_enc: Tensor, b_enc: Tensor, selected: _Selected) -> Codes:
+    """Codes at the selected positions."""
+    shape = len(x), len(W_enc)
+    rows, cols = selected.flat // shape[1], selected.flat % shape[1]
+    layout = Layout(rows, cols, *shape)
+    return Codes(_Encode.apply(x, W_enc, b_enc, selected.pre, layout), rows, cols, *shape, layout)
+
+
+@torch.no_grad()
+def _select(x: Tensor, W: Tensor, b: Tensor, k: int, bound: Tensor | None) -> _Selected:
+    """The k largest of each token (`bound` None), or the k·B largest of the batch."""
+    assert 1 <= k <= len(W), f"{k=} must lie between 1 and {len(W)} latents"
+    if x.device.type == "cuda":
+        return _select_static(x, W, b, k, flat=bound is not None)
+    if k <= len(W) * DENSE_SELECTION_ABOVE:
+        low = torch.bfloat16 if _bf16_is_fast() else torch.float32
+        selected = _select_by_token(x, W, b, k, low) if bound is None else _select_in_batch(x, W, b, k, bound, low)
+        if selected is not None:
+            return selected
+    pre = torch.addmm(b, x, W.T)
+    flat = _nonzero(_largest(pre, k) if bound is None else _largest(pre.view(1, -1), k * len(x)))
+    return _Selected(flat, pre.view(-1)[flat])
+
+
+@torch.no_grad()
+def _above(x: Tensor, W: Tensor, b: Tensor, threshold: Tensor) -> _Selected:
+    """Every pre-activation above a threshold."""
+    if x.device.type == "cpu" and _bf16_is_fast():
+        upper = _UpperBounds(x, W, b - threshold, torch.bfloat16)
+        scan = upper.scan(torch.zeros(()))
+        if scan is not None:
+            upper.b = b
+            pre = upper.exact(scan.flat)
+            keep = _nonzero(pre > (threshold if threshold.ndim == 0 else threshold[scan.flat % len(W)]))
+            return _Selected(scan.flat[keep], pre[keep])
+    pre = torch.addmm(b, x, W.T)
+    flat = _nonzero(pre > threshold)
+    return _Selected(flat, pre.view(-1)[flat])
+
+
+def _bf16_is_fast() -> bool:
+    """Has this processor bf16 products? Emulated ones are slower than float32."""
+    return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+
+
+class _UpperBounds:
+    """Upper bounds of pre-activations from a product in low precision; float32 values where asked."""
+
+    def __init__(self, x: Tensor, W: Tensor, b: Tensor, low: torch.dtype) -> None:
+        self.x, self.W, self.b = x, W, b
+        x_low, W_low, b_low = x.to(low), W.to(low), b.to(low)
+        x_norm, w_norm = x.norm(dim=1), W.norm(dim=1)
+        gamma = (x.shape[1] + 8) * 2.0**-23  # of the float32 sum in the product, and of the one in `exact`
+        rho = ((W - W_low).norm(dim=1) / w_norm.clamp_min(1e-30)).max()
+        margin = (x - x_low).norm(dim=1) + (rho * (1 + 2.0**-8) + gamma) * x_norm
+        b_rest = b - b_low
+        b_rest = b_rest + b_rest.abs() * 2.0**-7 + b.abs() * gamma + 1e-30
+        one, up = torch.ones_like(margin), 1 + 2.0**-7  # `up` outweighs rounding to nearest
+        self.x_low = torch.cat([x_low, torch.stack([margin * up, one, one], 1).to(low)], 1)
+        self.W_low = torch.cat([W_low, torch.stack([w_norm * up, b_low, b_rest], 1).to(low)], 1)
+        self.margin = margin * w_norm.max()
+        self.slack = 2.0**-8 if low == torch.bfloat16 else 2.0**-22  # the product's own rounding, relative
+
+    def scan(self, floor: Tensor | None, k: int = 0) -> "_Scan | None":
+        """Every entry whose upper bound reaches `floor`: a number, or one per token (column vector).
+
+        `floor` None: a little under `start`, the k-th largest of each token's maxima over groups of latents, which is at
+        most the k-th largest of its bounds. Returns None where float32 selection is cheaper, because many reach the
+        floor, and where NaN makes it necessary.
+        """
+        n, d_dict = len(self.x), len(self.W)
+        if not (self.margin.sum() + self.b.sum()).isfinite():  # NaN compares with nothing: float32 selection shows it
+            return None
+        rows = max(1, BLOCK // d_dict)
+        bounds, mask = self.x_low.new_empty(rows, d_dict), torch.empty(rows, d_dict, dtype=torch.bool)
+        flats, uppers, starts, floors, room = [], [], [], [], n * d_dict * 2 * DENSE_SELECTION_ABOVE
+        for begin in range(0, n, rows):
+            part = slice(begin, min(begin + rows, n))
+            block, hit = bounds[: part.stop - begin], mask[: part.stop - begin]
+            torch.mm(self.x_low[part], self.W_low.T, out=block)
+            if floor is None:
+                maxima = block[:, : d_dict // GROUP * GROUP].unflatten(1, (GROUP, -1)).amax(1)
+                starts.append(_kth_largest(maxima.float(), k))
+                floors.append(starts[-1] - 2.5 * self.margin[part, None].float())
+            else:
+                floors.append(floor[part] if floor.ndim else floor)
+            torch.ge(block, self._lowered(floors[-1]), out=hit)
+            found = _nonzero(hit)
+            flats.append(found + begin * d_dict)
+            uppers.append(block.view(-1)[found].float())
+            room -= len(found)
+            if room < 0:
+                return None
+        upper = torch.cat(uppers)
+        start = torch.cat(starts) if floor is None else None
+        return _Scan(
+            torch.cat(flats), upper + upper.abs() * self.slack, start, torch.cat(floors) if start is not None else floor
+        )
+
+    def _lowered(self, floor: Tensor) -> Tensor:
+        """A floor for rounded bounds that no true bound above `floor` misses."""
+        return (floor - floor.abs() * 4 * self.slack).to(self.x_low.dtype)
+
+    def exact(self, flat: Int[Tensor, "pair"]) -> Float[Tensor, "pair"]:
+        layout = Layout(flat // len(self.W), flat % len(self.W), len(self.x), len(self.W))
+        return layout.dots(self.x, self.W) + self.b[layout.cols]
+
+
+class _Scan(NamedTuple):
+    flat: Int[Tensor, "found"]  # ascending positions of all entries whose upper bound reaches `floor`
+    upper: Float[Tensor, "found"]  # their upper bounds
+    start: Float[Tensor, "batch 1"] | None  # bounds from which a token's float32 values are worth computing first
+    floor: Float[Tensor, "*batch_1"]
+
+
+def _select_in_batch(x: Tensor, W: Tensor, b: Tensor, k: int, bound: Tensor, low: torch.dtype) -> _Selected | None:
+    """The k·B largest of the batch; None where float32 selection is cheaper."""
+    n, bounds = k * len(x), _UpperBounds(x, W, b, low)
+    floor = bound - 0.05 * bound.abs()
+    scan = bounds.scan(floor) if floor > -torch.inf else None
+    if scan is None or len(scan.flat) < n:  # a bad guess: take one from a sample of the tokens
+        sample = torch.mm(bounds.x_low[:: max(1, len(x) // 128)], bounds.W_low.T).flatten().float()
+        rank = int(1.5 * k * len(sample) / len(W)) + 8
+        scan = bounds.scan(_kth_largest(sample[None], min(rank, len(sample)))[0, 0])
+    while scan is not None and len(scan.flat) >= n:
+        first = scan.upper >= _kth_largest(scan.upper[None], min(n + n // 32, len(scan.flat)))[0, 0]
+        pre = torch.full_like(scan.flat, -torch.inf, dtype=x.dtype)
+        pre[first] = bounds.exact(scan.flat[first])
+        smallest = _kth_largest(pre[None], n)[0, 0]
+        if smallest >= scan.floor:
+            rest = (scan.upper >= smallest) & ~first
+            pre[rest] = bounds.exact(scan.flat[rest])
+            keep = _nonzero(_largest(pre[None], n))
+            return _Selected(scan.flat[keep], pre[keep])
+        scan = bounds.scan(smallest)
+    return None
+
+
+def _select_by_token(x: Tensor, W: Tensor, b: Tensor, k: int, low: torch.dtype) -> _Selected | None:
+    """The k largest of each token; None where float32 selection is cheaper."""
+    bounds = _UpperBounds(x, W, b, low)
+    scan = bounds.scan(None, k)
+    while scan is not None:
+        rows = scan.flat // len(W)
+        place = rows, torch.arange(len(rows)) - torch.searchsorted(rows, torch.arange(len(x)))[rows]
+        table = x.new_full((len(x), int(place[1].max()) + 1), -torch.inf)  # the entries of a token, side by side
+        first = scan.upper >= (scan.floor if scan.start is None else scan.start)[rows, 0]
+        pre = x.new_full(rows.shape, -torch.inf)
+        pre[first] = bounds.exact(scan.flat[first])
+        table[place] = pre
+        smallest = _kth_largest(table, k)
+        if (smallest >= scan.floor).all():
+            rest = (scan.upper >= smallest[rows, 0]) & ~first
+            pre[rest] = bounds.exact(scan.flat[rest])
+            table[place] = pre
+            keep = _nonzero(_largest(table, k)[place])
+            return _Selected(scan.flat[keep], pre[keep])
+        scan = bounds.scan(smallest)
+    return None
+
+
+def _select_static(x: Tensor, W: Tensor, b: Tensor, k: int, flat: bool) -> _Selected:
+    """For CUDA: float32 values at the 2k·B largest upper bounds; all shapes are known, nothing synchronises.
+
+    The winners are among them unless more than k·B losers have bounds above the smallest winner.
+    """
+    bounds = _UpperBounds(x, W, b, torch.bfloat16)
+    upper = torch.mm(bounds.x_low, bounds.W_low.T)
+    upper, n = (upper.view(1, -1), k * len(x)) if flat else (upper, k)
+    near = upper.topk(min(2 * n, upper.shape[1]), sorted=False).indices.sort(1).values
+    near += torch.arange(len(near), device=x.device)[:, None] * len(W)
+    pre = bounds.exact(near.flatten()).view_as(near)
+    keep = pre.sort(dim=1, descending=True, stable=True).indices[:, :n].sort(1).values
+    return _Selected(near.gather(1, keep).flatten(), pre.gather(1, keep).flatten())
+
+
+def _kth_largest(values: Float[Tensor, "group n"], k: int) -> Float[Tensor, "group 1"]:
+    n = values.shape[1]
+    if values.device.type == "cuda":
+        return values.topk(k).values[:, -1:]
+    return torch.from_numpy(np.partition(values.numpy(), n - k, axis=1)[:, n - k, None])
+
+
+def _largest(values: Float[Tensor, "group n"], k: int) -> Bool[Tensor, "group n"]:
+    """True at the k largest of each group; ties go to the lowest index. NaN is the largest, and is seen in the loss."""
+    smallest = _kth_largest(values, k)
+    if smallest.isnan().any():
+        values, smallest = values.nan_to_num(torch.inf, torch.inf, -torch.inf), smallest.nan_to_num(torch.inf)
+    mask = ~(values < smallest)
+    if values.device.type == "cpu" and mask.sum() == k * len(values):  # no ties
         return mask
-    above, equal = pre > smallest, pre == smallest
+    above, equal = ~(values <= smallest), values == smallest
     return above | (equal & (equal.cumsum(1) <= k - above.sum(1, keepdim=True)))
+
+
+def _nonzero(mask: Bool[Tensor, "*shape"]) -> Int[Tensor, "active"]:
+    """Ascending flat positions of True."""
+    if mask.device.type == "cuda":
+        return mask.flatten().nonzero()[:, 0]
+    return torch.from_numpy(np.flatnonzero(mask.numpy()))  # a third of torch's time

@@ -16,10 +16,23 @@ from activation_store import ActivationsStore, DataConfig
 from checkpoints import CHECKPOINTS, Checkpoint, TrainingRecord, build_coder, load_spd
 from clt import CrossLayerTranscoder
 from config import CLTConfig, EncoderConfig, Rule, SAEConfig, TrainConfig
-from logs import errors_in_one_line, write_settings
 from evaluation import Measurement
+from logs import errors_in_one_line, write_settings
 from pareto import draw, markdown_table, read_points, write_layers, write_points
-from replacement import CLT, SAE, SPD, Affine, Identity, Mean, Neurons, Origin, Replacement, Transcoder, Zero, fit_affine
+from replacement import (
+    CLT,
+    SAE,
+    SPD,
+    Affine,
+    Identity,
+    Mean,
+    Neurons,
+    Origin,
+    Replacement,
+    Transcoder,
+    Zero,
+    fit_affine,
+)
 from sae import BaseAutoencoder
 from sparsity import Coder
 from spd_model import ComponentModel
@@ -78,7 +91,9 @@ def as_replacements(checkpoints: Sequence[Checkpoint], top_k: int | None = None)
     for checkpoint in checkpoints:
         config = checkpoint.coder.config
         own = config.layers if isinstance(config, CLTConfig) else getattr(config, "skip", False)
-        groups.setdefault((type(config), config.rule, own, config.d_dict, checkpoint.record.seed), []).append(checkpoint)
+        groups.setdefault((type(config), config.rule, own, config.d_dict, checkpoint.record.seed), []).append(
+            checkpoint
+        )
     return [as_replacement(group, top_k) for group in groups.values()]
 
 
@@ -122,7 +137,12 @@ def settings_for[S](presets: dict[str, S], doc: str | None) -> S:
 
 
 def train_coders(
-    configs: Sequence[SAEConfig | EncoderConfig | CLTConfig], target: TargetModel, tokens: int, batch: int, seed: int, folder: Path
+    configs: Sequence[SAEConfig | EncoderConfig | CLTConfig],
+    target: TargetModel,
+    tokens: int,
+    batch: int,
+    seed: int,
+    folder: Path,
 ) -> list[Checkpoint]:
     """Train what is not yet in `folder`, all on one stream over all the layers, with the project's default recipe."""
     layers = tuple(sorted({layer for config in configs for layer in config.layers}))
@@ -145,14 +165,18 @@ def spd_replacements(
 ) -> list[Replacement]:
     """The decomposition at its own thresholds, importance above 0 and above 0.5, with and without the delta component."""
     origin = Origin(record.seed, record.train_tokens, record.train_seconds, record.name)
-    return [SPD(target, model, t, delta=delta, layers=layers, origin=origin) for t in (0.0, 0.5) for delta in (False, True)]
+    return [
+        SPD(target, model, t, delta=delta, layers=layers, origin=origin) for t in (0.0, 0.5) for delta in (False, True)
+    ]
 
 
 def spd_thresholds(target: TargetModel, layers: Sequence[int]) -> list[Replacement]:
     return spd_replacements(target, *find_spd(target), layers)
 
 
-def spd_sweep(target: TargetModel, layers: Sequence[int], top_k: Sequence[int], each_matrix: bool = False) -> list[Replacement]:
+def spd_sweep(
+    target: TargetModel, layers: Sequence[int], top_k: Sequence[int], each_matrix: bool = False
+) -> list[Replacement]:
     """Components ranked by pre-sigmoid importance, k of each matrix; `each_matrix` also replaces one matrix at a time."""
     model, record = find_spd(target)
     origin = Origin(record.seed, record.train_tokens, record.train_seconds, record.name)

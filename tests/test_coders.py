@@ -248,5 +248,9 @@ def test_k_above_the_dictionary_is_refused() -> None:
 
 @pytest.mark.parametrize("rule", RULES)
 def test_configurations_round_trip(rule: c.Rule) -> None:
-    for config in (EncoderConfig(1, D, D, F, rule), SAEConfig(0, "mlp_out", D, F, rule), CLTConfig((0, 1), D, D, F, rule)):
+    for config in (
+        EncoderConfig(1, D, D, F, rule),
+        SAEConfig(0, "mlp_out", D, F, rule),
+        CLTConfig((0, 1), D, D, F, rule),
+    ):
         assert c.from_json(c.to_json(config)) == config

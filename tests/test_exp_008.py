@@ -202,14 +202,14 @@ def test_identity_replacement_is_faithful_and_mean_ablation_is_not(module: Any) 
     rows = module("faithfulness").measure(target, 2, methods, tokens)
     for row in rows:
         if row.method in ("all", "mean"):
-            assert row.cosine == pytest.approx(row.method == "all", abs=2e-2), row
+            assert row.cosine == pytest.approx(float(row.method == "all"), abs=2e-2), row
 
 
 @pytest.fixture(scope="module")
 def outputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Every script once, at a miniature size, through its command line; the second time they only redraw."""
     root = tmp_path_factory.mktemp("exp_008")
-    small = "--target tiny --layers 3 --d-dict 64 --k 4 --tokens 16384 --eval-tokens 65536 --latents 2".split()
+    small = "--target tiny --layers 3 --d-dict 64 --k 16 --tokens 65536 --eval-tokens 131072 --latents 2".split()
     for script in SCRIPTS:
         extra = ["--samples", "4", "--no-spd"] if script == "faithfulness" else []
         extra += ["--explanations", str(root / "autointerp" / "results.csv")] if script == "dashboard" else []

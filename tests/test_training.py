@@ -25,7 +25,7 @@ from training import annealed_k, learning_rate, schedule, train_encoder, train_g
 from transcoder import build_transcoder
 
 DATA = DataConfig(layers=(0, 1), batch_tokens=32, buffer_tokens=256, model_batch=4)
-TRAIN = TrainConfig(tokens=32 * 30, lr=3e-3, metrics_every=5, checkpoint_every=10, calibration_tokens=128, dead_after=200)
+TRAIN = TrainConfig(32 * 30, lr=3e-3, metrics_every=5, checkpoint_every=10, calibration_tokens=128, dead_after=200)
 
 
 def g(seed: int = 0) -> torch.Generator:
@@ -57,9 +57,8 @@ def test_no_token_is_lost_or_repeated_and_batches_mix_sequences(small_target: Ta
     store = ActivationsStore(small_target, DATA)
     seen = torch.cat([batch.inputs[0] for batch in (next(store) for _ in range(20))])
     stream = store.stream.__class__(small_target.data, small_target.tokenizer, "train", 4, 16)
-    expected = torch.cat(
-        [capture(small_target, next(stream), (0,)).inputs[0][:, 1:].flatten(0, 1).half().float() for _ in range(store.forwards)]
-    )
+    captured = [capture(small_target, next(stream), (0,)).inputs[0] for _ in range(store.forwards)]
+    expected = torch.cat([inputs[:, 1:].flatten(0, 1).half().float() for inputs in captured])
     position = {row.numpy().tobytes(): i for i, row in enumerate(expected)}
     found = [position[row.numpy().tobytes()] for row in seen]
     assert len(set(found)) >= 0.95 * len(found), "only tokens in identical contexts may look the same"
@@ -88,7 +87,7 @@ def test_the_buffer_keeps_to_its_stated_memory(small_target: TargetModel) -> Non
         assert store.buffer.nbytes == store.bytes == stated, f"{store.bytes=} {stated=}"
 
 
-def test_cached_activations_are_the_same_and_a_stale_cache_is_refused(small_target: TargetModel, tmp_path: Path) -> None:
+def test_a_cache_gives_the_same_and_a_stale_one_is_refused(small_target: TargetModel, tmp_path: Path) -> None:
     config = dataclasses.replace(DATA, cache=str(tmp_path / "cache"))
     plain = ActivationsStore(small_target, DATA)
     first, second = (ActivationsStore(small_target, config) for _ in range(2))
@@ -108,7 +107,7 @@ def test_a_text_that_ends_is_served_to_its_end(small_target: TargetModel) -> Non
     n = store.forwards * 4 * 15
     assert len(batches) == n // 32, f"{len(batches)=} {n=}"
     assert next(store, None) is None
-    with pytest.raises(ValueError, match="fewer than one batch of 100000"):
+    with pytest.raises(ValueError, match="less than a batch of 100000"):
         ActivationsStore(small_target, dataclasses.replace(DATA, batch_tokens=100_000, buffer_tokens=200_000))
 
 
@@ -164,6 +163,18 @@ def test_trained_coders_are_not_trained_again(small_target: TargetModel, tmp_pat
     assert file.stat().st_mtime_ns == before and "5 of 5 coders are already trained" in capsys.readouterr().out
 
 
+def test_a_coder_of_another_recipe_is_trained_again(small_target: TargetModel, tmp_path: Path) -> None:
+    first = train_encoder(coders()[0], small_target, DATA, TRAIN, tmp_path)
+    second = train_encoder(coders()[0], small_target, DATA, dataclasses.replace(TRAIN, lr=1e-3), tmp_path)
+    assert first.record.name == second.record.name and not torch.equal(first.coder.W_dec, second.coder.W_dec)
+    assert "lr 0.003" in first.record.recipe and "lr 0.001" in second.record.recipe
+
+
+def test_a_text_shorter_than_the_training_is_named(small_target: TargetModel, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="ended after [0-9,]+ of 32,000,000 training tokens: ask for fewer"):
+        train_encoder(coders()[0], small_target, DATA, dataclasses.replace(TRAIN, tokens=32_000_000), tmp_path)
+
+
 def test_a_loss_that_is_not_finite_stops_the_run(small_target: TargetModel, tmp_path: Path) -> None:
     broken = coders()[1]
     torch.nn.init.constant_(broken.W_skip, torch.nan)
@@ -215,10 +226,10 @@ def test_a_killed_run_ends_bit_identical(small_target: TargetModel, tmp_path: Pa
 
 def test_a_state_of_other_settings_is_refused(small_target: TargetModel, tmp_path: Path) -> None:
     file = tmp_path / "group.pt"
-    from training import _enrol, _resume, _save_state
+    from training import _resume, _save_state, enrol
 
     store = ActivationsStore(small_target, DATA)
-    students = [_enrol("a", coders()[0], store, TRAIN, tmp_path)]
+    students = [enrol("a", coders()[0], store, TRAIN, tmp_path)]
     _save_state(students, store, ["these"], 3, file)
     assert _resume(students, store, ["these"], 100, file) == 3
     with pytest.raises(ValueError, match="a run with other settings"):

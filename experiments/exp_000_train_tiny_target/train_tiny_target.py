@@ -19,12 +19,12 @@ from pathlib import Path
 import numpy as np
 import torch
 import tyro
+from card import export
 from jaxtyping import Int
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor
 from tqdm import trange
 
-from card import export
 from checkpoints import CHECKPOINTS, load_tensors, save_tensors
 from llama_simple_mlp import LlamaSimpleMLP, LlamaSimpleMLPConfig, initialise
 from logs import atomic_path
@@ -85,8 +85,12 @@ def held_out_nats(model: LlamaSimpleMLP, tokens: Int[Tensor, "token"], limit: in
     return total / len(chosen)
 
 
-def train(s: Settings, tokens: Int[Tensor, "token"], val: Int[Tensor, "token"]) -> tuple[LlamaSimpleMLP, list[dict[str, float]]]:
-    config = LlamaSimpleMLPConfig(256, s.vocab, n_layer=4, n_head=6, n_embd=192, n_intermediate=768, n_key_value_heads=6)
+def train(
+    s: Settings, tokens: Int[Tensor, "token"], val: Int[Tensor, "token"]
+) -> tuple[LlamaSimpleMLP, list[dict[str, float]]]:
+    config = LlamaSimpleMLPConfig(
+        256, s.vocab, n_layer=4, n_head=6, n_embd=192, n_intermediate=768, n_key_value_heads=6
+    )
     model, generator = LlamaSimpleMLP(config), torch.Generator().manual_seed(s.seed)
     initialise(model, generator)
     model.to(s.device)
@@ -116,11 +120,15 @@ def train(s: Settings, tokens: Int[Tensor, "token"], val: Int[Tensor, "token"]) 
             optimiser.zero_grad(set_to_none=True)
         if step % 20 == 0 or step == steps - 1:
             assert math.isfinite(loss.item()), f"loss {loss.item()} at step {step}"
-            log.append({"tokens": (step + 1) * s.batch * 256, "loss": loss.item(), "seconds": time.perf_counter() - began})
+            log.append(
+                {"tokens": (step + 1) * s.batch * 256, "loss": loss.item(), "seconds": time.perf_counter() - began}
+            )
         if step % 200 == 199 or step == steps - 1:
             log[-1]["held_out"] = held_out_nats(model, val, 256, s.device)
             state = {"model": model.state_dict(), "muon": muon.state_dict(), "adamw": adamw.state_dict()}
-            save_tensors(STATE / "state.pt", state | {"step": step + 1, "log": log, "seconds": time.perf_counter() - began})
+            save_tensors(
+                STATE / "state.pt", state | {"step": step + 1, "log": log, "seconds": time.perf_counter() - began}
+            )
     return model, log
 
 

@@ -15,7 +15,15 @@ from pathlib import Path
 
 from config import BatchTopK, EncoderConfig
 from evaluation import evaluate
-from study import as_replacement, baselines, checkpoint_folder, held_out_tokens, settings_for, train_coders, write_report
+from study import (
+    as_replacement,
+    baselines,
+    checkpoint_folder,
+    held_out_tokens,
+    settings_for,
+    train_coders,
+    write_report,
+)
 from target_models import load_target
 
 

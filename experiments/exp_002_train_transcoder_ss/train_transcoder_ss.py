@@ -15,7 +15,15 @@ from pathlib import Path
 
 from config import BatchTopK, EncoderConfig
 from evaluation import evaluate
-from study import as_replacement, baselines, checkpoint_folder, held_out_tokens, settings_for, train_coders, write_report
+from study import (
+    as_replacement,
+    baselines,
+    checkpoint_folder,
+    held_out_tokens,
+    settings_for,
+    train_coders,
+    write_report,
+)
 from target_models import load_target
 
 
@@ -32,7 +40,10 @@ class Settings:
     output: Path = Path(__file__).parent / "output"
 
 
-PRESETS = {"simplestories": Settings(), "tiny": Settings("tiny", d_dict=1536, tokens=1_000_000, batch=2048, device="cpu", seed=1)}
+PRESETS = {
+    "simplestories": Settings(),
+    "tiny": Settings("tiny", d_dict=1536, tokens=1_000_000, batch=2048, device="cpu", seed=1),
+}
 
 
 def main(s: Settings) -> None:

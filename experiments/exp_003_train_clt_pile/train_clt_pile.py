@@ -15,7 +15,14 @@ from pathlib import Path
 from config import BatchTopK
 from evaluation import evaluate
 from study import (
-    as_replacements, baselines, checkpoint_folder, clt_configs, held_out_tokens, settings_for, train_coders, write_report,
+    as_replacements,
+    baselines,
+    checkpoint_folder,
+    clt_configs,
+    held_out_tokens,
+    settings_for,
+    train_coders,
+    write_report,
 )  # fmt: skip
 from target_models import load_target
 
@@ -34,7 +41,10 @@ class Settings:
     output: Path = Path(__file__).parent / "output"
 
 
-PRESETS = {"pile": Settings(), "tiny": Settings("tiny", top_k=(8, 16), d_dict=1536, tokens=1_000_000, batch=2048, device="cpu")}
+PRESETS = {
+    "pile": Settings(),
+    "tiny": Settings("tiny", top_k=(8, 16), d_dict=1536, tokens=1_000_000, batch=2048, device="cpu"),
+}
 
 
 def main(s: Settings) -> None:

@@ -69,7 +69,9 @@ def main(s: Settings) -> None:
     save_spd(folder, model, record)
     if s.ship != Path():
         save_spd(s.ship, model.half(), record)
-    replacements = spd_replacements(target, model.float(), record, s.layers) + baselines(target, s.layers, (16, 64, 256))
+    replacements = spd_replacements(target, model.float(), record, s.layers) + baselines(
+        target, s.layers, (16, 64, 256)
+    )
     measured = evaluate(target, replacements, held_out_tokens(target, s.eval_tokens))
     write_report(s.output, measured, s, "SPD of MLP matrices", __doc__, began, s.device)
 

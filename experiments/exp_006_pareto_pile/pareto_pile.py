@@ -16,7 +16,15 @@ from pathlib import Path
 from config import BatchTopK, EncoderConfig
 from evaluation import evaluate
 from study import (
-    as_replacement, baselines, checkpoint_folder, held_out_tokens, replot, settings_for, spd_sweep, train_coders, write_report,
+    as_replacement,
+    baselines,
+    checkpoint_folder,
+    held_out_tokens,
+    replot,
+    settings_for,
+    spd_sweep,
+    train_coders,
+    write_report,
 )  # fmt: skip
 from target_models import load_target
 

@@ -16,8 +16,17 @@ from pathlib import Path
 from config import BatchTopK
 from evaluation import evaluate
 from study import (
-    as_replacement, baselines, checkpoint_folder, clt_configs, held_out_tokens, replot, settings_for, spd_sweep,
-    train_coders, transcoder_configs, write_report,
+    as_replacement,
+    baselines,
+    checkpoint_folder,
+    clt_configs,
+    held_out_tokens,
+    replot,
+    settings_for,
+    spd_sweep,
+    train_coders,
+    transcoder_configs,
+    write_report,
 )  # fmt: skip
 from target_models import load_target
 

@@ -70,6 +70,8 @@ def open_pass(replacement: Replacement, clean: Captured, layer: int) -> Pass:
 def jacobian(out: Float[Tensor, "sample m"], x: Float[Tensor, "sample 1 d"]) -> Float[Tensor, "sample m d"]:
     """∂out/∂x of each sample; samples do not see each other."""
     zero = torch.zeros_like(x)
+    if not out.requires_grad:  # a constant, such as the mean
+        return zero.expand(-1, out.shape[1], -1)
     rows = [torch.autograd.grad(o.sum(), x, retain_graph=True, allow_unused=True)[0] for o in out.unbind(1)]
     return torch.stack([(zero if row is None else row)[:, 0] for row in rows], dim=1)
 
@@ -149,7 +151,7 @@ def draw(folder: Path) -> None:
     found, active = means(rows, "quantity", "cosine"), means(rows, "quantity", "active")
     dots(found, 0.0, "cosine of Jacobians", folder / "faithfulness.png")
     kept = [m for m, q in active if q == "local" and "-" not in m and m != "affine"]
-    counts = ", ".join(f"{m} {active[m, "local"].mean:.1f}" for m in kept)
+    counts = ", ".join(f"{m} {active[m, 'local'].mean:.1f}" for m in kept)
     texts = [table(found), f"Active parts of this layer per MLP output, as measured: {counts}."]
     write_readme(folder, "Jacobian faithfulness", __doc__, "faithfulness.png", texts)
 

@@ -43,6 +43,7 @@ class Common:
     batch: int = 4096  # tokens per training batch
     eval_tokens: int = 1_000_000  # held-out tokens that examples are taken from
     latents: int = 100  # latents examined per method, and per way of drawing them
+    methods: tuple[str, ...] = METHODS  # methods and nulls examined (faithfulness has its own)
     device: str = "cuda"
     seed: int = 0
     replot: bool = False  # draw the figure from the results and stop
@@ -130,15 +131,15 @@ def shuffled(acts: Activations, generator: torch.Generator) -> Activations:
     return acts._replace(places=dealt[acts.places])
 
 
-def all_activations(
-    s: Common, target: TargetModel, tokens: Int[Tensor, "sequence seq"], names: Sequence[str] = METHODS
-) -> dict[str, Activations]:
+def all_activations(s: Common, target: TargetModel, tokens: Int[Tensor, "sequence seq"]) -> dict[str, Activations]:
     """Method or null → activations on the same held-out text."""
-    real = [name for name in names if name != "transcoder-shuffled"]
+    if "transcoder" not in s.methods or not set(s.methods) <= set(METHODS):
+        raise SystemExit(f"--methods {' '.join(s.methods)}: choose among {', '.join(METHODS)}, and keep transcoder")
+    real = [name for name in s.methods if name != "transcoder-shuffled"]
     found = {name: collect(s, *pair, tokens) for name, pair in replacements(s, target, real).items()}
-    if "transcoder-shuffled" in names:
+    if "transcoder-shuffled" in s.methods:
         found["transcoder-shuffled"] = shuffled(found["transcoder"], torch.Generator().manual_seed(s.seed))
-    return {name: found[name] for name in names}
+    return {name: found[name] for name in s.methods}
 
 
 def draw_latents(acts: Activations, n: int, at_least: int, generator: torch.Generator) -> dict[str, list[int]]:

@@ -16,7 +16,13 @@ from pathlib import Path
 from config import BatchTopK
 from evaluation import evaluate
 from study import (
-    as_replacements, baselines, checkpoint_folder, held_out_tokens, settings_for, train_coders, transcoder_configs,
+    as_replacements,
+    baselines,
+    checkpoint_folder,
+    held_out_tokens,
+    settings_for,
+    train_coders,
+    transcoder_configs,
     write_report,
 )  # fmt: skip
 from target_models import load_target
