@@ -6,6 +6,7 @@ Tensors are read with weights_only=True; every file is written to a temporary na
 
 import dataclasses
 import json
+import os
 import pickle
 import zipfile
 from dataclasses import dataclass
@@ -24,7 +25,8 @@ from target_models import TargetModel
 from token_stream import cache_folder
 from transcoder import build_transcoder
 
-CHECKPOINTS = Path(__file__).parent / "checkpoints"  # of experiments and the main job
+# of experiments and the main job; $NN_CHECKPOINTS puts them on another disk
+CHECKPOINTS = Path(os.environ.get("NN_CHECKPOINTS", Path(__file__).parent / "checkpoints"))
 ENCODER, CONFIG = "encoder.pt", "config.json"
 
 

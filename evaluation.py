@@ -26,6 +26,7 @@ import torch
 import tyro
 from jaxtyping import Float, Int
 from torch import Tensor
+from tqdm import tqdm
 from tyro.conf import Positional
 
 from checkpoints import CONFIG, Checkpoint, TrainingRecord, check_target, load_checkpoint, load_spd, resolve
@@ -210,7 +211,7 @@ def evaluate(
     ce_original: list[Tensor] = []
     batch = batch or max(1, min(16, BATCH_LOGITS // (tokens.shape[1] * target.vocab_size)))
     with torch.inference_mode():
-        for sequences in tokens.split(batch):
+        for sequences in tqdm(tokens.split(batch), desc=f"{len(runs)} passes", unit="batch", mininterval=1.0):
             _measure_batch(target, everything, sequences.to(target.device), all_layers, tallies, moments, ce_original)
     reference = torch.cat(ce_original)
     draws = torch.randint(len(reference), (RESAMPLES, len(reference)), generator=torch.Generator().manual_seed(seed))

@@ -14,16 +14,19 @@ from pathlib import Path
 
 import torch
 
+from checkpoints import CHECKPOINTS
 from config import BatchTopK
 from evaluation import evaluate
 from study import (
     as_replacements,
     baselines,
     clt_configs,
+    find_spd,
     held_out_tokens,
     settings_for,
-    spd_thresholds,
+    spd_replacements,
     train_coders,
+    train_decomposition,
     transcoder_configs,
     write_report,
 )  # fmt: skip
@@ -42,11 +45,13 @@ class Settings:
     d_dict: int = 1536  # latents per layer
     tokens: int = 1_000_000  # training tokens seen by every coder
     batch: int = 2048  # tokens per training batch
+    retrain_spd: bool = False  # decompose afresh, briefly, instead of taking the shipped decomposition of `tiny`
+    spd_steps: int = 200  # of four sequences each, where SPD is trained
     eval_tokens: int = 32_768  # held-out tokens the table is measured on
     device: str = "cuda" if torch.cuda.is_available() else "cpu"
     seed: int = 0
     output: Path = HERE / "output" / "main"
-    checkpoints: Path = HERE / "checkpoints" / "main"
+    checkpoints: Path = CHECKPOINTS / "main"
 
 
 TEXT = """Every row is one method under one protocol, on held-out text. `single`: one layer replaced. `frozen`: all layers
@@ -62,8 +67,12 @@ def main(s: Settings) -> None:
         *clt_configs(target, s.layers, [BatchTopK(k) for k in s.clt_k], s.d_dict),
     ]
     checkpoints = train_coders(configs, target, s.tokens, s.batch, s.seed, s.checkpoints)
-    spd = spd_thresholds(target, s.layers) if s.target == "tiny" else []  # shipped in assets/, trained by exp_004
-    replacements = as_replacements(checkpoints) + spd + baselines(target, s.layers, s.neuron_k)
+    replacements = as_replacements(checkpoints) + baselines(target, s.layers, s.neuron_k)
+    if s.retrain_spd:
+        spd = train_decomposition(target, s.layers, 512, 192, s.spd_steps, 4, s.seed, s.checkpoints)
+        replacements += spd_replacements(target, spd, s.layers)
+    elif s.target == "tiny":
+        replacements += spd_replacements(target, find_spd(target), s.layers)
     measured = evaluate(target, replacements, held_out_tokens(target, s.eval_tokens), ("single", "frozen", "free"))
     write_report(s.output, measured, s, "The main job", TEXT, began, s.device)
 

@@ -5,7 +5,7 @@ import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import tyro
@@ -13,11 +13,11 @@ from jaxtyping import Int
 from torch import Tensor
 
 from activation_store import ActivationsStore, DataConfig
-from checkpoints import CHECKPOINTS, Checkpoint, TrainingRecord, build_coder, load_spd
+from checkpoints import CHECKPOINTS, CONFIG, Checkpoint, TrainingRecord, build_coder, load_spd, save_spd
 from clt import CrossLayerTranscoder
-from config import CLTConfig, EncoderConfig, Rule, SAEConfig, TrainConfig
+from config import CLTConfig, EncoderConfig, GateConfig, Recon, Rule, SAEConfig, SPDConfig, SPDTrainConfig, TrainConfig
 from evaluation import Measurement
-from logs import errors_in_one_line, write_settings
+from logs import errors_in_one_line, git_commit, write_settings
 from pareto import draw, markdown_table, read_points, write_layers, write_points
 from replacement import (
     CLT,
@@ -36,7 +36,8 @@ from replacement import (
 from sae import BaseAutoencoder
 from sparsity import Coder
 from spd_model import ComponentModel
-from target_models import ASSETS, TargetModel, mlp_matrices
+from spd_training import train_spd
+from target_models import ASSETS, TargetModel, likes_bf16, mlp_matrices
 from token_stream import TokenStream, take_tokens
 from training import learning_rate, train_group
 
@@ -99,7 +100,7 @@ def as_replacements(checkpoints: Sequence[Checkpoint], top_k: int | None = None)
 
 def baselines(target: TargetModel, layers: Sequence[int], neurons: Sequence[int]) -> list[Replacement]:
     """Neurons at each k, the least-squares affine map, and identity, zero and mean ablation."""
-    data = DataConfig(tuple(layers), batch_tokens=8192, buffer_tokens=16_384)
+    data = DataConfig(tuple(layers), batch_tokens=8192, buffer_tokens=16_384, model_batch=32)
     store = ActivationsStore(target, data)
     batches = itertools.islice(store, max(1, BASELINE_TOKENS // data.batch_tokens))
     return [
@@ -151,27 +152,83 @@ def train_coders(
     return train_group([new_coder(config, seed) for config in configs], target, data, train, folder)
 
 
-def find_spd(target: TargetModel) -> tuple[ComponentModel, TrainingRecord]:
+class Decomposition(NamedTuple):
+    model: ComponentModel
+    record: TrainingRecord
+
+
+class _OnDevice:
+    """A token stream whose batches lie on the target's device."""
+
+    def __init__(self, target: TargetModel, batch: int, seed: int) -> None:
+        self.stream = TokenStream(target.data, target.tokenizer, "train", batch, target.context, seed)
+        self.state_dict, self.load_state_dict, self.device = (
+            self.stream.state_dict,
+            self.stream.load_state_dict,
+            target.device,
+        )
+
+    def __next__(self) -> Tensor:
+        return next(self.stream).to(self.device)
+
+
+def train_decomposition(
+    target: TargetModel,
+    layers: Sequence[int],
+    components: int,
+    gate_hidden: int,
+    steps: int,
+    batch: int,
+    seed: int,
+    folder: Path,
+    lr: float = 1e-3,
+    minimality: float = 5e-4,
+) -> Decomposition:
+    """SPD of the MLP matrices of `layers`, `components` of each, or what `folder` holds of an equal training.
+
+    KL objective under stochastic masks of all modules, p of importance minimality from 2 to 0.4, AdamW with a cosine from
+    `lr` to a tenth, `batch` sequences per step, a gate per matrix of `gate_hidden` hidden units that reads the module's
+    own input at the same position, a least-squares start in place of faithfulness warm-up. methods.md §A9 scaled down.
+    """
+    patterns = tuple((path, components) for layer in layers for path in mlp_matrices(target, layer))
+    config = SPDConfig(patterns, GateConfig("shared_mlp", (gate_hidden,)))
+    train = SPDTrainConfig(
+        steps, lr, (Recon(1.0, "stochastic", "all"),), minimality, "kl", p=(2.0, 0.4), faithfulness=1.0,
+        final=0.1, warmup=0.02, faithful_steps=0, clip=1.0, metrics_every=20, checkpoint_every=100, seed=seed,
+    )  # fmt: skip
+    name = f"{target.name}_spd_L{'-'.join(map(str, layers))}_C{components}_n{steps}x{batch}_s{seed}"
+    recipe = f"{config.gate} {train}"
+    if (folder / name / CONFIG).exists():
+        found = Decomposition(*load_spd(str(folder / name), target))
+        if found.record.recipe != recipe:
+            raise ValueError(f"{folder / name} was trained otherwise ({found.record.recipe}): move it away")
+        print(f"{name} is already trained in {folder}")
+        return found
+    model = ComponentModel(target.model, config, torch.Generator().manual_seed(seed)).to(target.device)
+    stream = _OnDevice(target, batch, seed)
+    seconds = train_spd(model, stream, train, folder / name, name, autocast=likes_bf16(target.device))
+    tokens = steps * batch * target.context
+    record = TrainingRecord(name, target.name, target.fingerprint, tokens, seconds, seed, git_commit(), recipe)
+    save_spd(folder / name, model, record)
+    return Decomposition(model, record)
+
+
+def find_spd(target: TargetModel) -> Decomposition:
     """The target's decomposition: the shipped one of `tiny`, else the one that exp_004 left among the checkpoints."""
     shipped = ASSETS / f"spd_{target.name}"
     found = sorted(checkpoint_folder(target.name).glob("*_spd_*"))
     if not shipped.exists() and not found:
         raise ValueError(f"there is no SPD of {target.name!r}: train one with exp_004 first")
-    return load_spd(str(shipped if shipped.exists() else found[-1]), target)
+    return Decomposition(*load_spd(str(shipped if shipped.exists() else found[-1]), target))
 
 
-def spd_replacements(
-    target: TargetModel, model: ComponentModel, record: TrainingRecord, layers: Sequence[int]
-) -> list[Replacement]:
+def spd_replacements(target: TargetModel, decomposition: Decomposition, layers: Sequence[int]) -> list[Replacement]:
     """The decomposition at its own thresholds, importance above 0 and above 0.5, with and without the delta component."""
+    model, record = decomposition
     origin = Origin(record.seed, record.train_tokens, record.train_seconds, record.name)
     return [
         SPD(target, model, t, delta=delta, layers=layers, origin=origin) for t in (0.0, 0.5) for delta in (False, True)
     ]
-
-
-def spd_thresholds(target: TargetModel, layers: Sequence[int]) -> list[Replacement]:
-    return spd_replacements(target, *find_spd(target), layers)
 
 
 def spd_sweep(

@@ -15,6 +15,7 @@ Validation files come first in that order, so no training file is a near-copy of
 """
 
 import ast
+import functools
 import hashlib
 import itertools
 import json
@@ -65,6 +66,7 @@ class SourceFile(NamedTuple):
         return "train" if self.order % VALIDATION_SHARE else "val"
 
 
+@functools.cache
 def environment_files() -> list[SourceFile]:
     """Every .py file of the standard library and site-packages, in the order of the hash of its name."""
     files = []
@@ -95,6 +97,7 @@ def drop_near_duplicates(files: list[SourceFile]) -> list[SourceFile]:
     return kept
 
 
+@functools.cache
 def environment_corpus(split: Split) -> list[SourceFile]:
     """The de-duplicated files of one split; the list is cached under a fingerprint of names and sizes."""
     files = environment_files()

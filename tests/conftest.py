@@ -37,8 +37,8 @@ def write_corpus(folder: Path, documents: int = 400, seed: int = 0) -> Path:
     return folder
 
 
-def make_small_target(folder: Path, layers: int = 2, seed: int = 0) -> TargetModel:
-    config = LlamaSimpleMLPConfig(16, len(WORDS) + 2, layers, 2, 16, 32, 1)
+def make_small_target(folder: Path, layers: int = 2, seed: int = 0, d_mlp: int = 32) -> TargetModel:
+    config = LlamaSimpleMLPConfig(16, len(WORDS) + 2, layers, 2, 16, d_mlp, 1)
     model = LlamaSimpleMLP(config)
     initialise(model, torch.Generator().manual_seed(seed))
     with torch.no_grad():

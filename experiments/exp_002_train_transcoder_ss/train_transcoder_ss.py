@@ -42,7 +42,7 @@ class Settings:
 
 PRESETS = {
     "simplestories": Settings(),
-    "tiny": Settings("tiny", d_dict=1536, tokens=1_000_000, batch=2048, device="cpu", seed=1),
+    "tiny": Settings("tiny", d_dict=1536, tokens=1_000_000, batch=2048, eval_tokens=102_400, device="cpu", seed=1),
 }
 
 

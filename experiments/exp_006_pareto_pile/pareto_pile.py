@@ -47,7 +47,7 @@ class Settings:
 
 PRESETS = {
     "pile": Settings(),
-    "tiny": Settings("tiny", layer=3, d_dict=1536, tokens=1_000_000, batch=2048, device="cpu"),
+    "tiny": Settings("tiny", layer=3, d_dict=1536, tokens=1_000_000, batch=2048, eval_tokens=102_400, device="cpu"),
 }
 
 

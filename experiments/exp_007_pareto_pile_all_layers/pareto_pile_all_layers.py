@@ -47,7 +47,10 @@ class Settings:
     replot: bool = False  # draw the figure from points.csv and stop
 
 
-PRESETS = {"pile": Settings(), "tiny": Settings("tiny", d_dict=1536, tokens=1_000_000, batch=2048, device="cpu")}
+PRESETS = {
+    "pile": Settings(),
+    "tiny": Settings("tiny", d_dict=1536, tokens=1_000_000, batch=2048, eval_tokens=102_400, device="cpu"),
+}
 
 
 def main(s: Settings) -> None:

@@ -43,7 +43,10 @@ class Settings:
     output: Path = Path(__file__).parent / "output"
 
 
-PRESETS = {"pile": Settings(), "tiny": Settings("tiny", d_dict=1536, tokens=1_000_000, batch=2048, devices=("cpu",))}
+PRESETS = {
+    "pile": Settings(),
+    "tiny": Settings("tiny", d_dict=1536, tokens=1_000_000, batch=2048, eval_tokens=102_400, devices=("cpu",)),
+}
 
 
 def train_layer(s: Settings, layer: int, device: str) -> None:

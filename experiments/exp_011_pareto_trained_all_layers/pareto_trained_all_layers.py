@@ -20,10 +20,11 @@ from study import (
     baselines,
     checkpoint_folder,
     clt_configs,
+    find_spd,
     held_out_tokens,
     replot,
     settings_for,
-    spd_thresholds,
+    spd_replacements,
     train_coders,
     transcoder_configs,
     write_report,
@@ -69,7 +70,7 @@ def main(s: Settings) -> None:
     trained = train_coders(configs, target, s.tokens, s.batch, s.seed, folder)
     replacements = [
         *as_replacements(trained),
-        *spd_thresholds(target, s.layers),
+        *spd_replacements(target, find_spd(target), s.layers),
         *baselines(target, s.layers, s.neurons),
     ]
     measured = evaluate(target, replacements, held_out_tokens(target, s.eval_tokens), ("frozen", "free"))
