@@ -15,7 +15,8 @@ x̂, ŵ the rounded rows, γ the relative error of a float32 sum of d terms and 
 m and ‖w‖ are one more column of the product. Whoever wins has upper ≥ the smallest winner, so (1) entries whose upper
 bound exceeds a guess are kept, (2) the k·B largest of them and a few more get float32 values, whose k·B-th largest T can
 only be too low, (3) every entry with upper ≥ T gets its float32 value too, and the winners are among these. A guess
-that proves higher than T is lowered to T. Nothing of size B·d_dict outlives a block of tokens.
+that proves higher than T is lowered to T. Nothing of size B·d_dict outlives a block of tokens. On CUDA, where (1) and
+(3) would wait for the device to count, the product and the selection are float32.
 
 All sums over active entries are `embedding_bag`s (on CUDA, the Triton kernels of `sparse_triton.py`): bags are tokens in
 token order, or latents in latent order; one stable sort per step (`Layout`) serves decoder and both weight gradients.
@@ -418,18 +419,14 @@ def _select_by_token(x: Tensor, W: Tensor, b: Tensor, k: int, low: torch.dtype) 
 
 
 def _select_static(x: Tensor, W: Tensor, b: Tensor, k: int, flat: bool) -> _Selected:
-    """For CUDA: float32 values at the 2k·B largest upper bounds; all shapes are known, nothing synchronises.
+    """For CUDA: float32 selection in which every shape is known, so that nothing synchronises.
 
-    The winners are among them unless more than k·B losers have bounds above the smallest winner.
+    How many entries have upper bounds above the smallest winner is known on the device alone, hence no bound selects.
     """
-    bounds = _UpperBounds(x, W, b, torch.bfloat16)
-    upper = torch.mm(bounds.x_low, bounds.W_low.T)
-    upper, n = (upper.view(1, -1), k * len(x)) if flat else (upper, k)
-    near = upper.topk(min(2 * n, upper.shape[1]), sorted=False).indices.sort(1).values
-    near += torch.arange(len(near), device=x.device)[:, None] * len(W)
-    pre = bounds.exact(near.flatten()).view_as(near)
-    keep = pre.sort(dim=1, descending=True, stable=True).indices[:, :n].sort(1).values
-    return _Selected(near.gather(1, keep).flatten(), pre.gather(1, keep).flatten())
+    pre = torch.addmm(b, x, W.T)
+    mask = _largest(pre.view(1, -1), k * len(x)) if flat else _largest(pre, k)
+    winners = torch.nonzero_static(mask.flatten(), size=k * len(x))[:, 0]
+    return _Selected(winners, pre.view(-1)[winners])
 
 
 def _kth_largest(values: Float[Tensor, "group n"], k: int) -> Float[Tensor, "group 1"]:
@@ -442,13 +439,13 @@ def _kth_largest(values: Float[Tensor, "group n"], k: int) -> Float[Tensor, "gro
 def _largest(values: Float[Tensor, "group n"], k: int) -> Bool[Tensor, "group n"]:
     """True at the k largest of each group; ties go to the lowest index. NaN is the largest, and is seen in the loss."""
     smallest = _kth_largest(values, k)
-    if smallest.isnan().any():
+    if values.device.type == "cuda" or smallest.isnan().any():
         values, smallest = values.nan_to_num(torch.inf, torch.inf, -torch.inf), smallest.nan_to_num(torch.inf)
     mask = ~(values < smallest)
     if values.device.type == "cpu" and mask.sum() == k * len(values):  # no ties
         return mask
     above, equal = ~(values <= smallest), values == smallest
-    return above | (equal & (equal.cumsum(1) <= k - above.sum(1, keepdim=True)))
+    return above | (equal & (equal.cumsum(1, dtype=torch.int32) <= k - above.sum(1, keepdim=True)))
 
 
 def _nonzero(mask: Bool[Tensor, "*shape"]) -> Int[Tensor, "active"]:
