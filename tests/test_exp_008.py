@@ -1,10 +1,16 @@
 """Experiment 008: judges that are right, silent or babbling; items that are what they claim; known Jacobians."""
 
+import asyncio
+import dataclasses
+import email
+import functools
 import json
+import runpy
 import shutil
 import subprocess
 import sys
 import threading
+from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 from types import ModuleType
@@ -12,6 +18,11 @@ from typing import Any
 
 import pytest
 import torch
+
+import study
+import target_models
+from activation_store import DataConfig
+from token_stream import DatasetSpec
 
 FOLDER = Path(__file__).parent.parent / "experiments" / "exp_008_interp_pile"
 SCRIPTS = ("autointerp", "intruder", "predictability", "faithfulness", "dashboard")
@@ -80,7 +91,7 @@ def test_perfect_judge_scores_one_and_silent_judge_scores_half(module: Any) -> N
 
 def test_random_examples_are_inactive_and_none_is_used_twice(module: Any) -> None:
     autointerp, features = module("autointerp"), module("features")
-    peaks = features.windows(activations(features).of(2)).amax(1)
+    peaks = module("examples").windows(activations(features).of(2)).amax(1)
     examples = autointerp.pick(peaks, generator())
     used = torch.cat([examples.explain, examples.score])
     assert len(examples.explain) == 15 and len(used.unique()) == len(used)
@@ -205,24 +216,77 @@ def test_identity_replacement_is_faithful_and_mean_ablation_is_not(module: Any) 
             assert row.cosine == pytest.approx(float(row.method == "all"), abs=2e-2), row
 
 
+def test_latents_without_active_or_silent_examples_are_not_drawn(module: Any, capsys: pytest.CaptureFixture) -> None:
+    features = module("features")
+    acts = activations(features)  # 128 windows
+    everywhere = torch.arange(acts.tokens.numel()).view(acts.tokens.shape)[:, 1:].flatten()
+    more = features.Activations(
+        acts.tokens, torch.cat([acts.latents, torch.full_like(everywhere, 4)]), torch.cat([acts.places, everywhere]),
+        torch.cat([acts.values, torch.ones(len(everywhere))]), 6,
+    )  # fmt: skip
+    drawn = features.draw_latents(more, 6, 1, generator())
+    assert sorted(drawn["uniform"]) == sorted(drawn["mass"]) == [0, 1, 2, 3], "4 is active everywhere, 5 nowhere"
+    assert features.draw_latents(more, 6, 129, generator()) == {} and "not examined" in capsys.readouterr().out
+
+
+def test_random_weights_target_shares_no_matrix_and_no_name(module: Any, small_target: Any) -> None:
+    null = module("features").randomised(small_target, 0)
+    assert null.name == "small-random" and null.fingerprint != small_target.fingerprint
+    for (name, p), q in zip(small_target.model.named_parameters(), null.model.parameters()):
+        assert torch.equal(p, q) == (p.ndim < 2), name
+
+
+SMALL = "--target tiny --layers 3 --d-dict 64 --k 16 --tokens 8192 --batch 512 --eval-tokens 8192 --latents 2".split()
+NULLED = ["--methods", "transcoder", "neurons", "transcoder-shuffled"]
+
+
+def some_python(folder: Path) -> Path:
+    """A corpus of two packages, in place of every package there is."""
+    folder.mkdir()
+    for split, package in (("train", asyncio), ("val", email)):
+        files = sorted(Path(package.__file__).parent.glob("*.py"))
+        (folder / f"{split}.jsonl").write_text("".join(json.dumps({"text": f.read_text()}) + "\n" for f in files))
+    return folder
+
+
 @pytest.fixture(scope="module")
-def outputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Every script once, at a miniature size, through its command line; the second time they only redraw."""
+def outputs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """Every script once, at a miniature size, through its command line; what one has trained the next one finds."""
     root = tmp_path_factory.mktemp("exp_008")
-    small = "--target tiny --layers 3 --d-dict 64 --k 16 --tokens 65536 --eval-tokens 131072 --latents 2".split()
-    for script in SCRIPTS:
-        extra = ["--samples", "4", "--no-spd"] if script == "faithfulness" else []
-        extra += ["--explanations", str(root / "autointerp" / "results.csv")] if script == "dashboard" else []
-        command = [sys.executable, str(FOLDER / f"{script}.py"), *small, *extra, "--output", str(root / script)]
-        done = subprocess.run(command, capture_output=True, text=True, timeout=600)
-        assert done.returncode == 0, f"{script}: {done.stderr[-2000:]}"
-    return root
+    extras = {
+        "faithfulness": ["--samples", "2", "--seq", "8", "--no-spd"],
+        "dashboard": ["--explanations", str(root / "autointerp" / "results.csv")],
+    }
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(str(FOLDER))
+        patch.setattr(study, "CHECKPOINTS", root / "checkpoints")
+        patch.setattr(study, "BASELINE_TOKENS", 8192)
+        patch.setattr(study, "DataConfig", functools.partial(DataConfig, buffer_tokens=4096, model_batch=8))
+        corpus = DatasetSpec(str(some_python(root / "corpus")), val_split="val")
+        target = dataclasses.replace(target_models.load_target("tiny", "cpu"), data=corpus)
+        patch.setattr(target_models, "load_target", lambda name, device: target)
+        for script in SCRIPTS:
+            arguments = [*SMALL, *extras.get(script, NULLED), "--output", str(root / script)]
+            patch.setattr(sys, "argv", [script, *arguments])
+            runpy.run_path(str(FOLDER / f"{script}.py"), run_name="__main__")
+        yield root
 
 
 def test_scripts_run_from_the_command_line(outputs: Path) -> None:
     for script in SCRIPTS:
         names = {path.name for path in (outputs / script).iterdir()}
         assert "settings.json" in names and ("dashboard.html" in names or {"results.csv", "README.md"} <= names), names
+
+
+def test_figures_are_drawn_again_from_the_results_alone(outputs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(target_models, "load_target", None)
+    figures = {"autointerp": "scores", "intruder": "intruder", "predictability": "predictability"}
+    for script, figure in figures.items():
+        image = outputs / script / f"{figure}.png"
+        image.unlink()
+        monkeypatch.setattr(sys, "argv", [script, "--target", "tiny", "--replot", "--output", str(outputs / script)])
+        runpy.run_path(str(FOLDER / f"{script}.py"), run_name="__main__")
+        assert image.exists()
 
 
 @pytest.mark.skipif(CHROMIUM is None, reason="no chromium on this machine")

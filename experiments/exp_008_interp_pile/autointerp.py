@@ -21,11 +21,9 @@ from typing import Any, NamedTuple
 
 import torch
 from clients import Client, make_client, parse_explanation, parse_numbers
-
-from features import (  # isort: skip
-    TINY, Activations, Common, all_activations, draw_latents, numbered, read_csv, text, windows, write_csv,
-)  # fmt: skip
-from figures import dots, means, table, write_readme
+from examples import numbered, text, windows
+from features import TINY, Activations, Common, all_activations, draw_latents
+from figures import dots, means, read_csv, table, write_csv, write_readme
 from jaxtyping import Int
 from torch import Tensor
 
@@ -34,6 +32,7 @@ from study import held_out_tokens, settings_for
 from target_models import load_target
 
 TOP, DRAWN, SCORED_TOP, SCORED_DRAWN, SCORED_RANDOM = 10, 5, 2, 2, 10
+ACTIVE = TOP + DRAWN + SCORED_TOP + SCORED_DRAWN
 CUT = 0.01  # tokens below this share of the latent's largest activation are not marked
 
 
@@ -80,9 +79,11 @@ class Examples(NamedTuple):
 
 def pick(peaks: Tensor, generator: torch.Generator) -> Examples:
     """`peaks`: the largest activation in each window, 0 where the latent is inactive throughout."""
+    active = int((peaks > 0).sum())
+    assert ACTIVE <= active <= len(peaks) - SCORED_RANDOM, f"{active} of {len(peaks)} windows are active"
     order = peaks.argsort(descending=True)
     top = order[: TOP + SCORED_TOP][torch.randperm(TOP + SCORED_TOP, generator=generator)]
-    rest = order[TOP + SCORED_TOP : int((peaks > 0).sum())]
+    rest = order[TOP + SCORED_TOP : active]
     drawn = rest[torch.multinomial(peaks[rest], DRAWN + SCORED_DRAWN, generator=generator)]
     silent = (peaks == 0).nonzero()[:, 0]
     random = silent[torch.randperm(len(silent), generator=generator)[:SCORED_RANDOM]]
@@ -122,7 +123,7 @@ def main(s: Settings) -> None:
     rows = []
     for method, acts in all_activations(s, target, held_out_tokens(target, s.eval_tokens)).items():
         generator, density = torch.Generator().manual_seed(s.seed), acts.density
-        for how, latents in draw_latents(acts, s.latents, TOP + DRAWN + SCORED_TOP + SCORED_DRAWN, generator).items():
+        for how, latents in draw_latents(acts, s.latents, ACTIVE, generator, silent=SCORED_RANDOM).items():
             for latent in latents:
                 explanation, answer, truth = judge(client, s.max_tokens, target.tokenizer, acts, latent, generator)
                 scores = ("", "") if answer is None else score(answer, truth)

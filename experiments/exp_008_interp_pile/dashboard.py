@@ -17,7 +17,9 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from features import TINY, Activations, Common, collect, draw_latents, read_csv, replacements, windows
+from examples import windows
+from features import TINY, Activations, Common, collect, draw_latents, replacements
+from figures import read_csv
 from jaxtyping import Float, Int
 from torch import Tensor
 

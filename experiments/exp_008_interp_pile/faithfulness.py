@@ -22,8 +22,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from features import TINY, Common, read_csv, replacements, write_csv
-from figures import dots, means, table, write_readme
+from features import TINY, Common, replacements
+from figures import dots, means, read_csv, table, write_csv, write_readme
 from jaxtyping import Float, Int
 from torch import Tensor
 

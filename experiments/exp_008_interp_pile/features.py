@@ -1,4 +1,4 @@
-"""What the parts of this experiment share: coders and their nulls, where their latents are active, and examples of it.
+"""What the parts of this experiment share: coders and their nulls, and where their latents are active.
 
     method               codes
     transcoder, clt      deployed sparse codes of one layer's latents (the CLT's latents of that layer)
@@ -10,20 +10,16 @@ Held-out text only. The first position of a sequence belongs to no example: code
 """
 
 import copy
-import csv
 import dataclasses
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from config import BatchTopK
-from logs import atomic_path
 from replacement import Neurons, Replacement
 from study import as_replacement, checkpoint_folder, clt_configs, train_coders, transcoder_configs
 from target_models import TargetModel, capture, weights_fingerprint
@@ -142,63 +138,20 @@ def all_activations(s: Common, target: TargetModel, tokens: Int[Tensor, "sequenc
     return {name: found[name] for name in s.methods}
 
 
-def draw_latents(acts: Activations, n: int, at_least: int, generator: torch.Generator) -> dict[str, list[int]]:
-    """n latents drawn `uniform`ly and n by `mass` of activation, among those active in `at_least` windows."""
+def draw_latents(
+    acts: Activations, n: int, active: int, generator: torch.Generator, silent: int = 1
+) -> dict[str, list[int]]:
+    """n latents drawn `uniform`ly and n by `mass`, among those with at least so many active and silent windows.
+
+    Fewer than n where there are fewer; {} where there is none, said in one line.
+    """
     n_windows = acts.tokens.numel() // WIDTH
     pairs = torch.unique(acts.latents * n_windows + acts.places // WIDTH)
-    alive = torch.bincount(pairs // n_windows, minlength=acts.d_dict) >= at_least
-    mass = torch.zeros(acts.d_dict).index_add_(0, acts.latents, acts.values) * alive
-    n = min(n, int(alive.sum()))
-    if n == 0:
-        raise SystemExit(f"no latent is active in {at_least} windows of {WIDTH} tokens: give more --eval-tokens")
-    weights = {"uniform": alive.float(), "mass": mass}
+    counts = torch.bincount(pairs // n_windows, minlength=acts.d_dict)
+    usable = (counts >= active) & (counts <= n_windows - silent)
+    if not usable.any():
+        print(f"not examined: none of {acts.d_dict} latents is active in {active} windows and silent in {silent}")
+        return {}
+    n, mass = min(n, int(usable.sum())), torch.zeros(acts.d_dict).index_add_(0, acts.latents, acts.values)
+    weights = {"uniform": usable.float(), "mass": mass * usable}
     return {how: torch.multinomial(weight, n, generator=generator).tolist() for how, weight in weights.items()}
-
-
-# ------------------------------------------------------------------------------------------------------- examples
-
-
-def windows(grid: Tensor) -> Tensor:
-    """(sequence, seq) cut into disjoint windows: (window, WIDTH)."""
-    assert grid.shape[1] % WIDTH == 0, f"{grid.shape=} {WIDTH=}"
-    return grid.view(-1, WIDTH)
-
-
-def text(tokenizer: Any, tokens: Int[Tensor, "width"], active: Bool[Tensor, "width"]) -> str:
-    """A window as text; runs of active tokens stand in << >>."""
-    pieces, inside = [], False
-    for token, on in zip(tokens.tolist(), active.tolist()):
-        pieces.append(("<<" if on and not inside else ">>" if inside and not on else "") + tokenizer.decode([token]))
-        inside = on
-    return "".join(pieces) + (">>" if inside else "")
-
-
-def numbered(pieces: Sequence[str]) -> str:
-    """One numbered, quoted example per line of a prompt."""
-    return "\n".join(f"{i}. {json.dumps(piece, ensure_ascii=False)}" for i, piece in enumerate(pieces, 1))
-
-
-def write_csv(path: Path, rows: Sequence[NamedTuple]) -> None:
-    with atomic_path(path) as temporary, temporary.open("w", newline="") as file:
-        writer = csv.writer(file, lineterminator="\n")
-        writer.writerow(rows[0]._fields)
-        writer.writerows([f"{v:.5g}" if isinstance(v, float) else v for v in row] for row in rows)
-
-
-def read_csv(path: Path) -> list[dict[str, str]]:
-    with path.open(newline="") as file:
-        return list(csv.DictReader(file))
-
-
-class Interval(NamedTuple):
-    mean: float
-    low: float
-    high: float
-
-
-def interval(values: Sequence[float], seed: int = 0) -> Interval:
-    """Mean with its 95 % percentile bootstrap over the values (latents, or tokens of different sequences)."""
-    sample = torch.tensor(values, dtype=torch.float64)
-    draws = torch.randint(len(sample), (1000, len(sample)), generator=torch.Generator().manual_seed(seed))
-    low, high = sample[draws].mean(1).quantile(torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
-    return Interval(sample.mean().item(), low, high)

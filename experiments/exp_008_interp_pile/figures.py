@@ -1,15 +1,46 @@
-"""Means with intervals, as a figure and as a table, from the rows of a results.csv and nothing else."""
+"""Rows of a results.csv; their means with intervals, as a figure and as a table, from that file and nothing else."""
 
+import csv
 from collections.abc import Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import matplotlib.pyplot as plt
-from features import METHODS, Interval, interval
+import torch
+from features import METHODS
 
 from logs import atomic_path
 from pareto import STYLES
 
 Rows = Sequence[dict[str, str]]
+
+
+def write_csv(path: Path, rows: Sequence[NamedTuple]) -> None:
+    if not rows:
+        raise SystemExit("no latent of any method has enough examples: give more --eval-tokens")
+    with atomic_path(path) as temporary, temporary.open("w", newline="") as file:
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerow(rows[0]._fields)
+        writer.writerows([f"{v:.5g}" if isinstance(v, float) else v for v in row] for row in rows)
+
+
+def read_csv(path: Path) -> list[dict[str, str]]:
+    with path.open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+class Interval(NamedTuple):
+    mean: float
+    low: float
+    high: float
+
+
+def interval(values: Sequence[float], seed: int = 0) -> Interval:
+    """Mean with its 95 % percentile bootstrap over the values (latents, or tokens of different sequences)."""
+    sample = torch.tensor(values, dtype=torch.float64)
+    draws = torch.randint(len(sample), (1000, len(sample)), generator=torch.Generator().manual_seed(seed))
+    low, high = sample[draws].mean(1).quantile(torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
+    return Interval(sample.mean().item(), low, high)
 
 
 def means(rows: Rows, by: str, value: str) -> dict[tuple[str, str], Interval]:

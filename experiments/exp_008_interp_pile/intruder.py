@@ -18,8 +18,9 @@ from typing import Any, NamedTuple
 
 import torch
 from clients import Client, make_client, parse_numbers
-from features import TINY, Common, all_activations, draw_latents, numbered, read_csv, text, windows, write_csv
-from figures import dots, means, table, write_readme
+from examples import numbered, text, windows
+from features import TINY, Common, all_activations, draw_latents
+from figures import dots, means, read_csv, table, write_csv, write_readme
 from oddity import DECILES, OWN, Item, embedding_vectors, grams, items, odd_one, tfidf_vectors
 from torch import nn
 
@@ -75,8 +76,9 @@ def main(s: Settings) -> None:
     frequency = Counter(gram for row in texts for gram in set(grams(row)))
     for method, acts in everything.items():
         generator, density = torch.Generator().manual_seed(s.seed), acts.density
-        able = draw_latents(acts, acts.d_dict, DECILES * OWN, generator)["uniform"]
-        for how, latents in draw_latents(acts, s.latents, DECILES * OWN, generator).items():
+        drawn = draw_latents(acts, s.latents, DECILES * OWN, generator)
+        able = draw_latents(acts, acts.d_dict, DECILES * OWN, generator)["uniform"] if drawn else []
+        for how, latents in drawn.items():
             for latent in latents:
                 apart = (density[torch.tensor(able)] / density[latent]).log().abs()
                 donors = [i for _, i in sorted(zip(apart.tolist(), able)) if i != latent][:DONORS]

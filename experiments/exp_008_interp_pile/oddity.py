@@ -18,7 +18,8 @@ from collections import Counter
 from typing import NamedTuple
 
 import torch
-from features import Activations, windows
+from examples import windows
+from features import Activations
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 

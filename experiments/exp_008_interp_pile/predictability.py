@@ -19,8 +19,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from features import TINY, WIDTH, Common, all_activations, draw_latents, read_csv, write_csv
-from figures import dots, means, table, write_readme
+from features import TINY, WIDTH, Common, all_activations, draw_latents
+from figures import dots, means, read_csv, table, write_csv, write_readme
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
@@ -60,13 +60,13 @@ def leaf_rates(
 ) -> tuple[Float[Tensor, "n"], Float[Tensor, "m"]]:  # fmt: skip
     """Share of active training tokens in the leaf of each training and test token."""
     n, p = len(y), int(y.sum())
-    if depth == 0 or p in (0, n):
-        rate = p / n
-        return torch.full((n,), rate), torch.full((len(test),), rate)
     n1 = torch.bincount(train.flatten(), minlength=n_features).double()
+    splits = (n1 > 0) & (n1 < n)
+    if depth == 0 or p in (0, n) or not splits.any():
+        return torch.full((n,), p / n), torch.full((len(test),), p / n)
     p1 = torch.bincount(train[y].flatten(), minlength=n_features).double()
     purity = p1.square() / n1.clamp_min(1) + (p - p1).square() / (n - n1).clamp_min(1)  # Gini: Σ p(1 − p/n) is least
-    best = int(purity.masked_fill((n1 == 0) | (n1 == n), -1).argmax())
+    best = int(purity.masked_fill(~splits, -1).argmax())
     sides, out = ((train == best).any(1), (test == best).any(1)), (torch.empty(n), torch.empty(len(test)))
     for a, b in (sides, (~sides[0], ~sides[1])):
         out[0][a], out[1][b] = leaf_rates(train[a], y[a], test[b], n_features, depth - 1)
