@@ -53,7 +53,7 @@ def main(s: Settings) -> None:
     configs = [EncoderConfig(layer, d, d, s.d_dict, BatchTopK(k)) for layer, k in zip(layers, s.top_k)]
     checkpoints = train_coders(configs, target, s.tokens, s.batch, s.seed, checkpoint_folder(s.target))
     replacements = [as_replacement(checkpoints), *baselines(target, layers, neurons=(16, 64))]
-    measured = evaluate(target, replacements, held_out_tokens(target, s.eval_tokens), ("single", "frozen", "free"))
+    measured = evaluate(target, replacements, held_out_tokens(target, s.eval_tokens), ("frozen", "free"))
     write_report(s.output, measured, s, "Transcoders on SimpleStories", __doc__, began, s.device)
 
 

@@ -48,7 +48,9 @@ class Settings:
 
 PRESETS = {
     "gpt2": Settings(),
-    "tiny": Settings("tiny", (2,), components=512, gate_hidden=192, steps=400, batch=4, device="cpu"),
+    "tiny": Settings(
+        "tiny", (2,), components=512, gate_hidden=192, steps=400, batch=4, eval_tokens=102_400, device="cpu"
+    ),
 }
 
 

@@ -49,7 +49,9 @@ class Settings:
 
 PRESETS = {
     "pile": Settings(),
-    "tiny": Settings("tiny", d_dict=1536, tokens=1_000_000, batch=2048, eval_tokens=102_400, device="cpu"),
+    "tiny": Settings(
+        "tiny", l0=(1, 4, 16, 64, 256), d_dict=1536, tokens=1_000_000, batch=2048, eval_tokens=102_400, device="cpu"
+    ),
 }
 
 

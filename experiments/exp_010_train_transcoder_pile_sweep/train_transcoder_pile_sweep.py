@@ -61,7 +61,7 @@ def main(s: Settings) -> None:
     target = load_target(s.target, s.devices[0])
     configs = transcoder_configs(target, s.layers, [BatchTopK(k) for k in s.top_k], s.d_dict)
     checkpoints = train_coders(configs, target, s.tokens, s.batch, s.seed, checkpoint_folder(s.target))  # all are there
-    replacements = as_replacements(checkpoints) + baselines(target, s.layers, neurons=s.top_k)
+    replacements = as_replacements(checkpoints) + baselines(target, s.layers, neurons=(s.top_k[0], s.top_k[-1]))
     measured = evaluate(target, replacements, held_out_tokens(target, s.eval_tokens), ("single", "frozen", "free"))
     write_report(s.output, measured, s, "Transcoders, k swept", __doc__, began, s.devices[0])
 
