@@ -23,6 +23,7 @@ token order, or latents in latent order; one stable sort per step (`Layout`) ser
 Every function has a dense twin (`dense_*`) that says the same in plain matrix products; tests compare the two.
 """
 
+import warnings
 from functools import cached_property
 from typing import Any, NamedTuple
 
@@ -86,10 +87,21 @@ class Layout:
         """x[t] · W[j] at every active (t, j)."""
         if self.dense:
             return (x @ W.T).flatten()[self.rows * self.d_dict + self.cols]
-        if self.d_dict <= self.n_rows or len(self.rows) == 0:
-            return pair_dots(x, self.rows, W, self.cols)
-        in_latent_order = pair_dots(x, self.rows_by_latent, W, self.cols_by_latent)  # reads each row of the larger once
-        return torch.empty_like(in_latent_order).index_copy_(0, self.by_latent, in_latent_order)
+        if len(self.rows) == 0:
+            return x.new_empty(0)
+        if self.d_dict <= self.n_rows:
+            return pair_dots(x, self.rows, self.row_starts, W, self.cols)
+        by_latent = pair_dots(W, self.cols_by_latent, self.latent_starts, x, self.rows_by_latent)
+        return torch.empty_like(by_latent).index_copy_(0, self.by_latent, by_latent)  # read each row of the larger once
+
+
+def _layout(flat: Int[Tensor, "active"], n_rows: int, d_dict: int) -> Layout:
+    """The layout of ascending positions t · d_dict + j; counting tokens costs less than dividing positions."""
+    starts = torch.searchsorted(flat, torch.arange(n_rows + 1, device=flat.device) * d_dict)
+    rows = torch.repeat_interleave(starts.diff(), output_size=len(flat))
+    layout = Layout(rows, flat - rows * d_dict, n_rows, d_dict)
+    layout.row_starts = starts
+    return layout
 
 
 def segment_sums(
@@ -105,15 +117,20 @@ def segment_sums(
 
 
 def pair_dots(
-    a: Float[Tensor, "n d"], rows: Int[Tensor, "pair"], b: Float[Tensor, "m d"], cols: Int[Tensor, "pair"]
-) -> Float[Tensor, "pair"]:
-    """out[e] = a[rows[e]] · b[cols[e]], without copies of the gathered rows."""
+    a: Float[Tensor, "n d"], rows: Int[Tensor, "pair"], starts: Int[Tensor, "n+1"], b: Float[Tensor, "m d"],
+    cols: Int[Tensor, "pair"],
+) -> Float[Tensor, "pair"]:  # fmt: skip
+    """out[e] = a[rows[e]] · b[cols[e]], without copies of the gathered rows; starts[i] ≤ e < starts[i + 1] have row i."""
     if a.device.type == "cuda":
         from sparse_triton import pair_dots as triton_pair_dots
 
         return triton_pair_dots(a, rows, b, cols)
-    # the gradient of embedding_bag's weights is just this; it reads no offsets
-    return torch.ops.aten._embedding_bag_per_sample_weights_backward(a, b, cols, rows[:1], rows, 0)
+    if not torch.backends.mkl.is_available():  # the gradient of embedding_bag's weights is just this
+        return torch.ops.aten._embedding_bag_per_sample_weights_backward(a, b, cols, rows[:1], rows, 0)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # CSR is called beta; 'unchecked' is meant
+        at = torch.sparse_csr_tensor(starts, cols, a.new_zeros(len(cols)), (len(a), len(b)), check_invariants=False)
+    return torch.sparse.sampled_addmm(at, a, b.T, beta=0).values()
 
 
 class Codes(NamedTuple):
@@ -217,8 +234,8 @@ def to_dense(codes: Codes) -> Float[Tensor, "batch d_dict"]:
 def from_dense(acts: Float[Tensor, "batch d_dict"]) -> Codes:
     """The positive entries of a dense matrix of activations; differentiable."""
     flat = _nonzero(acts.detach() > 0)
-    rows, cols = flat // acts.shape[1], flat % acts.shape[1]
-    return Codes(acts.flatten()[flat], rows, cols, *acts.shape, Layout(rows, cols, *acts.shape))
+    layout = _layout(flat, *acts.shape)
+    return Codes(acts.flatten()[flat], layout.rows, layout.cols, *acts.shape, layout)
 
 
 def fire_counts(codes: Codes) -> Int[Tensor, "d_dict"]:
@@ -259,10 +276,9 @@ class _Selected(NamedTuple):
 
 def _encode(x: Tensor, W_enc: Tensor, b_enc: Tensor, selected: _Selected) -> Codes:
     """Codes at the selected positions."""
-    shape = len(x), len(W_enc)
-    rows, cols = selected.flat // shape[1], selected.flat % shape[1]
-    layout = Layout(rows, cols, *shape)
-    return Codes(_Encode.apply(x, W_enc, b_enc, selected.pre, layout), rows, cols, *shape, layout)
+    layout = _layout(selected.flat, len(x), len(W_enc))
+    values = _Encode.apply(x, W_enc, b_enc, selected.pre, layout)
+    return Codes(values, layout.rows, layout.cols, len(x), len(W_enc), layout)
 
 
 @torch.no_grad()
@@ -302,16 +318,22 @@ def _bf16_is_fast() -> bool:
     return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
 
 
+def _rounded(x: Float[Tensor, "n d"], low: torch.dtype) -> tuple[Tensor, Float[Tensor, "n"]]:
+    """x in low precision, and the norm of what rounding took from each row."""
+    x_low = x.to(low)
+    return x_low, x_low.to(x.dtype).sub_(x).norm(dim=1) if low != x.dtype else x.new_zeros(len(x))
+
+
 class _UpperBounds:
     """Upper bounds of pre-activations from a product in low precision; float32 values where asked."""
 
     def __init__(self, x: Tensor, W: Tensor, b: Tensor, low: torch.dtype) -> None:
         self.x, self.W, self.b = x, W, b
-        x_low, W_low, b_low = x.to(low), W.to(low), b.to(low)
+        (x_low, x_rest), (W_low, W_rest), b_low = _rounded(x, low), _rounded(W, low), b.to(low)
         x_norm, w_norm = x.norm(dim=1), W.norm(dim=1)
         gamma = (x.shape[1] + 8) * 2.0**-23  # of the float32 sum in the product, and of the one in `exact`
-        rho = ((W - W_low).norm(dim=1) / w_norm.clamp_min(1e-30)).max()
-        margin = (x - x_low).norm(dim=1) + (rho * (1 + 2.0**-8) + gamma) * x_norm
+        rho = (W_rest / w_norm.clamp_min(1e-30)).max()
+        margin = x_rest + (rho * (1 + 2.0**-8) + gamma) * x_norm
         b_rest = b - b_low
         b_rest = b_rest + b_rest.abs() * 2.0**-7 + b.abs() * gamma + 1e-30
         one, up = torch.ones_like(margin), 1 + 2.0**-7  # `up` outweighs rounding to nearest
@@ -338,13 +360,12 @@ class _UpperBounds:
             block, hit = bounds[: part.stop - begin], mask[: part.stop - begin]
             torch.mm(self.x_low[part], self.W_low.T, out=block)
             if floor is None:
-                maxima = block[:, : d_dict // GROUP * GROUP].unflatten(1, (GROUP, -1)).amax(1)
-                starts.append(_kth_largest(maxima.float(), k))
+                maxima = _ordered(block)[:, : d_dict // GROUP * GROUP].unflatten(1, (GROUP, -1)).amax(1)
+                starts.append(_kth_largest(maxima.view(block.dtype).float(), k))
                 floors.append(starts[-1] - 2.5 * self.margin[part, None].float())
             else:
                 floors.append(floor[part] if floor.ndim else floor)
-            torch.ge(block, self._lowered(floors[-1]), out=hit)
-            found = _nonzero(hit)
+            found = _reaching(block, self._lowered(floors[-1]), hit)
             flats.append(found + begin * d_dict)
             uppers.append(block.view(-1)[found].float())
             room -= len(found)
@@ -361,7 +382,7 @@ class _UpperBounds:
         return (floor - floor.abs() * 4 * self.slack).to(self.x_low.dtype)
 
     def exact(self, flat: Int[Tensor, "pair"]) -> Float[Tensor, "pair"]:
-        layout = Layout(flat // len(self.W), flat % len(self.W), len(self.x), len(self.W))
+        layout = _layout(flat, len(self.x), len(self.W))
         return layout.dots(self.x, self.W) + self.b[layout.cols]
 
 
@@ -400,8 +421,8 @@ def _select_by_token(x: Tensor, W: Tensor, b: Tensor, k: int, low: torch.dtype) 
     bounds = _UpperBounds(x, W, b, low)
     scan = bounds.scan(None, k)
     while scan is not None:
-        rows = scan.flat // len(W)
-        place = rows, torch.arange(len(rows)) - torch.searchsorted(rows, torch.arange(len(x)))[rows]
+        layout = _layout(scan.flat, len(x), len(W))
+        rows, place = layout.rows, (layout.rows, torch.arange(len(scan.flat)) - layout.row_starts[layout.rows])
         table = x.new_full((len(x), int(place[1].max()) + 1), -torch.inf)  # the entries of a token, side by side
         first = scan.upper >= (scan.floor if scan.start is None else scan.start)[rows, 0]
         pre = x.new_full(rows.shape, -torch.inf)
@@ -446,6 +467,23 @@ def _largest(values: Float[Tensor, "group n"], k: int) -> Bool[Tensor, "group n"
         return mask
     above, equal = ~(values <= smallest), values == smallest
     return above | (equal & (equal.cumsum(1, dtype=torch.int32) <= k - above.sum(1, keepdim=True)))
+
+
+def _ordered(values: Tensor) -> Tensor:
+    """bf16 as integers, which processors compare many times faster: the same order where one of a pair is positive.
+
+    Of negative numbers the least would pass for the largest.
+    """
+    return values.view(torch.int16) if values.dtype == torch.bfloat16 else values
+
+
+def _reaching(values: Tensor, floor: Tensor, mask: Bool[Tensor, "*shape"]) -> Int[Tensor, "active"]:
+    """Ascending flat positions of values ≥ floor; `mask` is room for the comparison."""
+    if (floor > 0).all():
+        values, floor = _ordered(values), _ordered(floor)
+    if values.dtype == torch.bfloat16:
+        return _nonzero(torch.ge(values, floor, out=mask))
+    return torch.from_numpy(np.flatnonzero(np.greater_equal(values.numpy(), floor.numpy(), out=mask.numpy())))
 
 
 def _nonzero(mask: Bool[Tensor, "*shape"]) -> Int[Tensor, "active"]:
