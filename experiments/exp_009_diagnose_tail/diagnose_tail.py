@@ -1,0 +1,115 @@
+"""Do the components that SPD calls unimportant matter, and if they do, when?
+
+Components of each matrix are ranked by mean causal importance g_lo over held-out tokens; then only the first n of every
+matrix are kept, n over a log grid, and CE is measured on other held-out tokens (protocol `frozen`, all decomposed layers).
+
+    gated   a kept component works (mask 1) where its importance is above 0, as the ruler deploys SPD
+    open    a kept component works on every token; all kept and Δ added is the target itself, so ΔCE must be 0
+    delta   W − Σ U V of all components, kept or not, is added
+    random  the components are kept in random order instead: what the ranking is worth
+
+    python experiments/exp_009_diagnose_tail/diagnose_tail.py                # GPT-2, what exp_004 trained: GPU, network
+    python experiments/exp_009_diagnose_tail/diagnose_tail.py --target tiny  # the shipped SPD, offline; minutes
+    … --replot draws the figure again from components.csv and points.csv
+
+Expected: gated, little is lost with the tail, which seldom fires; open, much, because it carries weight all the same.
+"""
+
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from jaxtyping import Bool
+from tail_figure import Component, draw, write_components
+from torch import Tensor
+
+from evaluation import evaluate
+from logs import write_settings
+from pareto import write_points
+from replacement import SPD, Origin, SPDPass
+from study import find_spd, held_out_tokens, settings_for
+from target_models import Captured, capture, load_target
+
+
+@dataclass(frozen=True)
+class Settings:
+    target: str = "gpt2"
+    kept: tuple[int, ...] = (16, 64, 256, 1024, 3072, 6144)  # components kept of every matrix
+    rank_tokens: int = 131_072  # held-out tokens that rank the components
+    eval_tokens: int = 1_000_000  # held-out tokens after those, that CE is measured on
+    device: str = "cuda"
+    seed: int = 0  # of the random order
+    replot: bool = False
+    output: Path = Path(__file__).parent / "output"
+
+
+PRESETS = {
+    "gpt2": Settings(),
+    "tiny": Settings("tiny", (16, 64, 256, 512), rank_tokens=65_536, eval_tokens=102_400, device="cpu"),
+}
+
+
+class Cut(SPD):
+    """The decomposition without the components outside `kept`."""
+
+    def cut(self, kept: dict[str, Bool[Tensor, "component"]], n: int, always: bool, suffix: str = "") -> "Cut":
+        self.kept, self.k, self.always = kept, n, always
+        self.method = f"spd-{'open' if always else 'gated'}{'-delta' if self.delta else ''}{suffix}"
+        return self
+
+    def frozen(self, captured: Captured) -> SPDPass:
+        pass_, inf = super().frozen(captured), float("inf")
+        assert pass_.z is not None
+        working = {path: torch.full_like(z, inf) if self.always else z for path, z in pass_.z.items()}
+        pass_.z = {path: torch.where(self.kept[path], z, -inf) for path, z in working.items()}
+        return pass_
+
+
+@torch.inference_mode()
+def rank(spd: SPD, tokens: Tensor) -> tuple[list[Component], dict[str, Tensor]]:
+    """Every component, and each matrix's components from the most to the least important."""
+    mean = {path: torch.zeros(2, n, device=tokens.device) for path, n in spd.model.sizes.items()}
+    for part in tokens.split(16):
+        for path, z in (spd.frozen(capture(spd.target, part, spd.reads)).z or {}).items():
+            g = spd.model.lower(z[:, 1:]).flatten(0, 1)
+            mean[path] += torch.stack([g.sum(0), (g > 0).sum(0)]) / (tokens.numel() - len(tokens))
+    components, order = [], {}
+    for path, (importance, firing) in mean.items():
+        parts = spd.model.components[path]
+        norm, order[path] = parts.U.norm(dim=1) * parts.V.norm(dim=0), importance.argsort(descending=True, stable=True)
+        rows = torch.stack([importance, firing, norm])[:, order[path]].T.tolist()
+        components += [Component(path, i, *row) for i, row in enumerate(rows, 1)]
+    return components, order
+
+
+def main(s: Settings) -> None:
+    if s.replot:
+        return draw(s.output, __doc__)
+    began, target = time.perf_counter(), load_target(s.target, s.device)
+    model, record = find_spd(target)
+    origin = Origin(record.seed, record.train_tokens, record.train_seconds, record.name)
+    held_out = held_out_tokens(target, s.rank_tokens + s.eval_tokens)
+    n_rank = s.rank_tokens // target.context
+    components, ranked = rank(SPD(target, model), held_out[:n_rank])
+    generator = torch.Generator().manual_seed(s.seed)
+    shuffled = {path: order[torch.randperm(len(order), generator=generator)] for path, order in ranked.items()}
+
+    def keep(order: dict[str, Tensor], n: int) -> dict[str, Tensor]:
+        return {path: torch.zeros_like(o, dtype=torch.bool).index_fill(0, o[:n], True) for path, o in order.items()}
+
+    def cut(n: int, always: bool, delta: bool, order: dict[str, Tensor] = ranked, suffix: str = "") -> Cut:
+        return Cut(target, model, delta=delta, origin=origin).cut(keep(order, n), n, always, suffix)
+
+    cuts = [cut(n, always, delta) for always in (False, True) for delta in (False, True) for n in s.kept]
+    cuts += [cut(n, True, True, shuffled, "-random") for n in s.kept if n < max(map(len, ranked.values()))]
+    measured = evaluate(target, cuts, held_out[n_rank:], ("frozen",))
+    s.output.mkdir(parents=True, exist_ok=True)
+    write_points(s.output / "points.csv", measured.points)
+    write_components(s.output / "components.csv", components)
+    write_settings(s.output, s, s.device, time.perf_counter() - began)
+    draw(s.output, __doc__)
+
+
+if __name__ == "__main__":
+    main(settings_for(PRESETS, __doc__))
