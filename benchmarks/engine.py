@@ -1,0 +1,356 @@
+"""What one optimiser step costs: ours, other libraries', dense twins', and the encoder product no coder can avoid.
+
+A step is forward, backward, clipping and fused Adam on Gaussian activations. All trainers of a size are in one process
+and take turns; medians count. Two parts need more: `peers` the packages of requirements.txt, `group` the tiny model.
+
+    python benchmarks/engine.py --parts peers memory clt clt_growth group draw      # minutes; two threads
+
+results/engine.csv holds ratios alone: `speed` is tokens/s over those of one float32 encoder product, `ours` how many
+times our step is faster. What sparsify trains is a TopK transcoder; SAELens and dictionary_learning train
+autoencoders of that shape; a dense twin is our coder with dense matrix products, straight-through autograd and all.
+"""
+
+import csv
+import os
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, NamedTuple
+
+import torch
+import tyro
+from torch import Tensor
+
+from activation_store import ActivationBatch
+from clt import CrossLayerTranscoder
+from config import BatchTopK, CLTConfig, EncoderConfig, TopK, TrainConfig
+from logs import atomic_path
+from sparse_ops import dense_encode_batch_topk, dense_encode_topk
+from training import Student, training_step
+from transcoder import build_transcoder
+
+os.environ["SPARSIFY_DISABLE_TRITON"] = "1"  # as sparsify asks for on a processor without CUDA
+RESULTS = Path(__file__).parent / "results"
+Part = Literal["peers", "memory", "clt", "clt_growth", "group", "draw"]
+Step = Callable[[], object]
+
+
+class Size(NamedTuple):
+    d: int
+    d_dict: int
+    k: int
+    batch: int
+
+
+SIZES = (Size(768, 4096, 32, 4096), Size(768, 16384, 32, 4096), Size(192, 1536, 16, 2048), Size(192, 3072, 16, 2048))
+
+
+class Row(NamedTuple):
+    part: str
+    d: int
+    d_dict: int
+    k: int
+    batch: int
+    rule: str
+    what: str
+    speed: str  # one over (median step / median float32 encoder product)
+    ours: str  # median step of `what` / median step of ours
+
+
+@dataclass(frozen=True)
+class Settings:
+    parts: tuple[Part, ...] = ("peers", "memory", "clt", "clt_growth", "group", "draw")
+    repeats: int = 3
+    threads: int = 2
+    output: Path = RESULTS / "engine.csv"
+    memory_of: str = ""  # internal: the trainer whose memory this process measures
+
+
+def medians(steps: dict[str, Step], repeats: int) -> dict[str, float]:
+    """Seconds of each, in alternating turns after two unmeasured ones; fewer for what takes seconds."""
+    times: dict[str, list[float]] = {name: [] for name in steps}
+    for turn in range(-2, repeats):
+        for name, step in steps.items():
+            slow = times[name][-1] if times[name] else 0.0
+            if turn == -1 and slow > 1 or turn > 0 and slow > 4 or turn > 1 and slow > 2:
+                continue
+            begin = time.perf_counter()
+            step()
+            last = time.perf_counter() - begin
+            times[name] = [*times[name], last] if turn > 0 else [last]  # what came before was the warm-up
+    return {name: statistics.median(own) for name, own in times.items()}
+
+
+def adam(parameters: list[Tensor], loss: Callable[[], Tensor]) -> Step:
+    optimiser = torch.optim.Adam(parameters, lr=1e-4, fused=True)
+
+    def step() -> None:
+        loss().backward()
+        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+        optimiser.step()
+        optimiser.zero_grad(set_to_none=True)
+
+    return step
+
+
+def our_step(coder, x: Tensor, y: Tensor) -> Step:  # type: ignore[no-untyped-def]
+    """x, y: (layer, batch, d)."""
+    coder.train()
+    optimiser = torch.optim.Adam(coder.parameters(), lr=1e-4, fused=True)
+    n = len(coder.encoders)
+    variance = torch.full((n,), float(y.shape[-1])) if hasattr(coder, "decode_layer") else torch.tensor(768.0)
+    student = Student("", coder, list(range(n)), variance, optimiser, None)  # type: ignore[arg-type]
+    batch, config = ActivationBatch(x, y), TrainConfig(1, lr=1e-4)
+    return lambda: training_step(student, batch, config, 1e-4)
+
+
+def coder_of(size: Size, rule: TopK | BatchTopK):  # type: ignore[no-untyped-def]
+    coder = build_transcoder(EncoderConfig(0, size.d, size.d, size.d_dict, rule), torch.Generator().manual_seed(0))
+    torch.nn.init.normal_(coder.W_dec, std=0.01)
+    return coder
+
+
+def dense_step(size: Size, rule: TopK | BatchTopK, x: Tensor, y: Tensor) -> Step:
+    coder = coder_of(size, rule)
+    encode = dense_encode_topk if isinstance(rule, TopK) else dense_encode_batch_topk
+
+    def loss() -> Tensor:
+        acts = encode(x, coder.encoder.W_enc, coder.encoder.b_enc, size.k)
+        return (acts @ coder.W_dec + coder.b_dec - y).square().mean()
+
+    return adam([coder.encoder.W_enc, coder.encoder.b_enc, coder.W_dec, coder.b_dec], loss)
+
+
+def peer_steps(size: Size, x: Tensor, y: Tensor) -> dict[tuple[str, str], Step]:
+    """(rule, library) → step."""
+    import dictionary_learning.trainers.batch_top_k as dl_batch
+    import dictionary_learning.trainers.top_k as dl_topk
+    import sae_lens
+    import sparsify
+    from sae_lens.saes.sae import TrainStepInput
+
+    d, d_dict, k, _ = size
+    coder = sparsify.SparseCoder(d, sparsify.SparseCoderConfig(num_latents=d_dict, k=k, transcode=True))
+    steps = {("TopK", "sparsify"): adam(list(coder.parameters()), lambda: coder(x, y).fvu)}
+    for rule in ("TopK", "BatchTopK"):
+        config = getattr(sae_lens, f"{rule}TrainingSAEConfig")(d_in=d, d_sae=d_dict, k=k)
+        sae = getattr(sae_lens, f"{rule}TrainingSAE")(config)
+        given = TrainStepInput(x, {}, torch.zeros(d_dict, dtype=torch.bool), 0, False)
+        loss = lambda sae=sae, given=given: sae.training_forward_pass(given).loss  # noqa: E731
+        steps[rule, "SAELens"] = adam(list(sae.parameters()), loss)
+        cls = dl_topk.TopKTrainer if rule == "TopK" else dl_batch.BatchTopKTrainer
+        trainer = cls(steps=1000, activation_dim=d, dict_size=d_dict, k=k, layer=0, lm_name="", lr=1e-4, device="cpu",
+                      warmup_steps=1)  # fmt: skip
+        steps[rule, "dictionary_learning"] = lambda trainer=trainer: trainer.update(1, x)
+    return steps
+
+
+def peers(s: Settings) -> list[Row]:
+    rows: list[Row] = []
+    for size in SIZES:
+        g = torch.Generator().manual_seed(1)
+        x, y = torch.randn(2, size.batch, size.d, generator=g)
+        W = torch.randn(size.d_dict, size.d, generator=g)
+        x_low, W_low = x.bfloat16(), W.bfloat16()
+        steps = {("", "encoder product, float32"): lambda x=x, W=W: x @ W.T,
+                 ("", "encoder product, bf16"): lambda x=x_low, W=W_low: x @ W.T}  # fmt: skip
+        for rule in (TopK(size.k), BatchTopK(size.k)):
+            name = type(rule).__name__
+            steps[name, "ours"] = our_step(coder_of(size, rule), x[None], y[None])
+            steps[name, "dense twin"] = dense_step(size, rule, x, y)
+        steps |= peer_steps(size, x, y)
+        names = {f"{rule}|{what}": step for (rule, what), step in steps.items()}
+        seconds = medians(names, s.repeats)
+        product = seconds["|encoder product, float32"]
+        for (rule, what), _ in steps.items():
+            own, ours = seconds[f"{rule}|{what}"], seconds.get(f"{rule or 'BatchTopK'}|ours", 0.0)
+            rows.append(Row("step", *size, rule, what, f"{product / own:.3f}", f"{own / ours:.2f}"))
+            print(*rows[-1], flush=True)
+    return rows
+
+
+def clt_coder(n: int, size: Size) -> CrossLayerTranscoder:
+    coder = CrossLayerTranscoder(
+        CLTConfig(tuple(range(n)), size.d, size.d, size.d_dict, BatchTopK(size.k)), torch.Generator().manual_seed(0)
+    )
+    for W in coder.W_dec:
+        torch.nn.init.normal_(W, std=0.01)
+    return coder
+
+
+def clt(s: Settings) -> list[Row]:
+    """4 layers against upstream's dense step: dense encoders, and a dense decoder from every layer to every later one."""
+    size, n = Size(768, 4096, 16, 4096), 4
+    x, y = torch.randn(2, n, size.batch, size.d, generator=torch.Generator().manual_seed(1))
+    ours, twin = clt_coder(n, size), clt_coder(n, size)
+
+    def loss() -> Tensor:
+        wide = [
+            dense_encode_batch_topk(x[i], e.W_enc, e.b_enc, size.k) @ twin.W_dec[i] for i, e in enumerate(twin.encoders)
+        ]
+        return (twin._gather(wide) + twin.b_dec[:, None] - y).square().mean()
+
+    product = {"product": lambda: x[0] @ ours.encoders[0].W_enc.detach().T}
+    steps = {"ours": our_step(ours, x, y), "dense twin": adam(list(twin.parameters()), loss)}
+    seconds = medians(product | steps, s.repeats)
+    return [
+        Row("clt, 4 layers", *size, "BatchTopK", name, f"{seconds['product'] / seconds[name]:.3f}",
+            f"{seconds[name] / seconds['ours']:.2f}") for name in steps
+    ]  # fmt: skip
+
+
+def clt_growth(s: Settings) -> list[Row]:
+    """Encoders alone, and decoders with their backward pass, of 2, 4, 8 and 12 layers; `ours` = over those of two."""
+    size, rows, first = Size(768, 2048, 16, 2048), [], {}
+    for n in (2, 4, 8, 12):
+        coder = clt_coder(n, size).train()
+        x, y = torch.randn(2, n, size.batch, size.d, generator=torch.Generator().manual_seed(1))
+        with torch.no_grad():
+            codes = coder.encode(x)
+            coder.update_statistics(codes)
+
+        def encode(coder: CrossLayerTranscoder = coder, x: Tensor = x) -> None:
+            with torch.no_grad():
+                coder.encode(x)
+
+        def decode(coder=coder, y: Tensor = y, codes=codes) -> None:  # type: ignore[no-untyped-def]
+            fresh = tuple(c._replace(values=c.values.detach().requires_grad_()) for c in codes)
+            (coder.decode(fresh) - y).square().mean().backward()
+            coder.zero_grad(set_to_none=True)
+
+        seconds = medians({"encoders": encode, "decoders": decode}, s.repeats)
+        for name, own in seconds.items():
+            first.setdefault(name, own)
+            rows.append(Row("clt growth", *size, "BatchTopK", f"{n} layers, {name}", "", f"{own / first[name]:.2f}"))
+            print(*rows[-1], flush=True)
+    return rows
+
+
+def group(s: Settings) -> list[Row]:
+    """16 coders on one forward of the target; `ours` = over the sum of their steps and that one forward."""
+    from target_models import capture, load_target
+
+    target = load_target("tiny", "cpu")
+    size, layers = Size(target.d_model, 1536, 0, 2048), tuple(range(target.n_layers))
+    tokens = torch.randint(target.vocab_size, (size.batch // 128, 128), generator=torch.Generator().manual_seed(0))
+
+    def harvest() -> tuple[Tensor, Tensor]:
+        inputs, outputs = capture(target, tokens, layers)
+        return inputs.flatten(1, 2).clone(), outputs.flatten(1, 2).clone()
+
+    x, y = harvest()
+    steps = {
+        f"{layer} {k}": our_step(coder_of(size, BatchTopK(k)), x[layer, None], y[layer, None])
+        for layer in layers
+        for k in (4, 8, 16, 32)
+    }
+
+    def together() -> None:
+        harvest()
+        for step in steps.values():
+            step()
+
+    seconds = medians(steps | {"forward": harvest, "together": together}, s.repeats + 2)
+    apart, n = sum(seconds[name] for name in steps), len(steps)
+    one = seconds["together"] / (apart + seconds["forward"])
+    many = (apart + n * seconds["forward"]) / seconds["together"]
+    shape = (size.d, size.d_dict, 0, size.batch, "BatchTopK")
+    return [
+        Row("group", *shape, f"{n} coders together / (sum of steps + one forward)", "", f"{one:.2f}"),
+        Row("group", *shape, f"{n} coders apart, a forward each / together", "", f"{many:.2f}"),
+    ]
+
+
+def peak_memory(of: str) -> int:
+    """Bytes by which a step's peak exceeds what was resident before it (Linux), parameters and Adam's moments excepted."""
+    size = SIZES[1]
+    x, y = torch.randn(2, size.batch, size.d, generator=torch.Generator().manual_seed(1))
+    rule, what = of.split("|")
+    kind = {"TopK": TopK, "BatchTopK": BatchTopK}[rule](size.k)
+    step = our_step(coder_of(size, kind), x[None], y[None]) if what == "ours" else dense_step(size, kind, x, y)
+    step()
+    Path("/proc/self/clear_refs").write_text("5")  # forget the peak so far
+    before = status("VmRSS")
+    step()
+    return status("VmHWM") - before
+
+
+def status(field: str) -> int:
+    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(field))
+    return int(line.split()[1]) * 1024
+
+
+def memory(s: Settings) -> list[Row]:
+    names = [f"{rule}|{what}" for rule in ("TopK", "BatchTopK") for what in ("ours", "dense twin")]
+    peaks = {}
+    for name in names:
+        call = [sys.executable, __file__, "--memory-of", name, "--threads", str(s.threads)]
+        peaks[name] = int(subprocess.run(call, capture_output=True, text=True, check=True).stdout.split()[-1])
+    return [
+        Row("memory", *SIZES[1], *name.split("|"), f"{peak / 2**20:.0f} MiB", f"{peak / peaks[name.split('|')[0] + '|ours']:.2f}")
+        for name, peak in peaks.items()
+    ]  # fmt: skip
+
+
+def draw(rows: list[Row], path: Path) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, panels = plt.subplots(1, 2, figsize=(10, 4.2), sharey=True, layout="constrained")
+    colours = {"ours": "#0072b2", "sparsify": "#d55e00", "SAELens": "#009e73", "dictionary_learning": "#cc79a7",
+               "dense twin": "#777777", "encoder product, bf16": "#000000", "encoder product, float32": "#000000"}  # fmt: skip
+    for panel, d in zip(panels, (768, 192)):
+        own = [row for row in rows if row.part == "step" and int(row.d) == d]
+        for rule, what in dict.fromkeys((row.rule, row.what) for row in own):
+            points = [(int(row.d_dict), float(row.speed)) for row in own if (row.rule, row.what) == (rule, what)]
+            style = "--" if rule == "TopK" else ":" if what.endswith("float32") else "-"
+            panel.plot(*zip(*points), style, color=colours[what], marker=None if not rule else "o", ms=4)
+            last = f"{what} {rule}".strip()
+            panel.annotate(
+                last, points[-1], (5, 0), textcoords="offset points", fontsize=7, color=colours[what], va="center"
+            )
+        panel.set(
+            xscale="log",
+            yscale="log",
+            xlabel="latents (d_dict)",
+            title=f"d = {d}, k = {own[0].k}, batch {own[0].batch}",
+        )
+        ticks = sorted({int(row.d_dict) for row in own})
+        panel.set_xticks(ticks, [f"{tick:,}" for tick in ticks])
+        panel.minorticks_off()
+        panel.set_xlim(ticks[0] * 0.93, ticks[0] * (ticks[1] / ticks[0]) ** 1.75)
+        panel.grid(alpha=0.3)
+    panels[0].set_ylabel("tokens/s of a step,\nover those of one float32 encoder product")
+    figure.savefig(path, dpi=150)
+
+
+def main(s: Settings) -> None:
+    torch.set_num_threads(s.threads)
+    if s.memory_of:
+        print(peak_memory(s.memory_of))
+        return
+    s.output.parent.mkdir(exist_ok=True)
+    makers = {"peers": peers, "memory": memory, "clt": clt, "clt_growth": clt_growth, "group": group}
+    rows: list[Row] = []
+    if s.output.exists():
+        with s.output.open() as file:
+            rows = [Row(*line) for line in list(csv.reader(file))[1:]]
+    for part in s.parts:
+        if part == "draw":
+            draw(rows, s.output.with_suffix(".png"))
+            continue
+        new = makers[part](s)
+        print(*new, sep="\n")
+        rows = [row for row in rows if row.part != new[0].part] + new
+        with atomic_path(s.output) as temporary, temporary.open("w", newline="") as file:
+            csv.writer(file, lineterminator="\n").writerows([Row._fields, *rows])
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Settings, description=__doc__))
