@@ -24,6 +24,7 @@ from typing import NamedTuple
 import torch
 from features import TINY, Common, replacements
 from figures import dots, means, read_csv, table, write_csv, write_readme
+from jacobians import cosines, jacobian
 from jaxtyping import Float, Int
 from torch import Tensor
 
@@ -67,15 +68,6 @@ def open_pass(replacement: Replacement, clean: Captured, layer: int) -> Pass:
     return pass_
 
 
-def jacobian(out: Float[Tensor, "sample m"], x: Float[Tensor, "sample 1 d"]) -> Float[Tensor, "sample m d"]:
-    """∂out/∂x of each sample; samples do not see each other."""
-    zero = torch.zeros_like(x)
-    if not out.requires_grad:  # a constant, such as the mean
-        return zero.expand(-1, out.shape[1], -1)
-    rows = [torch.autograd.grad(o.sum(), x, retain_graph=True, allow_unused=True)[0] for o in out.unbind(1)]
-    return torch.stack([(zero if row is None else row)[:, 0] for row in rows], dim=1)
-
-
 def local_jacobian(mlp: MLP, x: Float[Tensor, "sample 1 d_in"]) -> Float[Tensor, "sample d_out d_in"]:
     x = x.clone().requires_grad_()
     with torch.enable_grad():
@@ -96,10 +88,6 @@ def logit_jacobian(
     return jacobian(logits, shift)
 
 
-def cosines(a: Float[Tensor, "sample m d"], b: Float[Tensor, "sample m d"]) -> list[float]:
-    return torch.nn.functional.cosine_similarity(a.flatten(1), b.flatten(1), dim=1).tolist()
-
-
 def measure(
     target: TargetModel, layer: int, methods: dict[str, Replacement], tokens: Int[Tensor, "sample seq"]
 ) -> list[Result]:
@@ -110,8 +98,8 @@ def measure(
         top = target.logits(tokens)[:, -1].topk(TOP_LOGITS).indices
 
     def both(make: Callable[[], MLP]) -> dict[str, Tensor]:
-        end_to_end = logit_jacobian(target, layer, make(), tokens, top)
-        return {"local": local_jacobian(make(), x), "end-to-end": end_to_end}
+        logits = logit_jacobian(target, layer, make(), tokens, top)
+        return {"local": local_jacobian(make(), x), "end-to-end": logits}
 
     truth = both(lambda: lambda z: target.mlp(layer, z))
     for name, replacement in methods.items():
@@ -152,8 +140,8 @@ def draw(folder: Path) -> None:
     dots(found, 0.0, "cosine of Jacobians", folder / "faithfulness.png")
     kept = [m for m, q in active if q == "local" and "-" not in m and m != "affine"]
     counts = ", ".join(f"{m} {active[m, 'local'].mean:.1f}" for m in kept)
-    texts = [table(found), f"Active parts of this layer per MLP output, as measured: {counts}."]
-    write_readme(folder, "Jacobian faithfulness", __doc__, "faithfulness.png", texts)
+    said = f"Active parts of this layer per MLP output, as measured: {counts}."
+    write_readme(folder, "Jacobian faithfulness", __doc__, "faithfulness.png", [table(found), said])
 
 
 if __name__ == "__main__":

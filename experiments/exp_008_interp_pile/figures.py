@@ -7,7 +7,6 @@ from typing import NamedTuple
 
 import matplotlib.pyplot as plt
 import torch
-from features import METHODS
 
 from logs import atomic_path
 from pareto import STYLES
@@ -53,7 +52,7 @@ def means(rows: Rows, by: str, value: str) -> dict[tuple[str, str], Interval]:
 def dots(found: dict[tuple[str, str], Interval], null: float, label: str, path: Path) -> None:
     """One panel per group, one dot with its interval per method; the dashed line is chance."""
     groups = list(dict.fromkeys(group for _, group in found))
-    methods = sorted({m for m, _ in found}, key=lambda m: METHODS.index(m) if m in METHODS else -1)
+    methods = list(dict.fromkeys(m for m, _ in found))
     figure, panels = plt.subplots(
         1, len(groups), figsize=(1.8 + 3.2 * len(groups), 0.9 + 0.38 * len(methods)),
         sharey=True, sharex=True, squeeze=False, layout="constrained",
