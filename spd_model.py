@@ -127,16 +127,69 @@ def _mlp(
     return nn.Sequential(*layers[:-1])
 
 
-def scalar_mlp(h: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor) -> Tensor:
-    """Per component, a one-hidden-layer MLP on the scalar h_c. One expression, so that a compiler can keep the hidden
-    units in registers: eager, it is memory-bound by a factor of the hidden width."""
+def scalar_mlp(
+    h: Float[Tensor, "*batch component"],
+    w1: Float[Tensor, "*batch component hidden"],
+    b1: Float[Tensor, "*batch component hidden"],
+    w2: Float[Tensor, "*batch component hidden"],
+    b2: Float[Tensor, "*batch component"],
+) -> Float[Tensor, "*batch component"]:
+    """Per component, a one-hidden-layer MLP on the scalar h_c: z = Σ_k w2_k gelu(w1_k h + b1_k) + b2."""
     return (F.gelu(h[..., None] * w1 + b1) * w2).sum(-1) + b2
+
+
+def _normal(u: Tensor) -> tuple[Tensor, Tensor]:
+    """(Φ(u), φ(u)) with one exponential for both: Φ by Abramowitz & Stegun 7.1.26, error below 1e-7."""
+    e = torch.exp(-0.5 * u * u)
+    t = 1 / (1 + 0.3275911 / 2**0.5 * u.abs())
+    a = (0.254829592, -0.284496736, 1.421413741, -1.453152027, 1.061405429)
+    tail = 0.5 * e * t * (a[0] + t * (a[1] + t * (a[2] + t * (a[3] + t * a[4]))))
+    return torch.where(u > 0, 1 - tail, tail), e * (2 * torch.pi) ** -0.5
+
+
+def _scalar_forward(h: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor) -> tuple[Tensor, Tensor]:
+    """(z, dz/dh), positions last. h: (*stack, C, N); w1, b1, w2: (*stack, C, hidden)."""
+    u = h[..., None, :] * w1[..., None] + b1[..., None]
+    cdf, pdf = _normal(u)
+    z = (u * cdf * w2[..., None]).sum(-2) + b2[..., None]
+    return z, ((cdf + u * pdf) * (w1 * w2)[..., None]).sum(-2)
+
+
+def _scalar_backward(g: Tensor, h: Tensor, w1: Tensor, b1: Tensor, w2: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of w1, b1, w2, the hidden units recomputed."""
+    u = h[..., None, :] * w1[..., None] + b1[..., None]
+    cdf, pdf = _normal(u)
+    d = (cdf + u * pdf) * g[..., None, :]
+    return (d * h[..., None, :]).sum(-1) * w2, d.sum(-1) * w2, (u * cdf * g[..., None, :]).sum(-1)
+
+
+_compiled_forward = torch.compile(_scalar_forward, dynamic=False)
+_compiled_backward = torch.compile(_scalar_backward, dynamic=False)
+
+
+class _ScalarMLP(torch.autograd.Function):
+    """`scalar_mlp` compiled: hidden units live in registers in both passes. Eager, they are written to memory many
+    times over; as one compiled expression, their gradient is still written once, and computed twice."""
+
+    @staticmethod
+    def forward(ctx, h: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor) -> Tensor:  # type: ignore[no-untyped-def,override]
+        lead = w1.shape[:-2]
+        flat = h.reshape(*lead, -1, h.shape[-1]).mT.contiguous()
+        z, slope = _compiled_forward(flat, w1, b1, w2, b2)
+        ctx.save_for_backward(flat, slope, w1, b1, w2)
+        return z.mT.reshape(h.shape)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # type: ignore[no-untyped-def,override]
+        flat, slope, w1, b1, w2 = ctx.saved_tensors
+        g = grad.reshape(*w1.shape[:-2], -1, grad.shape[-1]).mT.contiguous()
+        return (g * slope).mT.reshape(grad.shape), *_compiled_backward(g, flat, w1, b1, w2), g.sum(-1)
 
 
 class ComponentGate(nn.Module):
     """`mlp` (reads h_c), `vector_mlp` (reads x; one MLP per component) or `shared_mlp` (reads x; one MLP x → C)."""
 
-    scalar = staticmethod(scalar_mlp)  # `ComponentModel.compile_gates` swaps in the compiled one
+    compiled = False  # set by `ComponentModel.compile_gates`
 
     def __init__(
         self, kind: str, d_in: int, n: int, hidden: tuple[int, ...], lead: tuple[int, ...], g: torch.Generator
@@ -159,9 +212,11 @@ class ComponentGate(nn.Module):
         if len(self.layers) != 3:
             return self.layers(h[..., None]).squeeze(-1)
         first, last = self.layers[0], self.layers[2]
+        if self.compiled:
+            return _ScalarMLP.apply(h, first.W.squeeze(-2), first.b, last.W.squeeze(-1), last.b.squeeze(-1))
         w1, b1 = _align(first.W[..., 0, :], h[..., None], 2), _align(first.b, h[..., None], 2)
         w2, b2 = _align(last.W[..., 0], h[..., None], 2), _align(last.b[..., 0], h, 1)
-        return self.scalar(h, w1, b1, w2, b2)
+        return scalar_mlp(h, w1, b1, w2, b2)
 
 
 class GlobalMLPGate(nn.Module):
@@ -377,10 +432,10 @@ class ComponentModel(nn.Module):
         return self.sizes[path] if isinstance(module, nn.Embedding) else weight_map(module).shape[-2]
 
     def compile_gates(self) -> None:
-        """Compile the per-component MLPs (`mlp` gates): values kept in registers; needs a C++ compiler on CPU."""
-        compiled = torch.compile(scalar_mlp, dynamic=False)
+        """Compile the per-component MLPs (`mlp` gates of one hidden layer, fp32); needs a C++ compiler on CPU."""
+        assert self.config.gate.kind == "mlp" and len(self.config.gate.hidden) == 1, f"{self.config.gate=}"
         for gate in self._ci_fns.values():
-            gate.scalar = compiled
+            gate.compiled = True
 
     @property
     def components(self) -> dict[str, Components]:

@@ -15,7 +15,7 @@ from jaxtyping import Float
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor, nn
 
-from spd_model import ComponentModel, StackedLinear, weight_map
+from spd_model import ComponentModel, Components, StackedLinear, weight_map
 
 
 @dataclass(frozen=True)
@@ -84,6 +84,50 @@ class ResidMLP(nn.Module):
         for layer in self.layers:
             r = layer(r)
         return r @ self.W_E.mT
+
+
+class FoldedResidMLP(nn.Module):
+    """A ResidMLP of one layer seen from its features: out = x W_E W_Eᵀ + relu(x (W_E W_in)) (W_out W_Eᵀ). The same
+    function, `D_EMBED` / features times cheaper, since nothing else reads the embedding."""
+
+    def __init__(self, target: ResidMLP) -> None:
+        super().__init__()
+        (block,), E = target.layers, target.W_E
+        self.register_buffer("direct", E @ E.mT)
+        self.layers = nn.ModuleList([nn.Module()])
+        self.layers[0].mlp_in = StackedLinear(block.mlp_in.weight @ E.mT, None)
+        self.layers[0].mlp_out = StackedLinear(E @ block.mlp_out.weight, None)
+
+    def forward(self, x: Float[Tensor, "stack batch feature"]) -> Float[Tensor, "stack batch feature"]:
+        block = self.layers[0]
+        return x @ self.direct + block.mlp_out(torch.relu(block.mlp_in(x)))
+
+
+class FoldedComponents(nn.Module):
+    """The components of a folded module: parameters in the embedding, V (mlp_in) or U (mlp_out) taken to features."""
+
+    def __init__(self, inner: Components, W_E: Float[Tensor, "stack feature embed"], reads: bool) -> None:
+        super().__init__()
+        self.inner, self.reads = inner, reads
+        self.register_buffer("W_E", W_E, persistent=False)
+        self.register_buffer("bias", None)
+
+    @property
+    def V(self) -> Tensor:
+        return self.W_E @ self.inner.V if self.reads else self.inner.V
+
+    @property
+    def U(self) -> Tensor:
+        return self.inner.U if self.reads else self.inner.U @ self.W_E.mT
+
+
+def fold(model: ComponentModel) -> None:
+    """Make a decomposition of a one-layer ResidMLP run from features to features, in place; its parameters, and with
+    them the optimiser's steps, stay those of the unfolded one. Only Δ is measured differently: as features see it."""
+    target = model.target_model
+    model.__dict__["target_model"] = FoldedResidMLP(target).requires_grad_(False).eval()
+    for path, part in model.components.items():
+        model._components[path.replace(".", "-")] = FoldedComponents(part, target.W_E, path.endswith("mlp_in"))
 
 
 class ToyBatches:
@@ -162,7 +206,8 @@ def _reads(toy: Toy, model: ComponentModel) -> list[tuple[Tensor, Tensor, Tensor
     out = []
     for path in paths:
         W, V, U = weight_map(target.get_submodule(path)), parts[path].V.detach(), parts[path].U.detach()
-        out.append((W, V, U) if toy.kind == "tms" else (target.W_E @ W, target.W_E @ V, U))
+        in_features = toy.kind == "tms" or isinstance(target, FoldedResidMLP)
+        out.append((W, V, U) if in_features else (target.W_E @ W, target.W_E @ V, U))
     return out
 
 

@@ -21,7 +21,7 @@ from config import GateConfig, Recon, SPDConfig, SPDTrainConfig
 from logs import REPOSITORY, atomic_path, write_settings
 from spd_model import ComponentModel
 from spd_training import train_spd
-from toy_models import TOYS, Toy, ToyBatches, importance_errors, importance_matrix, recovery, train_target
+from toy_models import TOYS, Toy, ToyBatches, fold, importance_errors, importance_matrix, recovery, train_target
 
 COLUMNS = ["toy", "seed", "mmcs", "ml2r", "ci_error_01", "ci_error_02", "l0", "steps", "seconds"]
 
@@ -43,10 +43,10 @@ SCALAR = GateConfig("mlp", (16,))
 # Published: batch 4096 (TMS), 2048 (ResidMLP); steps 10k (TMS; 40-10+id 20k), 20k, 25k and 50k (ResidMLP).
 RECIPES = {
     "tms_5-2": Recipe(20, SCALAR, 3e-3, 1.0, 1e-3, "cosine", 8000, 1024),
-    "tms_5-2_id": Recipe(20, SCALAR, 3e-3, 1.0, 1e-3, "cosine", 4000, 512),
-    "tms_40-10": Recipe(200, SCALAR, 1e-4, 2.0, 1e-3, "cosine", 4000, 256),
+    "tms_5-2_id": Recipe(20, SCALAR, 3e-3, 1.0, 1e-3, "cosine", 8000, 1024),
+    "tms_40-10": Recipe(200, SCALAR, 1e-4, 2.0, 1e-3, "cosine", 6000, 512),
     "tms_40-10_id": Recipe(200, SCALAR, 1e-4, 2.0, 1e-3, "cosine", 4000, 256),
-    "resid_1": Recipe(100, SCALAR, 1e-5, 2.0, 2e-3, "constant", 3000, 256),
+    "resid_1": Recipe(100, SCALAR, 1e-5, 2.0, 2e-3, "cosine", 7000, 512),
     "resid_2": Recipe(400, GateConfig("shared_mlp", (256,)), 1e-4, 2.0, 3e-4, "constant", 6000, 512,
                       (Recon(2.0, routing="subset"), Recon(2.0, "pgd", "subset", 1, 1.0))),
     "resid_3": Recipe(500, GateConfig("mlp", (128,)), 1e-5, 2.0, 1e-3, "constant", 6000, 512),
@@ -75,6 +75,8 @@ def decompose(name: str, toy: Toy, s: Settings) -> None:
     model = ComponentModel(target, config, torch.Generator().manual_seed(s.seed + 1))
     if s.compile_gates and recipe.gate == SCALAR:
         model.compile_gates()
+    if name == "resid_1":
+        fold(model)
     steps = round(recipe.steps * s.scale)
     train = SPDTrainConfig(steps, recipe.lr, recipe.recon, recipe.minimality, p=(recipe.p, recipe.p),
                            schedule=recipe.schedule, seed=s.seed + 2)  # type: ignore[arg-type]  # fmt: skip
