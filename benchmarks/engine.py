@@ -307,14 +307,16 @@ def draw(rows: list[Row], path: Path) -> None:
                "dense twin": "#777777", "encoder product, bf16": "#000000", "encoder product, float32": "#000000"}  # fmt: skip
     for panel, d in zip(panels, (768, 192)):
         own = [row for row in rows if row.part == "step" and int(row.d) == d]
+        labels: list[tuple[float, str, str]] = []
         for rule, what in dict.fromkeys((row.rule, row.what) for row in own):
             points = [(int(row.d_dict), float(row.speed)) for row in own if (row.rule, row.what) == (rule, what)]
             style = "--" if rule == "TopK" else ":" if what.endswith("float32") else "-"
             panel.plot(*zip(*points), style, color=colours[what], marker=None if not rule else "o", ms=4)
-            last = f"{what} {rule}".strip()
-            panel.annotate(
-                last, points[-1], (5, 0), textcoords="offset points", fontsize=7, color=colours[what], va="center"
-            )
+            labels.append((points[-1][1], f"{what} {rule}".strip(), colours[what]))
+        height = 0.0
+        for speed, text, colour in sorted(labels):  # labels keep their distance
+            height = max(speed, height * 1.16)
+            panel.annotate(text, (points[-1][0], height), (5, 0), textcoords="offset points", fontsize=7, color=colour)
         panel.set(
             xscale="log",
             yscale="log",
