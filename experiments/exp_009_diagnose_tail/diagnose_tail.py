@@ -46,24 +46,34 @@ class Settings:
 
 PRESETS = {
     "gpt2": Settings(),
-    "tiny": Settings("tiny", (16, 64, 256, 512), rank_tokens=65_536, eval_tokens=102_400, device="cpu"),
+    "tiny": Settings("tiny", (32, 128, 512), rank_tokens=65_536, eval_tokens=102_400, device="cpu"),
 }
+
+
+class Gates:
+    """Importance logits of a clean pass, computed once for all cuts of a decomposition."""
+
+    def __init__(self, spd: SPD) -> None:
+        self.spd, self.inputs, self.z = spd, torch.zeros(0), dict[str, Tensor]()
+
+    def __call__(self, captured: Captured) -> dict[str, Tensor]:
+        if not torch.equal(captured.inputs, self.inputs):
+            self.inputs, self.z = captured.inputs, self.spd.frozen(captured).z or {}
+        return self.z
 
 
 class Cut(SPD):
     """The decomposition without the components outside `kept`."""
 
-    def cut(self, kept: dict[str, Bool[Tensor, "component"]], n: int, always: bool, suffix: str = "") -> "Cut":
-        self.kept, self.k, self.always = kept, n, always
-        self.method = f"spd-{'open' if always else 'gated'}{'-delta' if self.delta else ''}{suffix}"
+    def cut(self, gates: Gates, kept: dict[str, Bool[Tensor, "component"]], n: int, always: bool, order: str) -> "Cut":
+        self.gates, self.kept, self.k, self.always = gates, kept, n, always
+        self.method = f"spd-{'open' if always else 'gated'}{'-delta' if self.delta else ''}{order}"
         return self
 
     def frozen(self, captured: Captured) -> SPDPass:
-        pass_, inf = super().frozen(captured), float("inf")
-        assert pass_.z is not None
-        working = {path: torch.full_like(z, inf) if self.always else z for path, z in pass_.z.items()}
-        pass_.z = {path: torch.where(self.kept[path], z, -inf) for path, z in working.items()}
-        return pass_
+        inf, z = float("inf"), self.gates(captured)
+        working = {path: torch.full_like(own, inf) if self.always else own for path, own in z.items()}
+        return SPDPass(self, {path: torch.where(self.kept[path], own, -inf) for path, own in working.items()})
 
 
 @torch.inference_mode()
@@ -91,7 +101,8 @@ def main(s: Settings) -> None:
     origin = Origin(record.seed, record.train_tokens, record.train_seconds, record.name)
     held_out = held_out_tokens(target, s.rank_tokens + s.eval_tokens)
     n_rank = s.rank_tokens // target.context
-    components, ranked = rank(SPD(target, model), held_out[:n_rank])
+    gates = Gates(SPD(target, model))
+    components, ranked = rank(gates.spd, held_out[:n_rank])
     generator = torch.Generator().manual_seed(s.seed)
     shuffled = {path: order[torch.randperm(len(order), generator=generator)] for path, order in ranked.items()}
 
@@ -99,7 +110,7 @@ def main(s: Settings) -> None:
         return {path: torch.zeros_like(o, dtype=torch.bool).index_fill(0, o[:n], True) for path, o in order.items()}
 
     def cut(n: int, always: bool, delta: bool, order: dict[str, Tensor] = ranked, suffix: str = "") -> Cut:
-        return Cut(target, model, delta=delta, origin=origin).cut(keep(order, n), n, always, suffix)
+        return Cut(target, model, delta=delta, origin=origin).cut(gates, keep(order, n), n, always, suffix)
 
     cuts = [cut(n, always, delta) for always in (False, True) for delta in (False, True) for n in s.kept]
     cuts += [cut(n, True, True, shuffled, "-random") for n in s.kept if n < max(map(len, ranked.values()))]

@@ -38,7 +38,7 @@ def read_components(path: Path) -> list[Component]:
 
 
 def conclusion(rows: Sequence[Component], points: Sequence[ParetoPoint]) -> str:
-    """What the half of each matrix's components with the least importance is worth, in words."""
+    """What each matrix's components beyond the largest cut to at most half of them are worth, in words."""
     n = max(r.rank for r in rows) // 2
     half = max(p.k for p in points if p.k is not None and p.k <= n)
     tail = [r for r in rows if r.rank > half]
