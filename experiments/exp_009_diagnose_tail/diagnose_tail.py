@@ -54,7 +54,7 @@ class Gates:
     """Importance logits of a clean pass, computed once for all cuts of a decomposition."""
 
     def __init__(self, spd: SPD) -> None:
-        self.spd, self.inputs, self.z = spd, torch.zeros(0), dict[str, Tensor]()
+        self.spd, self.inputs, self.z = spd, torch.zeros(0, device=spd.target.device), dict[str, Tensor]()
 
     def __call__(self, captured: Captured) -> dict[str, Tensor]:
         if not torch.equal(captured.inputs, self.inputs):
