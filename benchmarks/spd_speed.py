@@ -4,7 +4,7 @@ The reference, below: one seed at a time, each component's MLP by einsum with it
 every masked pass. This project: three seeds stacked, the compiled gate, the Δ identity. Both start from the same
 weights, see the same batches and draw the same masks; their losses are compared before anything is timed.
 
-    python benchmarks/spd_speed.py        # writes benchmarks/spd_speed.csv; minutes
+    python benchmarks/spd_speed.py        # writes benchmarks/results/spd_speed.csv; minutes
 
 One thread; CPU seconds of the process (not wall time), so that a shared machine disturbs less. Steps alternate between
 the two, and the fastest of each is taken.
@@ -37,7 +37,7 @@ class Settings:
     batch: int = 4096
     seeds: int = 3
     repeats: int = 5
-    output: Path = Path(__file__).with_suffix(".csv")
+    output: Path = Path(__file__).parent / "results" / "spd_speed.csv"
 
 
 class Reference:
