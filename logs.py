@@ -57,13 +57,14 @@ def check_device(device: str) -> str:
 
 
 def errors_in_one_line() -> None:
-    """From here on an uncaught ValueError, which says what was wrong with an input, prints its line without a traceback.
+    """From here on an uncaught ValueError, which says what was wrong with an input, prints its line without a traceback;
+    so does an OSError (a full disk, a refused connection), which leaves nothing half-written.
 
     Called by command lines; the exit code stays 1. `python -X dev` keeps tracebacks.
     """
 
     def report(kind: type[BaseException], error: BaseException, trace: Any) -> None:
-        if issubclass(kind, ValueError) and not sys.flags.dev_mode:
+        if issubclass(kind, ValueError | OSError) and not sys.flags.dev_mode:
             print(f"error: {error}", file=sys.stderr)
         else:
             sys.__excepthook__(kind, error, trace)
@@ -117,13 +118,24 @@ class Logger:
 
 
 def _wandb_mode() -> str:
-    """WANDB_MODE if set; else online with credentials, offline with a W&B project named, otherwise disabled."""
+    """WANDB_MODE if set; else online with credentials, offline without."""
     if "WANDB_MODE" in os.environ:
         return os.environ["WANDB_MODE"]
+    return "online" if _has_credentials() else "offline"
+
+
+def _has_credentials() -> bool:
     netrc = Path.home() / ".netrc"
-    if "WANDB_API_KEY" in os.environ or (netrc.exists() and "api.wandb.ai" in netrc.read_text()):
-        return "online"
-    return "offline"
+    return "WANDB_API_KEY" in os.environ or (netrc.exists() and "api.wandb.ai" in netrc.read_text())
+
+
+def _wandb_api(reference: str) -> Any:
+    """The client of W&B; raises ValueError where it could not log in, before it asks anything of the network."""
+    if not _has_credentials():
+        raise ValueError(f"{reference} lies on W&B, which needs `wandb login`; --target tiny works offline")
+    import wandb
+
+    return wandb.Api()
 
 
 _announced: set[str] = set()
@@ -155,10 +167,8 @@ def download_artifact(reference: str, folder: Path) -> Path:
     """Fetch W&B artifact `entity/project/name:version` into `folder` (once) and return where it lies."""
     destination = folder / reference.replace("/", "--").replace(":", "--")
     if not destination.exists():
-        import wandb
-
         with atomic_path(destination) as temporary:
-            wandb.Api().artifact(reference).download(root=str(temporary))
+            _wandb_api(reference).artifact(reference).download(root=str(temporary))
     return destination
 
 
@@ -166,10 +176,8 @@ def download_run_files(run: str, names: tuple[str, ...], folder: Path) -> Path:
     """Fetch the files of W&B run `entity/project/id` whose names start with one of `names` (once)."""
     destination = folder / run.replace("/", "--")
     if not destination.exists():
-        import wandb
-
         with atomic_path(destination) as temporary:
-            for file in wandb.Api().run(run).files():
+            for file in _wandb_api(run).run(run).files():
                 if Path(file.name).name.startswith(names):
                     file.download(root=str(temporary))
     return destination

@@ -43,6 +43,7 @@ SCRIPTS = {
         [*SMALL, "--top-k", "8", "--clt-top-k", "8"],
         {"transcoder", "clt", "spd", "spd-delta", "spd-0.5", "spd-delta-0.5"},
     ),
+    "exp_014_sae_sites/sae_sites.py": ([*SMALL, "--top-k", "8"], {"sae", "sae-attn_out", "sae-resid"}),
     "../main.py": (
         [*SMALL[2:], "--retrain-spd", "--spd-steps", "1", "--transcoder-k", "8", "--clt-k", "8"],
         {"transcoder", "clt", "spd", "spd-delta", "spd-0.5", "spd-delta-0.5"},
@@ -112,6 +113,6 @@ def test_a_figure_is_drawn_again_without_model_or_data(
 
 def test_every_experiment_is_tested() -> None:
     tested = {script.split("/")[0] for script in SCRIPTS}
-    elsewhere = {"exp_000_train_tiny_target", "exp_008_interp_pile", "exp_009_spd_tail", "exp_012_spd_known_mechanisms"}
+    elsewhere = {"exp_000_train_tiny_target", "exp_008_interp_pile", "exp_009_diagnose_tail", "exp_012_spd_known_mechanisms"}
     elsewhere |= {"exp_013_spd_mask_leak"}
     assert {folder.name for folder in EXPERIMENTS.glob("exp_*")} <= tested | elsewhere

@@ -40,9 +40,10 @@ COLUMNS = ["gate", "probe_ce", "shuffled_ce", "current_token_ce", "model_ce", "l
 class Settings:
     target: str = "tiny"
     checkpoint: str = "assets/spd_tiny"
-    tokens: int = 40_000  # half train the probe, half measure it
+    tokens: int = 102_400  # half of them, in sequences drawn at random, train the probe; the others measure it
     classes: int = 256  # most frequent next tokens; positions with others are left out
-    probe_steps: int = 300
+    probe_steps: int = 1000
+    probe_lr: float = 1e-2
     gate_steps: int = 0  # steps of training each transformer gate; 0: only the decomposition's own gate
     seed: int = 0
     output: Path = Path(__file__).parent / "output"
@@ -54,7 +55,7 @@ def probe(x: Float[Tensor, "position feature"], y: Int[Tensor, "position"], s: S
     W = torch.zeros(x.shape[1], s.classes, requires_grad=True)
     frequency = torch.bincount(y[:half], minlength=s.classes) + 1.0
     b = frequency.div(frequency.sum()).log().requires_grad_()
-    optimiser = torch.optim.Adam([W, b], lr=2e-3)
+    optimiser = torch.optim.Adam([W, b], lr=s.probe_lr)
     best = float("inf")
     for step in range(s.probe_steps + 1):
         if step % 50 == 0:  # the best of a few readings: an early stop, the same rule for every probe
@@ -96,6 +97,7 @@ def main(s: Settings) -> None:
     target = load_target(s.target, "cpu")
     own, _ = load_spd(str(REPOSITORY / s.checkpoint), target)
     tokens = take_tokens(TokenStream(target.data, target.tokenizer, "val", 16, target.context), s.tokens)
+    tokens = tokens[torch.randperm(len(tokens), generator=torch.Generator().manual_seed(s.seed))]
     nexts, current = tokens[:, 1:].flatten(), tokens[:, :-1].flatten()
     common = torch.bincount(nexts, minlength=target.vocab_size).topk(s.classes).indices
     label = torch.full((target.vocab_size,), -1).scatter(0, common, torch.arange(s.classes))[nexts]
