@@ -8,6 +8,7 @@ import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
+import spd_model
 from config import GateConfig, Recon, SPDConfig, SPDTrainConfig, from_json, to_json
 from losses import annealed_p, faithfulness, importance_minimality, kl_divergence, mean_kl
 from spd_model import (
@@ -28,10 +29,12 @@ from toy_models import (
     TOYS,
     ToyBatches,
     dense_error,
+    fold,
     identity_error,
     importance_errors,
     permute_to_identity,
     recovery,
+    train_target,
 )
 
 C = 12
@@ -236,6 +239,38 @@ def test_stacked_seeds_train_as_each_would_alone() -> None:
         one.load_state_dict({k: v[i : i + 1] for k, v in both.state_dict().items()})
         for name, grad in gradients(one, x[i : i + 1]).items():
             torch.testing.assert_close(grad[0], stacked[name][i], atol=1e-6, rtol=1e-4)
+
+
+def test_compiled_gate_is_the_eager_one_with_its_gradients(monkeypatch) -> None:  # type: ignore[no-untyped-def]
+    """Its two passes, uncompiled here to save the compiler's seconds, on a stack and on (batch, position)."""
+    monkeypatch.setattr(spd_model, "_compiled_forward", spd_model._scalar_forward)
+    monkeypatch.setattr(spd_model, "_compiled_backward", spd_model._scalar_backward)
+    for model, inputs in ((toy_model(), (torch.randn(2, 7, 5),)), (small(KINDS[0]), (TOKENS,))):
+        grads = []
+        for compiled in (False, True):
+            if compiled:
+                model.compile_gates()
+            model.zero_grad()
+            z = model.importance_logits(model.inputs_capture(*inputs)[0])
+            sum((t * t.detach().sin()).sum() for t in z.values()).backward()
+            grads.append({**z, **{n: p.grad for n, p in model.named_parameters() if p.grad is not None}})
+        assert grads[0].keys() == grads[1].keys()
+        for name in grads[0]:
+            torch.testing.assert_close(grads[1][name], grads[0][name], atol=1e-5, rtol=1e-4)
+
+
+def test_a_folded_residmlp_decomposes_as_the_unfolded_one() -> None:
+    toy = dataclasses.replace(TOYS["resid_1"], features=6, width=4, steps=1, batch=8)
+    target = train_target(toy, 2, 0)
+    config = SPDConfig((("layers.*.mlp_in", 5), ("layers.*.mlp_out", 5)), KINDS[0])
+    train, losses = SPDTrainConfig(9, 1e-3, (Recon(1.0), Recon(1.0, routing="layerwise")), 1e-3, p=(2.0, 2.0)), []
+    for folded in (False, True):
+        model, batches = ComponentModel(target, config, generator()), ToyBatches(toy, 2, 200, 3)
+        if folded:
+            fold(model)
+        trainer = SPDTrainer(model, train, False)
+        losses.append(torch.stack([trainer.step(next(batches))[:3] for _ in range(3)]))
+    torch.testing.assert_close(losses[1], losses[0], atol=1e-8, rtol=1e-4)
 
 
 def test_tied_components_share_their_tensors() -> None:
