@@ -64,6 +64,7 @@ class Row(NamedTuple):
 @dataclass(frozen=True)
 class Settings:
     parts: tuple[Part, ...] = ("peers", "memory", "clt", "clt_growth", "group", "draw")
+    sizes: tuple[int, ...] = (0, 1, 2, 3)  # of SIZES, for `peers`
     repeats: int = 3
     threads: int = 2
     output: Path = RESULTS / "engine.csv"
@@ -151,7 +152,7 @@ def peer_steps(size: Size, x: Tensor, y: Tensor) -> dict[tuple[str, str], Step]:
 
 def peers(s: Settings) -> list[Row]:
     rows: list[Row] = []
-    for size in SIZES:
+    for size in (SIZES[i] for i in s.sizes):
         g = torch.Generator().manual_seed(1)
         x, y = torch.randn(2, size.batch, size.d, generator=g)
         W = torch.randn(size.d_dict, size.d, generator=g)
@@ -355,7 +356,8 @@ def main(s: Settings) -> None:
             continue
         new = makers[part](s)
         print(*new, sep="\n")
-        rows = [row for row in rows if row.part != new[0].part] + new
+        again = {(row.part, str(row.d_dict)) for row in new}
+        rows = [row for row in rows if (row.part, str(row.d_dict)) not in again] + new
         with atomic_path(s.output) as temporary, temporary.open("w", newline="") as file:
             csv.writer(file, lineterminator="\n").writerows([Row._fields, *rows])
 
