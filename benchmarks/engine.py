@@ -316,7 +316,7 @@ def draw(rows: list[Row], path: Path) -> None:
         own = [row for row in rows if row.part == "step" and int(row.d) == d]
         labels: list[tuple[float, str, str]] = []
         for rule, what in dict.fromkeys((row.rule, row.what) for row in own):
-            points = [(int(row.d_dict), float(row.speed)) for row in own if (row.rule, row.what) == (rule, what)]
+            points = sorted((int(row.d_dict), float(row.speed)) for row in own if (row.rule, row.what) == (rule, what))
             style = "--" if rule == "TopK" else ":" if what.endswith("float32") else "-"
             panel.plot(*zip(*points), style, color=colours[what], marker=None if not rule else "o", ms=4)
             labels.append((points[-1][1], f"{what} {rule}".strip(), colours[what]))
