@@ -5,6 +5,7 @@
 
 The buffer holds (inputs or outputs, layer, token, d) in fp16. It serves a random half of its tokens, puts new ones into
 their slots, and draws a new random order, so that every batch mixes tokens of many sequences; nothing is ever moved.
+Of a target at another site (`at_site`) input and output are one value, that site's; the rest is the same.
 Memory: 2 · L · (buffer_tokens + one forward's tokens) · d · 2 bytes, allocated once.
 With `cache`, what the model gave is also written to disk (fp16) and read instead of the model by a later run; a
 fingerprint of model, data and settings refuses a stale one.
@@ -90,7 +91,7 @@ class ActivationsStore:
     def _fingerprint(self) -> str:
         c, t = self.config, self.target
         data = dataclasses.astuple(t.data)
-        settings = [t.name, t.fingerprint, data, c.layers, c.model_batch, t.context, c.seed, self.split]
+        settings = [t.name, t.site, t.fingerprint, data, c.layers, c.model_batch, t.context, c.seed, self.split]
         return hashlib.sha256(json.dumps(settings).encode()).hexdigest()[:16]
 
     def _harvest(self) -> Float[Tensor, "two layer token d"] | None:

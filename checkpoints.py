@@ -61,6 +61,7 @@ def coder_name(target: str, config: SAEConfig | EncoderConfig | CLTConfig, seed:
     """E.g. `tiny_transcoder_batchtopk_L2_k16_d1536_s0`: no two coders of a study share a name."""
     kind = {SAEConfig: "sae", EncoderConfig: "transcoder", CLTConfig: "clt"}[type(config)]
     kind += "-skip" if isinstance(config, EncoderConfig) and config.skip else ""
+    kind += f"-{config.site}" if isinstance(config, SAEConfig) and config.site != "mlp_out" else ""
     layers = "-".join(str(layer) for layer in config.layers)
     rule = dataclasses.astuple(config.rule)[0]
     sparsity = f"k{rule}" if hasattr(config.rule, "k") else f"c{rule:g}"

@@ -17,6 +17,7 @@ CE is over predicted tokens and KL over positions; FVU, L0 and firing leave each
     python -m evaluation FOLDER… --target gpt2 --format saelens         dictionaries in another library's format
 """
 
+import gc
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -34,7 +35,7 @@ from config import Site
 from logs import git_commit
 from pareto import LayerPoint, ParetoPoint, markdown_table, read_layers, read_points, write_layers, write_points
 from replacement import SPD, Active, Identity, Mean, Module, Origin, Pass, Replacement, Zero, replaced
-from target_models import Captured, TargetModel, load_target
+from target_models import Captured, TargetModel, at_site, load_target
 
 Protocol = Literal["single", "frozen", "free"]
 PROTOCOLS: tuple[Protocol, ...] = ("single", "frozen", "free")
@@ -213,6 +214,7 @@ def evaluate(
     with torch.inference_mode():
         for sequences in tqdm(tokens.split(batch), desc=f"{len(runs)} passes", unit="batch", mininterval=1.0):
             _measure_batch(target, everything, sequences.to(target.device), all_layers, tallies, moments, ce_original)
+            gc.collect()  # hooks and passes refer to each other, and with them to logits: memory would grow by the batch
     reference = torch.cat(ce_original)
     draws = torch.randint(len(reference), (RESAMPLES, len(reference)), generator=torch.Generator().manual_seed(seed))
     original, commit = reference.mean().item(), git_commit()
@@ -483,6 +485,12 @@ def main(
             replacements += [SPD(model, components, top_k=k, origin=origin) for k in top_k]
         else:
             coders += _load(reference, model, format, layer, site)
+    sites = {getattr(checkpoint.coder.config, "site", "mlp_out") for checkpoint in coders} or {"mlp_out"}
+    if len(sites) > 1 or (replacements and sites != {"mlp_out"}):
+        raise ValueError(
+            f"these dictionaries stand at several sites ({', '.join(sorted(sites))}): measure each by itself"
+        )
+    model = at_site(model, sites.pop())
     replacements += [r for k in (None, *top_k) for r in as_replacements(coders, k)]
     layers = sorted({layer for r in replacements for layer in r.layers})
     replacements += baselines(model, layers, neurons)

@@ -39,8 +39,8 @@ HERE = Path(__file__).parent
 class Settings:
     target: str = "tiny"  # tiny, pile, simplestories, gpt2, smollm2, hf:NAME or tl:NAME
     layers: tuple[int, ...] = (0, 1, 2, 3)
-    transcoder_k: tuple[int, ...] = (8, 16, 32)  # active latents per token of the BatchTopK transcoders
-    clt_k: tuple[int, ...] = (8, 16)  # active latents per token and layer of the cross-layer transcoders
+    transcoder_k: tuple[int, ...] = (8, 32)  # active latents per token of the BatchTopK transcoders
+    clt_k: tuple[int, ...] = (16,)  # active latents per token and layer of the cross-layer transcoders
     neuron_k: tuple[int, ...] = (16, 128)  # neurons kept per token by the neuron baseline
     d_dict: int = 1536  # latents per layer
     tokens: int = 1_000_000  # training tokens seen by every coder

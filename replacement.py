@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from clt import CrossLayerTranscoder
-from config import TopK, check_rule
+from config import Site, TopK, check_rule
 from sae import BaseAutoencoder
 from sparse_ops import Codes, decode
 from sparsity import Coder
@@ -103,6 +103,7 @@ class Replacement(ABC):
     method: str
     layers: tuple[int, ...]
     k: int | None = None  # active parts per token and layer by construction; None where nothing fixes it
+    site: Site | None = "mlp_out"  # where it writes; None: wherever the target is read and written
     origin: Origin = UNKNOWN
     gate_parameters: int | None = None  # parameters that decide what is active
     has_codes: ClassVar[bool] = True  # False: `frozen` and `free` are the same
@@ -165,6 +166,11 @@ def replaced(
     target: TargetModel, tokens: Int[Tensor, "batch seq"], pass_: Pass, layers: Sequence[int], observe: Observer
 ) -> Float[Tensor, "batch seq vocab"]:
     """Logits with `layers` replaced at every position but the first; `observe(layer, y_hat)` sees what each wrote."""
+    place = pass_.replacement.site
+    if place not in (None, target.site):
+        raise ValueError(
+            f"{pass_.replacement.method} writes {place}, the target is read at {target.site}: use at_site(target, {place!r})"
+        )
 
     def function(layer: int) -> Callable[[Tensor, Tensor], Tensor]:
         def write(x: Tensor, y: Tensor) -> Tensor:
@@ -236,15 +242,18 @@ class _PerLayer(Replacement):
 
 
 class SAE(_PerLayer):
-    """Sparse autoencoders of MLP outputs: what the MLP wrote, rebuilt from latents that read it."""
+    """Sparse autoencoders of one site, MLP outputs or another: what was written there, rebuilt from latents that read it."""
 
     def __init__(
         self, saes: Iterable[BaseAutoencoder], top_k: int | None = None, variant: str = "", origin: Origin = UNKNOWN
     ) -> None:
-        super().__init__("sae", saes, top_k, variant, origin)
-        for layer, sae in self.coders.items():
-            if sae.config.site != "mlp_out":
-                raise ValueError(f"the SAE of layer {layer} reads {sae.config.site}: only mlp_out stands for an MLP")
+        saes = list(saes)
+        sites = {sae.config.site for sae in saes}
+        if len(sites) != 1:
+            raise ValueError(f"these SAEs read {sorted(sites)}: measure the SAEs of each site as one replacement")
+        self.site = sites.pop()
+        place = "" if self.site == "mlp_out" else self.site
+        super().__init__("sae", saes, top_k, "-".join(filter(None, [place, variant])), origin)
 
     def encode(self, layer: int, x: Tensor, y: Tensor) -> Codes:
         return self.coders[layer].encode(y)  # type: ignore[no-any-return]
@@ -509,6 +518,7 @@ class _Baseline(Replacement):
     """No codes: a function of the running stream alone."""
 
     has_codes = False
+    site = None
 
     def __init__(self, layers: Sequence[int]) -> None:
         self.method, self.layers = type(self).__name__.lower(), tuple(layers)

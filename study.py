@@ -58,6 +58,11 @@ def transcoder_configs(
     return [EncoderConfig(layer, d, d, d_dict, rule, skip) for rule in rules for layer in layers]
 
 
+def sae_configs(target: TargetModel, layers: Sequence[int], rules: Sequence[Rule], d_dict: int) -> list[SAEConfig]:
+    """One SAE per rule and layer, of the site the target is read at."""
+    return [SAEConfig(layer, target.site, target.d_model, d_dict, rule) for rule in rules for layer in layers]
+
+
 def clt_configs(target: TargetModel, layers: Sequence[int], rules: Sequence[Rule], d_dict: int) -> list[CLTConfig]:
     """One cross-layer transcoder per rule."""
     return [CLTConfig(tuple(layers), target.d_model, target.d_model, d_dict, rule) for rule in rules]
@@ -91,7 +96,7 @@ def as_replacements(checkpoints: Sequence[Checkpoint], top_k: int | None = None)
     groups: dict[object, list[Checkpoint]] = {}
     for checkpoint in checkpoints:
         config = checkpoint.coder.config
-        own = config.layers if isinstance(config, CLTConfig) else getattr(config, "skip", False)
+        own = config.layers if isinstance(config, CLTConfig) else getattr(config, "skip", getattr(config, "site", None))
         groups.setdefault((type(config), config.rule, own, config.d_dict, checkpoint.record.seed), []).append(
             checkpoint
         )
@@ -99,15 +104,15 @@ def as_replacements(checkpoints: Sequence[Checkpoint], top_k: int | None = None)
 
 
 def baselines(target: TargetModel, layers: Sequence[int], neurons: Sequence[int]) -> list[Replacement]:
-    """Neurons at each k, the least-squares affine map, and identity, zero and mean ablation."""
+    """Neurons at each k, the least-squares affine map, and identity, zero and mean ablation; the last three at any site."""
     data = DataConfig(tuple(layers), batch_tokens=8192, buffer_tokens=16_384, model_batch=32)
     store = ActivationsStore(target, data)
     batches = itertools.islice(store, max(1, BASELINE_TOKENS // data.batch_tokens))
-    return [
-        *(Neurons(target, layers, k) for k in neurons),
-        Affine(layers, fit_affine((batch.inputs, batch.targets) for batch in batches)),
-        Identity(layers), Zero(layers), Mean(layers, store.stats.y_mean),
-    ]  # fmt: skip
+    ablations = [Identity(layers), Zero(layers), Mean(layers, store.stats.y_mean)]
+    if target.site != "mlp_out":  # x is y there: nothing to map, and no neurons
+        return ablations
+    affine = Affine(layers, fit_affine((batch.inputs, batch.targets) for batch in batches))
+    return [*(Neurons(target, layers, k) for k in neurons), affine, *ablations]
 
 
 def write_report(

@@ -3,6 +3,9 @@
 A `TargetModel` names, for each layer, the module whose output the MLP reads (the norm before it), the module whose output
 is the MLP's output, and the linear map whose input is the hidden activation h. They are found by structure and proven by
 one forward pass: what the norm gave must be what the MLP got. Nothing else knows one architecture from another.
+
+`at_site(target, "resid")` is the same target, read and written elsewhere: each layer's input and output are then both the
+value of the residual stream after the block (or what its attention wrote), and all that is built on a target follows.
 """
 
 import contextlib
@@ -10,9 +13,9 @@ import hashlib
 import importlib.util
 import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Float, Int
@@ -20,6 +23,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
+from config import Site
 from llama_simple_mlp import LlamaSimpleMLP, config_from_yaml, load_run
 from logs import atomic_path, check_device, download_run_files
 from token_stream import DatasetSpec, cache_folder
@@ -36,13 +40,14 @@ NORMS = (
     "ln_1",
 )
 MLPS = ("mlp", "feed_forward", "fc2")
+ATTENTIONS = ("attn", "self_attn", "attention")
 DOWNS = ("down_proj", "c_proj", "dense_4h_to_h", "fc2", "fc_out", "out", "w2")
 
 
 class MLPSite(NamedTuple):
     read: str  # module whose output the MLP reads
     write: str  # module whose output is the MLP's output
-    down: str  # linear map whose input is the hidden activation h
+    down: str  # linear map whose input is the hidden activation h; empty at a site that is no MLP
 
 
 @dataclass(frozen=True)
@@ -57,6 +62,7 @@ class TargetModel:
     context: int  # tokens per sequence used for training and evaluation
     data: DatasetSpec
     fingerprint: str  # hash of the weights
+    site: Site = "mlp_out"  # where it is read and written: see `at_site`
 
     @property
     def n_layers(self) -> int:
@@ -72,14 +78,14 @@ class TargetModel:
 
     def mlp(self, layer: int, x: Float[Tensor, "*batch d_in"]) -> Float[Tensor, "*batch d_out"]:
         """The MLP of one layer on given inputs."""
-        site = self.sites[layer]
+        site = self._mlp_site(layer)
         if site.write != site.down:
             return self.model.get_submodule(site.write).forward(x)  # past its own hooks: `patched` may be active
         return self.model.get_submodule(site.down).forward(self.hidden(layer, x))
 
     def hidden(self, layer: int, x: Float[Tensor, "*batch d_in"]) -> Float[Tensor, "*batch d_mlp"]:
         """h, the input of the down projection, on given MLP inputs."""
-        site = self.sites[layer]
+        site = self._mlp_site(layer)
         if site.write == site.down:  # OPT keeps its two linear maps in the block itself
             block = self.model.get_submodule(site.down.rpartition(".")[0])
             return block.activation_fn(block.fc1(x))  # type: ignore[operator,no-any-return]
@@ -91,13 +97,40 @@ class TargetModel:
         return seen[0]
 
     def down_weight(self, layer: int) -> Float[Tensor, "d_out d_mlp"]:
-        down = self.model.get_submodule(self.sites[layer].down)
+        down = self.model.get_submodule(self._mlp_site(layer).down)
         return down.weight if isinstance(down, nn.Linear) else down.weight.T  # transformers' Conv1D is transposed
+
+    def _mlp_site(self, layer: int) -> MLPSite:
+        if self.site != "mlp_out":
+            raise ValueError(f"{self.name!r} is read at {self.site}, which has no MLP: load the target itself")
+        return self.sites[layer]
+
+
+def at_site(target: TargetModel, site: Site) -> TargetModel:
+    """The target, read and written at `site`: "resid", the stream after a block, or "attn_out", what its attention wrote.
+
+    There x and y of a layer are one value, the output of one module, for `capture`, `patched`, the store and the ruler.
+    "mlp_out" gives the target as it is. Raises ValueError where a block has no attention of a known name.
+    """
+    if site == "mlp_out":
+        return target
+    assert target.site == "mlp_out", f"{target.site=}: take another site of the target itself"
+    places = []
+    for own in target.sites:
+        path = own.read.rpartition(".")[0]
+        if site == "attn_out":
+            children = dict(target.model.get_submodule(path).named_children())
+            name = next((n for n in ATTENTIONS if n in children), None)
+            if name is None:
+                raise ValueError(f"{path} of {target.name!r} has none of {ATTENTIONS}: its attention cannot be told")
+            path = f"{path}.{name}"
+        places.append(MLPSite(path, path, ""))
+    return replace(target, sites=tuple(places), site=site)
 
 
 def mlp_matrices(target: TargetModel, layer: int) -> tuple[str, ...]:
     """Paths of the linear maps of one layer's MLP, the down projection last."""
-    site = target.sites[layer]
+    site = target._mlp_site(layer)
     if site.write == site.down:
         return (site.down.removesuffix("fc2") + "fc1", site.down)
     linear = [
@@ -112,6 +145,11 @@ def mlp_matrices(target: TargetModel, layer: int) -> tuple[str, ...]:
 class Captured(NamedTuple):
     inputs: Float[Tensor, "layer batch seq d_in"]
     outputs: Float[Tensor, "layer batch seq d_out"]
+
+
+def _value(output: Tensor | tuple[Any, ...]) -> Tensor:
+    """What a module wrote; attention modules and some blocks return it first in a tuple."""
+    return output[0] if isinstance(output, tuple) else output
 
 
 class _Enough(Exception):
@@ -131,8 +169,8 @@ def capture(target: TargetModel, tokens: Int[Tensor, "batch seq"], layers: Seque
     written: dict[int, Tensor] = {}
 
     def hook(into: dict[int, Tensor], layer: int, last: bool) -> Callable[..., None]:
-        def keep(_module: nn.Module, _args: tuple[Tensor, ...], output: Tensor) -> None:
-            into[layer] = output
+        def keep(_module: nn.Module, _args: tuple[Tensor, ...], output: Tensor | tuple[Any, ...]) -> None:
+            into[layer] = _value(output)
             if last:
                 raise _Enough
 
@@ -171,16 +209,17 @@ def _patched_layer(target: TargetModel, layer: int, function: MLPFunction) -> It
     site = target.sites[layer]
     inputs: list[Tensor] = []
 
-    def keep(_module: nn.Module, _args: tuple[Tensor, ...], output: Tensor) -> None:
-        inputs.append(output)
+    def keep(_module: nn.Module, _args: tuple[Tensor, ...], output: Tensor | tuple[Any, ...]) -> None:
+        inputs.append(_value(output))
 
-    def replace(_module: nn.Module, _args: tuple[Tensor, ...], output: Tensor) -> Tensor:
-        x = inputs.pop()
-        return function(x, output.view(*x.shape[:-1], -1)).view(output.shape)
+    def write(_module: nn.Module, _args: tuple[Tensor, ...], output: Tensor | tuple[Any, ...]) -> Any:
+        x, y = inputs.pop(), _value(output)
+        y_hat = function(x, y.view(*x.shape[:-1], -1)).view(y.shape)
+        return (y_hat, *output[1:]) if isinstance(output, tuple) else y_hat
 
     handles = [
         target.model.get_submodule(site.read).register_forward_hook(keep),
-        target.model.get_submodule(site.write).register_forward_hook(replace),
+        target.model.get_submodule(site.write).register_forward_hook(write),
     ]
     with contextlib.ExitStack() as stack:
         for handle in handles:

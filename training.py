@@ -209,6 +209,11 @@ def _train(
 
 
 def enrol(name: str, coder: Coder, store: ActivationsStore, config: TrainConfig, folder: Path) -> Student:
+    site = getattr(coder.config, "site", "mlp_out")
+    if site != store.target.site:
+        raise ValueError(
+            f"{name} is of {site}, the target is read at {store.target.site}: use at_site(target, {site!r})"
+        )
     rows = [store.config.layers.index(layer) for layer in coder.config.layers]
     stats = student_stats(coder, store.stats, rows)
     coder.initialise(stats)

@@ -8,7 +8,17 @@ import transformers as tf
 from conftest import make_small_target, word_tokenizer
 from torch import nn
 
-from target_models import Parts, TargetModel, capture, likes_bf16, load_target, make_target, patched
+from target_models import (
+    ATTENTIONS,
+    Parts,
+    TargetModel,
+    at_site,
+    capture,
+    likes_bf16,
+    load_target,
+    make_target,
+    patched,
+)
 from token_stream import DatasetSpec
 
 SIZES = {"vocab_size": 62, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
@@ -80,6 +90,36 @@ def test_the_mlp_ends_with_its_down_projection(target: TargetModel) -> None:
     assert h.shape == (3, target.d_mlp) and target.down_weight(1).shape == (target.d_model, target.d_mlp)
     bias = 0 if down.bias is None else down.bias
     torch.testing.assert_close(h @ target.down_weight(1).T + bias, target.mlp(1, x))
+
+
+@pytest.mark.parametrize("site", ["resid", "attn_out"])
+@torch.inference_mode()
+def test_another_site_is_captured_and_patched_where_it_says(target: TargetModel, site, monkeypatch) -> None:
+    monkeypatch.setattr("target_models.likes_bf16", lambda device: False)
+    tokens = TOKENS % target.vocab_size
+    view, original = at_site(target, site), target.logits(tokens)
+    block = target.model.get_submodule(target.sites[1].read.rpartition(".")[0])
+    module = block if site == "resid" else next(m for n, m in block.named_children() if n in ATTENTIONS)
+    seen: list[torch.Tensor] = []
+    handle = module.register_forward_hook(lambda m, args, out: seen.append(out[0] if isinstance(out, tuple) else out))
+    target.logits(tokens)
+    handle.remove()
+    found = capture(view, tokens, [0, 1])
+    assert torch.equal(found.inputs, found.outputs) and torch.equal(found.outputs[1], seen[0])
+    with patched(view, everything(view, lambda x, y: y)):
+        assert torch.equal(view.logits(tokens), original)
+    moved = torch.randn(found.outputs[1].shape, generator=torch.Generator().manual_seed(0))
+    with patched(view, {1: lambda x, y: y + moved}):
+        assert torch.equal(capture(view, tokens, [0]).outputs[0], found.outputs[0])  # upstream of it nothing moves
+        handle = module.register_forward_hook(
+            lambda m, args, out: seen.append(out[0] if isinstance(out, tuple) else out)
+        )
+        shifted = view.logits(tokens)
+        handle.remove()
+    torch.testing.assert_close(seen[1], seen[0] + moved)
+    assert not torch.allclose(shifted, original) and torch.equal(target.logits(tokens), original)
+    with pytest.raises(ValueError, match="no MLP"):
+        view.hidden(0, found.inputs[0])
 
 
 def test_capture_stops_before_the_logits(small_target: TargetModel) -> None:

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import matplotlib.pyplot as plt
+from matplotlib.ticker import NullFormatter
 
 from logs import atomic_path
 from pareto import STYLES, ParetoPoint, markdown_table, read_points
@@ -77,6 +78,7 @@ def draw(folder: Path, doc: str | None) -> None:
         panels[1][1].plot([p.k for p in own], [p.ce_degradation for p in own], label=method, markersize=5, **look)
     panels[1][1].set_yscale("symlog", linthresh=0.1)
     panels[1][1].set(xscale="log", xlabel="components kept of every matrix", ylabel="ΔCE (nats per token)")
+    panels[1][1].xaxis.set_minor_formatter(NullFormatter())
     panels[1][1].legend(fontsize=8, frameon=False)
     for panel in panels.flat:
         panel.spines[["top", "right"]].set_visible(False)

@@ -6,6 +6,7 @@ tokens, gate parameters and training time stand in the table.
 
     python experiments/exp_011_pareto_trained_all_layers/pareto_trained_all_layers.py                # pile: GPU, network
     python experiments/exp_011_pareto_trained_all_layers/pareto_trained_all_layers.py --target tiny  # offline, minutes
+    … --target smollm2         # a real language model, offline (requirements-smollm2.txt): half an hour on one core
     … --replot draws the figure again from points.csv
 """
 
@@ -31,6 +32,8 @@ from study import (
 )  # fmt: skip
 from target_models import load_target
 
+HERE = Path(__file__).parent
+
 
 @dataclass(frozen=True)
 class Settings:
@@ -43,9 +46,10 @@ class Settings:
     tokens: int = 500_000_000  # training tokens
     batch: int = 4096  # tokens per training batch
     eval_tokens: int = 131_072  # held-out tokens
+    spd: bool = True  # the target's decomposition (exp_004's) beside them
     device: str = "cuda"
     seed: int = 0
-    output: Path = Path(__file__).parent / "output"
+    output: Path = HERE / "output"
     replot: bool = False  # draw the figure from points.csv and stop
 
 
@@ -54,7 +58,11 @@ PRESETS = {
     "tiny": Settings(
         "tiny", clt_top_k=(8, 16), d_dict=1536, tokens=1_000_000, batch=2048, eval_tokens=102_400, device="cpu"
     ),
-}
+    "smollm2": Settings(
+        "smollm2", layers=(8, 9, 10), top_k=(16, 32, 64), clt_top_k=(32,), neurons=(64, 256), d_dict=2304,
+        tokens=204_800, batch=2048, eval_tokens=10_240, spd=False, device="cpu", output=HERE / "output" / "smollm2",
+    ),
+}  # fmt: skip
 
 
 def main(s: Settings) -> None:
@@ -70,7 +78,7 @@ def main(s: Settings) -> None:
     trained = train_coders(configs, target, s.tokens, s.batch, s.seed, folder)
     replacements = [
         *as_replacements(trained),
-        *spd_replacements(target, find_spd(target), s.layers),
+        *(spd_replacements(target, find_spd(target), s.layers) if s.spd else []),
         *baselines(target, s.layers, s.neurons),
     ]
     measured = evaluate(target, replacements, held_out_tokens(target, s.eval_tokens), ("frozen", "free"))
