@@ -17,7 +17,7 @@ from checkpoints import CHECKPOINTS, CONFIG, Checkpoint, TrainingRecord, build_c
 from clt import CrossLayerTranscoder
 from config import CLTConfig, EncoderConfig, GateConfig, Recon, Rule, SAEConfig, SPDConfig, SPDTrainConfig, TrainConfig
 from evaluation import Measurement
-from logs import errors_in_one_line, git_commit, write_settings
+from logs import REPOSITORY, errors_in_one_line, git_commit, write_settings
 from pareto import draw, markdown_table, read_points, write_layers, write_points
 from replacement import (
     CLT,
@@ -83,6 +83,7 @@ def as_replacement(group: Sequence[Checkpoint], top_k: int | None = None) -> Rep
     """One CLT, or one coder per layer; `top_k` puts the top_k largest of a token in place of the trained rule."""
     records, coders = [checkpoint.record for checkpoint in group], [checkpoint.coder for checkpoint in group]
     seconds, paths = sum(record.train_seconds for record in records), " ".join(c.path for c in group)
+    paths = paths.replace(f"{REPOSITORY}/", "")  # a table means the same on every machine
     origin = Origin(records[0].seed, records[0].train_tokens, seconds, paths)
     if isinstance(coders[0], CrossLayerTranscoder):
         assert len(coders) == 1, f"{len(coders)} cross-layer transcoders cannot stand in one replacement"
