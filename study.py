@@ -41,6 +41,7 @@ from target_models import ASSETS, TargetModel, likes_bf16, mlp_matrices
 from token_stream import TokenStream, take_tokens
 from training import learning_rate, train_group
 
+FIGURE = "![Pareto curves](pareto.png)"  # in a report, the table follows it
 BASELINE_TOKENS = 131_072  # training tokens that fit the affine maps and the means
 
 
@@ -124,15 +125,17 @@ def write_report(
     write_points(folder / "points.csv", measured.points)
     write_layers(folder / "layers.csv", measured.layers)
     write_settings(folder, settings, device, time.perf_counter() - began)
-    table = markdown_table(measured.points)
-    (folder / "README.md").write_text(f"# {title}\n\n{text}\n\n![Pareto curves](pareto.png)\n\n{table}\n")
-    print(table)
-    replot(folder)
+    (folder / "README.md").write_text(f"# {title}\n\n{text}\n\n{FIGURE}\n")
+    print(replot(folder))
 
 
-def replot(folder: Path) -> None:
-    """Draw pareto.png from points.csv alone."""
-    draw(read_points(folder / "points.csv"), folder / "pareto.png")
+def replot(folder: Path) -> str:
+    """Draw pareto.png and write the README's table from points.csv alone; returns the table."""
+    points, readme = read_points(folder / "points.csv"), folder / "README.md"
+    draw(points, folder / "pareto.png")
+    table = markdown_table(points)
+    readme.write_text(f"{readme.read_text().partition(FIGURE)[0]}{FIGURE}\n\n{table}\n")
+    return table
 
 
 def settings_for[S](presets: dict[str, S], doc: str | None) -> S:

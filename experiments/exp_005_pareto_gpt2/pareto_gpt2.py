@@ -53,7 +53,8 @@ PRESETS = {
 
 def main(s: Settings) -> None:
     if s.replot:
-        return replot(s.output)
+        print(replot(s.output))
+        return
     began = time.perf_counter()
     target = load_target(s.target, s.device)
     config = EncoderConfig(s.layer, target.d_model, target.d_model, s.d_dict, BatchTopK(s.trained_k))

@@ -57,7 +57,8 @@ PRESETS = {
 
 def main(s: Settings) -> None:
     if s.replot:
-        return replot(s.output)
+        print(replot(s.output))
+        return
     began = time.perf_counter()
     target = load_target(s.target, s.device)
     rule, folder = [BatchTopK(s.trained_k)], checkpoint_folder(s.target)

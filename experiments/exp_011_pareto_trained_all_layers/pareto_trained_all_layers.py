@@ -67,7 +67,8 @@ PRESETS = {
 
 def main(s: Settings) -> None:
     if s.replot:
-        return replot(s.output)
+        print(replot(s.output))
+        return
     began = time.perf_counter()
     target = load_target(s.target, s.device)
     folder = checkpoint_folder(s.target)
