@@ -230,8 +230,10 @@ def evaluate(
             if r is not None else None
             for r in (zero, mean)
         ]  # fmt: skip
+        elsewhere = replacement.site is None and target.site != "mlp_out"  # a baseline of another site says of which
+        method = f"{replacement.method}-{target.site}" if elsewhere else replacement.method
         identity = {
-            "target": target.name, "method": replacement.method, "layers": layers, "k": replacement.k,
+            "target": target.name, "method": method, "layers": layers, "k": replacement.k,
             "seed": replacement.origin.seed, "protocol": protocol, "checkpoint": replacement.origin.checkpoint,
         }  # fmt: skip
         points.append(

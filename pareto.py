@@ -341,7 +341,9 @@ def _row_title(protocol: str, points: Sequence[ParetoPoint]) -> str:
     layers = sorted({p.layers for p in points})
     if protocol == "single":
         return ROWS[protocol] + (f" (layer {layers[0][0]})" if len(layers) == 1 else f" (mean over {len(layers)})")
-    return ROWS[protocol] + (f", {len(layers[0])} layers replaced" if len(layers) == 1 else "")
+    return ROWS[protocol] + (
+        f", {len(layers[0])} layer{'s' * (len(layers[0]) > 1)} replaced" if len(layers) == 1 else ""
+    )
 
 
 class _Label(NamedTuple):
@@ -361,18 +363,21 @@ def _floor(marks: Sequence[_Mark]) -> float:
 
 def _draw_baselines(panel: Any, points: Sequence[ParetoPoint], y: str) -> list[_Label]:
     labels = []
-    for name, line in zip(BASELINES, ("-", "--", ":")):
+    lines = dict(zip(BASELINES, ("-", "--", ":")))
+    for name in sorted({p.method for p in points if base(p.method) in BASELINES}):
         values = [getattr(p, y) for p in points if p.method == name]
-        if values and (value := sum(values) / len(values)) > 0:
-            panel.axhline(value, color="#8a8a8a", linewidth=1.1, linestyle=line, zorder=1)
-            text = "affine map" if name == "affine" else f"{name} ablation"
+        if (value := sum(values) / len(values)) > 0:
+            panel.axhline(value, color="#8a8a8a", linewidth=1.1, linestyle=lines[base(name)], zorder=1)
+            text = {"affine": "affine map", "zero": "zero ablation", "mean": "mean ablation"}.get(
+                name, name.replace("-", ", ")
+            )
             labels.append(_Label(text, "#666666", "", "full", float("inf"), value))
     return labels
 
 
 def _draw_curves(panel: Any, points: Sequence[ParetoPoint], x: str, y: str, floor: float) -> list[_Label]:
     labels = []
-    families = sorted({family(p.method) for p in points if p.method not in BASELINES}, key=_order)
+    families = sorted({family(p.method) for p in points if base(p.method) not in BASELINES}, key=_order)
     for name in families:
         style = STYLES[base(name)]
         marks = _marks([p for p in points if family(p.method) == name], x, y)

@@ -46,7 +46,8 @@ def test_an_exact_sae_changes_nothing_at_its_site(small_target: TargetModel, sit
     measured = evaluation.evaluate(view, [SAE([exact_sae(i, site) for i in (0, 1)]), Identity((0, 1))], TOKENS)
     for point in measured.points:
         assert abs(point.ce_degradation) < 1e-5 and point.kl < 1e-5 and point.fvu < 1e-10, f"{point}"
-    assert {p.method for p in measured.points} == {"identity", "sae" if site == "mlp_out" else f"sae-{site}"}
+    of_site = "" if site == "mlp_out" else f"-{site}"
+    assert {p.method for p in measured.points} == {f"identity{of_site}", f"sae{of_site}"}
 
 
 @pytest.mark.parametrize("site", SITES)
@@ -77,7 +78,7 @@ def test_saes_of_a_site_are_trained_and_measured_by_the_command_line(
     assert [load_checkpoint(path, "cpu").coder.config.site for path in resid] == ["resid", "resid"]
     evaluation.main(resid, tokens=320, protocols=("single", "free"), points=tmp_path / "points.csv")
     rows = read_points(tmp_path / "points.csv")
-    assert {p.method for p in rows} == {"sae-resid", "identity", "zero", "mean"}
+    assert {p.method for p in rows} == {"sae-resid", "identity-resid", "zero-resid", "mean-resid"}
     assert [p.layers for p in rows if p.method == "sae-resid"] == [(0,), (1,), (0, 1)]
     with pytest.raises(ValueError, match="several sites.*measure each by itself"):
         evaluation.main(tuple(paths), tokens=320, points=tmp_path / "points.csv")

@@ -44,8 +44,8 @@ class Settings:
 
 
 TEXT = """`sae`: of MLP outputs; `sae-attn_out`: of what attention wrote; `sae-resid`: of the residual stream after each block.
-Each replaces the value of its own site, so zero and mean ablation, and CE recovered against them, are those of the site too:
-the three `zero` rows of a protocol are in the order of the sites."""
+Each replaces the value of its own site; zero and mean ablation, and CE recovered against them, are those of the site too. An
+affine map is fitted to MLPs alone: at the other sites what is read is what is written."""
 
 
 def main(s: Settings) -> None:
