@@ -44,9 +44,9 @@ SCALAR = GateConfig("mlp", (16,))
 RECIPES = {
     "tms_5-2": Recipe(20, SCALAR, 3e-3, 1.0, 1e-3, "cosine", 8000, 1024),
     "tms_5-2_id": Recipe(20, SCALAR, 3e-3, 1.0, 1e-3, "cosine", 8000, 1024),
-    "tms_40-10": Recipe(200, SCALAR, 1e-4, 2.0, 1e-3, "cosine", 6000, 512),
-    "tms_40-10_id": Recipe(200, SCALAR, 1e-4, 2.0, 1e-3, "cosine", 4000, 256),
-    "resid_1": Recipe(100, SCALAR, 1e-5, 2.0, 2e-3, "cosine", 7000, 512),
+    "tms_40-10": Recipe(200, SCALAR, 1e-4, 2.0, 1e-3, "cosine", 10_000, 1024),
+    "tms_40-10_id": Recipe(200, SCALAR, 1e-4, 2.0, 1e-3, "cosine", 10_000, 1024),
+    "resid_1": Recipe(100, SCALAR, 1e-5, 2.0, 2e-3, "cosine", 20_000, 1024),
     "resid_2": Recipe(400, GateConfig("shared_mlp", (256,)), 1e-4, 2.0, 3e-4, "constant", 6000, 512,
                       (Recon(2.0, routing="subset"), Recon(2.0, "pgd", "subset", 1, 1.0))),
     "resid_3": Recipe(500, GateConfig("mlp", (128,)), 1e-5, 2.0, 1e-3, "constant", 6000, 512),
