@@ -7,6 +7,7 @@ Definitions, sizes and recipes: goodfire-ai/spd (arXiv 2506.20790).
 MMCS = mean_j max_c cos(U_c V_cj, W_j),  ML2R = mean_j ‖U_c V_cj‖ / ‖W_j‖ at that c, W_j the weights read by feature j.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,7 +16,8 @@ from jaxtyping import Float
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor, nn
 
-from spd_model import ComponentModel, Components, StackedLinear, weight_map
+from config import SPDConfig
+from spd_model import ComponentModel, Mask, StackedLinear, weight_map
 
 
 @dataclass(frozen=True)
@@ -85,49 +87,92 @@ class ResidMLP(nn.Module):
             r = layer(r)
         return r @ self.W_E.mT
 
-
-class FoldedResidMLP(nn.Module):
-    """A ResidMLP of one layer seen from its features: out = x W_E W_Eᵀ + relu(x (W_E W_in)) (W_out W_Eᵀ). The same
-    function, `D_EMBED` / features times cheaper, since nothing else reads the embedding."""
-
-    def __init__(self, target: ResidMLP) -> None:
-        super().__init__()
-        (block,), E = target.layers, target.W_E
-        self.register_buffer("direct", E @ E.mT)
-        self.layers = nn.ModuleList([nn.Module()])
-        self.layers[0].mlp_in = StackedLinear(block.mlp_in.weight @ E.mT, None)
-        self.layers[0].mlp_out = StackedLinear(E @ block.mlp_out.weight, None)
-
-    def forward(self, x: Float[Tensor, "stack batch feature"]) -> Float[Tensor, "stack batch feature"]:
-        block = self.layers[0]
-        return x @ self.direct + block.mlp_out(torch.relu(block.mlp_in(x)))
+    def folded(self, x: Float[Tensor, "stack batch feature"]) -> Float[Tensor, "stack batch feature"]:
+        """The same function, the embedding never formed: r = y R with y = [x, hidden units], R = [W_E; W_out]."""
+        y, R = x, self.W_E
+        for layer in self.layers:
+            y = torch.cat([y, torch.relu(y @ (R @ layer.mlp_in.weight.mT))], -1)
+            R = torch.cat([R, layer.mlp_out.weight.mT], -2)
+        return y @ (R @ self.W_E.mT)
 
 
-class FoldedComponents(nn.Module):
-    """The components of a folded module: parameters in the embedding, V (mlp_in) or U (mlp_out) taken to features."""
+class FoldedDecomposition(ComponentModel):
+    """A decomposition of a ResidMLP that never forms the embedding. The same parameters, functions and gradients.
 
-    def __init__(self, inner: Components, W_E: Float[Tensor, "stack feature embed"], reads: bool) -> None:
-        super().__init__()
-        self.inner, self.reads = inner, reads
-        self.register_buffer("W_E", W_E, persistent=False)
-        self.register_buffer("bias", None)
+    The stream before a layer is  r = y R + Σ_l a_l U_l:  y = [x, m_Δ · hidden of each earlier layer] and R = [W_E; its
+    W_out] hold what passes through the target's own weights, a_l = (m − m_Δ) ⊙ h and U_l what passes through the
+    components of earlier mlp_out. Whatever reads r, M = W_in, V of mlp_in, a gate's first layer or the unembedding,
+    sees  r M = y (R M) + Σ_l a_l (U_l M).  R M and U_l M are multiplied out once a step for all of its passes: each
+    clean pass forgets those of the step before.
+    """
 
-    @property
-    def V(self) -> Tensor:
-        return self.W_E @ self.inner.V if self.reads else self.inner.V
+    def __init__(self, target: ResidMLP, config: SPDConfig, generator: torch.Generator) -> None:
+        super().__init__(target, config, generator)
+        assert config.gate.kind in ("mlp", "shared_mlp"), f"{config.gate.kind=}"
+        self._products: dict[tuple[str, str], Tensor] = {}
+        R, self._rows = [target.W_E], []
+        for layer in target.layers:
+            self._rows.append(torch.cat(R, -2))
+            R.append(layer.mlp_out.weight.mT)
+        self._rows.append(torch.cat(R, -2))
 
-    @property
-    def U(self) -> Tensor:
-        return self.inner.U if self.reads else self.inner.U @ self.W_E.mT
+    def _read(self, name: str, M: Tensor, y: Tensor, writes: dict[int, Tensor], layer: int) -> Tensor:
+        """r M at the entrance of a layer; `name` is M's."""
+        part = y @ self._product(f"R{layer}", name, self._rows[layer], M)
+        for before, a in writes.items():
+            part = part + a @ self._product(f"U{before}", name, self.components[f"layers.{before}.mlp_out"].U, M)
+        return part
+
+    def _product(self, left: str, right: str, A: Tensor, B: Tensor) -> Tensor:
+        if (left, right) not in self._products:
+            self._products[left, right] = A @ B
+        return self._products[left, right]
+
+    def inputs_capture(self, x: Float[Tensor, "stack batch feature"]) -> tuple[dict[str, Tensor], Tensor]:  # type: ignore[override]
+        """(y before each mlp_in, hidden units before each mlp_out, of a clean pass; output)."""
+        self._products = {}
+        seen: dict[str, Tensor] = {}
+        return seen, self._forward(x, {}, seen)
+
+    def importance_logit(self, path: str, x: Tensor) -> Float[Tensor, "stack batch component"]:
+        if path.endswith("mlp_out"):
+            return super().importance_logit(path, x)
+        gate, layer = self._ci_fns[path.replace(".", "-")], int(path.split(".")[1])
+        if gate.kind == "mlp":
+            h = self._read(f"V{layer}", self.components[path].V, x, {}, layer)
+            return gate(h, h)
+        first, *rest = gate.layers
+        z = self._read(f"gate{layer}", first.W, x, {}, layer) + first.b[:, None]
+        for module in rest:
+            z = module(z)
+        return z
+
+    def run_masked(self, masks: Mapping[str, Mask], x: Tensor) -> Float[Tensor, "stack batch feature"]:  # type: ignore[override]
+        return self._forward(x, masks, {})
+
+    def _forward(self, x: Tensor, masks: Mapping[str, Mask], seen: dict[str, Tensor]) -> Tensor:
+        target, y, writes = self.target_model, x, {}
+        for i, layer in enumerate(target.layers):
+            read, write = f"layers.{i}.mlp_in", f"layers.{i}.mlp_out"
+            seen[read] = y
+            u = self._read(f"W{i}", layer.mlp_in.weight.mT, y, writes, i)
+            if read in masks:
+                part, (m, delta) = self.components[read], _opened(masks[read])
+                u = delta * u + ((m - delta) * self._read(f"V{i}", part.V, y, writes, i)) @ part.U
+            hidden = torch.relu(u)
+            seen[write] = hidden
+            if write in masks:
+                m, delta = _opened(masks[write])
+                writes[i] = (m - delta) * (hidden @ self.components[write].V)
+                hidden = delta * hidden
+            y = torch.cat([y, hidden], -1)
+        return self._read("W_U", target.W_E.mT, y, writes, len(target.layers))
 
 
-def fold(model: ComponentModel) -> None:
-    """Make a decomposition of a one-layer ResidMLP run from features to features, in place; its parameters, and with
-    them the optimiser's steps, stay those of the unfolded one. Only Δ is measured differently: as features see it."""
-    target = model.target_model
-    model.__dict__["target_model"] = FoldedResidMLP(target).requires_grad_(False).eval()
-    for path, part in model.components.items():
-        model._components[path.replace(".", "-")] = FoldedComponents(part, target.W_E, path.endswith("mlp_in"))
+def _opened(mask: Mask) -> tuple[Tensor, Tensor]:
+    """(m, m_Δ) that broadcast against each other; a closed Δ is 0."""
+    m, delta = mask
+    return m, torch.zeros_like(m[..., :1]) if delta is None else delta[..., None]
 
 
 class ToyBatches:
@@ -178,8 +223,8 @@ def train_target(toy: Toy, stack: int, seed: int) -> nn.Module:
             (_xavier(stack, w, D_EMBED, generator=g), _xavier(stack, D_EMBED, w, generator=g))
             for _ in range(toy.layers)
         ]
-        parameters, forward = [p for block in blocks for p in block], ResidMLP(W_E, blocks).requires_grad_(True)
-        parameters = list(forward.parameters())
+        target = ResidMLP(W_E, blocks).requires_grad_(True)
+        parameters, forward = list(target.parameters()), target.folded
     optimiser = torch.optim.AdamW(parameters, lr=toy.lr, weight_decay=0.01, fused=True)
     cosine = torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, toy.steps if toy.kind == "resid" else 10**9)
     for _ in range(toy.steps):
@@ -193,7 +238,7 @@ def train_target(toy: Toy, stack: int, seed: int) -> nn.Module:
         x = next(batches)
         best = (forward(x) - x).square().mean((1, 2)).argsort()[:keep].sort().values
         return TMS(W.detach()[best], b.detach()[best], toy.layers).requires_grad_(False).eval()
-    return forward.requires_grad_(False).eval()
+    return target.requires_grad_(False).eval()
 
 
 # ------------------------------------------------------------------------------------------------------- what it found
@@ -206,8 +251,7 @@ def _reads(toy: Toy, model: ComponentModel) -> list[tuple[Tensor, Tensor, Tensor
     out = []
     for path in paths:
         W, V, U = weight_map(target.get_submodule(path)), parts[path].V.detach(), parts[path].U.detach()
-        in_features = toy.kind == "tms" or isinstance(target, FoldedResidMLP)
-        out.append((W, V, U) if in_features else (target.W_E @ W, target.W_E @ V, U))
+        out.append((W, V, U) if toy.kind == "tms" else (target.W_E @ W, target.W_E @ V, U))
     return out
 
 

@@ -29,12 +29,10 @@ from toy_models import (
     TOYS,
     ToyBatches,
     dense_error,
-    fold,
     identity_error,
     importance_errors,
     permute_to_identity,
     recovery,
-    train_target,
 )
 
 C = 12
@@ -257,20 +255,6 @@ def test_compiled_gate_is_the_eager_one_with_its_gradients(monkeypatch) -> None:
         assert grads[0].keys() == grads[1].keys()
         for name in grads[0]:
             torch.testing.assert_close(grads[1][name], grads[0][name], atol=1e-5, rtol=1e-4)
-
-
-def test_a_folded_residmlp_decomposes_as_the_unfolded_one() -> None:
-    toy = dataclasses.replace(TOYS["resid_1"], features=6, width=4, steps=1, batch=8)
-    target = train_target(toy, 2, 0)
-    config = SPDConfig((("layers.*.mlp_in", 5), ("layers.*.mlp_out", 5)), KINDS[0])
-    train, losses = SPDTrainConfig(9, 1e-3, (Recon(1.0), Recon(1.0, routing="layerwise")), 1e-3, p=(2.0, 2.0)), []
-    for folded in (False, True):
-        model, batches = ComponentModel(target, config, generator()), ToyBatches(toy, 2, 200, 3)
-        if folded:
-            fold(model)
-        trainer = SPDTrainer(model, train, False)
-        losses.append(torch.stack([trainer.step(next(batches))[:3] for _ in range(3)]))
-    torch.testing.assert_close(losses[1], losses[0], atol=1e-8, rtol=1e-4)
 
 
 def test_tied_components_share_their_tensors() -> None:

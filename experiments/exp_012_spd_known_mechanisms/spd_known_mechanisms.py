@@ -21,7 +21,16 @@ from config import GateConfig, Recon, SPDConfig, SPDTrainConfig
 from logs import REPOSITORY, atomic_path, write_settings
 from spd_model import ComponentModel
 from spd_training import train_spd
-from toy_models import TOYS, Toy, ToyBatches, fold, importance_errors, importance_matrix, recovery, train_target
+from toy_models import (
+    TOYS,
+    FoldedDecomposition,
+    Toy,
+    ToyBatches,
+    importance_errors,
+    importance_matrix,
+    recovery,
+    train_target,
+)
 
 COLUMNS = ["toy", "seed", "mmcs", "ml2r", "ci_error_01", "ci_error_02", "l0", "steps", "seconds"]
 
@@ -47,9 +56,9 @@ RECIPES = {
     "tms_40-10": Recipe(200, SCALAR, 1e-4, 2.0, 1e-3, "cosine", 10_000, 1024),
     "tms_40-10_id": Recipe(200, SCALAR, 1e-4, 2.0, 1e-3, "cosine", 10_000, 1024),
     "resid_1": Recipe(100, SCALAR, 1e-5, 2.0, 2e-3, "cosine", 20_000, 1024),
-    "resid_2": Recipe(400, GateConfig("shared_mlp", (256,)), 1e-4, 2.0, 3e-4, "constant", 6000, 512,
+    "resid_2": Recipe(200, GateConfig("shared_mlp", (256,)), 1e-4, 2.0, 1e-3, "cosine", 2000, 512,
                       (Recon(2.0, routing="subset"), Recon(2.0, "pgd", "subset", 1, 1.0))),
-    "resid_3": Recipe(500, GateConfig("mlp", (128,)), 1e-5, 2.0, 1e-3, "constant", 6000, 512),
+    "resid_3": Recipe(200, SCALAR, 1e-5, 2.0, 2e-3, "cosine", 1500, 512),
 }  # fmt: skip
 
 
@@ -72,11 +81,10 @@ def decompose(name: str, toy: Toy, s: Settings) -> None:
     else:
         patterns, tied = [("layers.*.mlp_in", recipe.C), ("layers.*.mlp_out", recipe.C)], ()
     config = SPDConfig(tuple(patterns), recipe.gate, tied)
-    model = ComponentModel(target, config, torch.Generator().manual_seed(s.seed + 1))
+    decomposition = ComponentModel if toy.kind == "tms" else FoldedDecomposition
+    model = decomposition(target, config, torch.Generator().manual_seed(s.seed + 1))
     if s.compile_gates and recipe.gate == SCALAR:
         model.compile_gates()
-    if name == "resid_1":
-        fold(model)
     steps = round(recipe.steps * s.scale)
     train = SPDTrainConfig(steps, recipe.lr, recipe.recon, recipe.minimality, p=(recipe.p, recipe.p),
                            schedule=recipe.schedule, seed=s.seed + 2)  # type: ignore[arg-type]  # fmt: skip
