@@ -18,10 +18,12 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+import yaml
 from jaxtyping import Float, Int
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
+from transformers.pytorch_utils import Conv1D
 
 from config import Site
 from llama_simple_mlp import LlamaSimpleMLP, config_from_yaml, load_run
@@ -133,10 +135,9 @@ def mlp_matrices(target: TargetModel, layer: int) -> tuple[str, ...]:
     site = target._mlp_site(layer)
     if site.write == site.down:
         return (site.down.removesuffix("fc2") + "fc1", site.down)
-    linear = [
-        f"{site.write}.{n}" for n, m in target.model.get_submodule(site.write).named_modules() if hasattr(m, "weight")
-    ]
-    return (*(path for path in linear if path != site.down), site.down)
+    mlp, down = (target.model.get_submodule(path) for path in (site.write, site.down))
+    maps = [n for n, m in mlp.named_modules() if isinstance(m, nn.Linear | Conv1D) and m is not down]
+    return (*(f"{site.write}.{n}" for n in maps), site.down)
 
 
 # ----------------------------------------------------------------------------------------------------------- hooks
@@ -257,7 +258,8 @@ def _site(path: str, block: nn.Module) -> MLPSite:
     down = next((n for n in DOWNS if n in inner), None)
     if down is None:
         raise ValueError(f"{path}.{write} has none of {DOWNS}: its down projection cannot be told")
-    return MLPSite(f"{path}.{read}", f"{path}.{write}", f"{path}.{write}.{down}")
+    wrapped = "._original_component" if "_original_component" in dict(inner[down].named_children()) else ""  # by "tl:"
+    return MLPSite(f"{path}.{read}", f"{path}.{write}", f"{path}.{write}.{down}{wrapped}")
 
 
 def _prove(model: nn.Module, sites: Sequence[MLPSite]) -> None:
@@ -326,10 +328,13 @@ def _pile() -> Parts:
         "goodfire/spd/t-32d1bb3b", ("final_config", "model_", "tokenizer"), cache_folder() / "wandb"
     )
     data = DatasetSpec("danbraunai/pile-uncopyrighted-tok", "input_ids", True, "train", "val")
-    local = run / "tokenizer.json"
-    return Parts(
-        load_run(run), load_tokenizer(local) if local.exists() else _hub_tokenizer("EleutherAI/gpt-neox-20b"), 512, data
+    local, settings = run / "tokenizer.json", yaml.safe_load((run / "final_config.yaml").read_text())
+    tokenizer = (
+        load_tokenizer(local)
+        if local.exists()
+        else _hub_tokenizer(settings["train_dataset_config"]["hf_tokenizer_path"])
     )
+    return Parts(load_run(run), tokenizer, 512, data)
 
 
 def _simplestories() -> Parts:

@@ -1,10 +1,15 @@
 """For every family: the identity in an MLP's place changes no logit, and a captured input gives the captured output."""
 
+import dataclasses
+import io
 from pathlib import Path
+from types import SimpleNamespace
+from typing import NamedTuple
 
 import pytest
 import torch
 import transformers as tf
+import yaml
 from conftest import make_small_target, word_tokenizer
 from torch import nn
 
@@ -17,6 +22,7 @@ from target_models import (
     likes_bf16,
     load_target,
     make_target,
+    mlp_matrices,
     patched,
 )
 from token_stream import DatasetSpec
@@ -44,19 +50,31 @@ FAMILIES: dict[str, tuple[type[tf.PretrainedConfig], dict]] = {
 TOKENS = torch.arange(2, 22).view(2, 10)
 
 
-def family_target(name: str) -> TargetModel:
+def family_model(name: str) -> tf.PreTrainedModel:
     torch.manual_seed(0)
     kind, sizes = FAMILIES[name]
     model = tf.AutoModelForCausalLM.from_config(kind(**sizes)).float().eval()
     with torch.no_grad():
         for p in model.parameters():
             p.add_(0.1 * torch.randn_like(p))  # biases and norms too, so that none of them can be forgotten
-    return make_target(name, Parts(model, word_tokenizer(), 16, DatasetSpec("python")), "cpu")
+    return model
 
 
-@pytest.fixture(params=[*FAMILIES, "llama_simple_mlp"])
+def saved(folder: Path, model: tf.PreTrainedModel) -> Path:
+    """A folder as the hub would serve it: weights, configuration, tokenizer."""
+    model.save_pretrained(folder)
+    word_tokenizer().save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(params=[*FAMILIES, "tl:gpt2", "tl:llama", "tl:neox_parallel", "llama_simple_mlp"])
 def target(request: pytest.FixtureRequest, tmp_path: Path) -> TargetModel:
-    return make_small_target(tmp_path) if request.param == "llama_simple_mlp" else family_target(request.param)
+    if request.param == "llama_simple_mlp":
+        return make_small_target(tmp_path)
+    if request.param.startswith("tl:"):
+        return load_target(f"tl:{saved(tmp_path / 'model', family_model(request.param[3:]))}", "cpu")
+    parts = Parts(family_model(request.param), word_tokenizer(), 16, DatasetSpec("python"))
+    return make_target(request.param, parts, "cpu")
 
 
 def everything(target: TargetModel, function) -> dict:
@@ -161,6 +179,103 @@ def test_the_embedded_target_loads_and_predicts_python() -> None:
         loss = nn.functional.cross_entropy(target.logits(tokens)[0, :-1], tokens[0, 1:])
     assert loss < 3.0, f"{loss=} nats per token on plain Python"
     assert not any(p.requires_grad for p in target.model.parameters()) and not target.model.training
+
+
+@pytest.mark.parametrize("prefix", ["hf:", "tl:"])
+@torch.inference_mode()
+def test_a_model_loads_by_name_with_its_tokenizer(tmp_path: Path, prefix: str) -> None:
+    model = family_model("llama")
+    target = load_target(f"{prefix}{saved(tmp_path / 'model', model)}", "cpu")
+    assert (target.n_layers, target.d_model, target.d_mlp, target.vocab_size) == (2, 16, 24, 62)
+    torch.testing.assert_close(target.logits(TOKENS), model(TOKENS).logits)
+    assert target.tokenizer("w0 w3")["input_ids"] == [2, 5]
+    weights = [target.model.get_submodule(path).weight.shape for path in mlp_matrices(target, 0)]
+    assert weights == [(24, 16), (24, 16), (16, 24)]
+
+
+@pytest.mark.parametrize(
+    ("name", "repository", "family", "context", "dataset"),
+    [
+        ("gpt2", "openai-community/gpt2", "gpt2", 256, "Skylion007/openwebtext"),
+        ("simplestories", "SimpleStories/SimpleStories-35M", "llama", 512, "SimpleStories/SimpleStories"),
+    ],
+)
+@torch.inference_mode()
+def test_hub_targets_load_from_the_hubs_cache(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, repository: str, family: str, context: int, dataset: str
+) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    folder, revision, model = tmp_path / f"models--{repository.replace('/', '--')}", "0" * 40, family_model(family)
+    saved(folder / "snapshots" / revision, model)
+    (folder / "refs").mkdir()
+    (folder / "refs" / "main").write_text(revision)
+    target = load_target(name, "cpu")
+    assert torch.equal(target.logits(TOKENS), model(TOKENS).logits)
+    assert (target.name, target.context, target.data.path) == (name, context, dataset)
+    assert target.tokenizer("w0 w3")["input_ids"] == [2, 5]
+
+
+class WandbFile(NamedTuple):
+    """A file of a W&B run, as its client lists it."""
+
+    name: str
+    content: bytes
+
+    def download(self, root: str) -> None:
+        Path(root).mkdir(exist_ok=True)
+        (Path(root) / self.name).write_bytes(self.content)
+
+
+def wandb_run(model: nn.Module, tokenizer: bool) -> list[WandbFile]:
+    """What formats.md of such a run says: two configurations, weights of several steps, perhaps a tokenizer."""
+    config = dataclasses.asdict(model.config) | {
+        "model_type": "LlamaSimpleMLP", "mlp_bias": False, "attn_bias": False, "n_ctx": 16, "flash_attention": True,
+        "use_grouped_query_attention": True, "rotary_dim": 8, "rotary_adjacent_pairs": False,
+    }  # fmt: skip
+    buffer = io.BytesIO()
+    torch.save({f"_orig_mod.{key}": value for key, value in model.state_dict().items()}, buffer)
+    settings = {"train_dataset_config": {"hf_tokenizer_path": "EleutherAI/gpt-neox-20b", "n_ctx": 513}}
+    files = {
+        "final_config.yaml": yaml.safe_dump(settings).encode(), "model_config.yaml": yaml.safe_dump(config).encode(),
+        "model_step_900.pt": b"an older step", "model_step_1000.pt": buffer.getvalue(), "output.log": b"not needed",
+    }  # fmt: skip
+    files |= {"tokenizer.json": word_tokenizer().backend_tokenizer.to_str().encode()} if tokenizer else {}
+    return [WandbFile(name, content) for name, content in files.items()]
+
+
+@pytest.mark.parametrize("tokenizer", [True, False])
+@torch.inference_mode()
+def test_pile_is_fetched_once_from_the_files_of_its_wandb_run(
+    small_target: TargetModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tokenizer: bool
+) -> None:
+    files, asked = wandb_run(small_target.model, tokenizer), []
+    run = SimpleNamespace(files=lambda: files)
+    api = SimpleNamespace(run=lambda path: (asked.append(path), run)[1])
+    monkeypatch.setattr("logs._wandb_api", lambda reference: api)
+    monkeypatch.setattr("target_models._hub_tokenizer", lambda name: (asked.append(name), word_tokenizer())[1])
+    monkeypatch.setenv("NN_CACHE_HOME", str(tmp_path))
+    for _ in range(2):
+        target = load_target("pile", "cpu")
+    assert torch.equal(target.logits(TOKENS), small_target.logits(TOKENS))
+    assert asked == ["goodfire/spd/t-32d1bb3b"] + ([] if tokenizer else 2 * ["EleutherAI/gpt-neox-20b"])
+    assert target.data == DatasetSpec("danbraunai/pile-uncopyrighted-tok", "input_ids", True, "train", "val")
+    assert target.tokenizer("w0 w3")["input_ids"] == [2, 5] and target.context == 512
+    assert not list(tmp_path.rglob("output.log"))
+
+
+def test_blocks_of_an_unknown_layout_are_refused_in_one_line(tmp_path: Path) -> None:
+    tokenizer, data = word_tokenizer(), DatasetSpec("python")
+    mamba = tf.MambaForCausalLM(tf.MambaConfig(vocab_size=62, hidden_size=16, num_hidden_layers=2, state_size=4))
+    with pytest.raises(ValueError, match=r"^MambaForCausalLM has no stack of blocks with an MLP after a norm[^\n]*$"):
+        make_target("mamba", Parts(mamba, tokenizer, 16, data), "cpu")
+    mixtral = tf.MixtralForCausalLM(tf.MixtralConfig(**GATED, num_local_experts=2))
+    with pytest.raises(ValueError, match=r"^[^\n]*down projection cannot be told$"):
+        make_target("mixtral", Parts(mixtral, tokenizer, 16, data), "cpu")
+    with pytest.raises(
+        ValueError, match=r"^[^\n]*this block's layout is not supported$"
+    ):  # the bridge runs no mlp there
+        load_target(f"tl:{saved(tmp_path / 'model', family_model('opt'))}", "cpu")
 
 
 def test_bad_names_are_refused_in_one_line() -> None:
