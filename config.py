@@ -179,7 +179,7 @@ class Recon:
     """One reconstruction term: coefficient × distance(target output, output under (masks × routing))."""
 
     coefficient: float
-    source: Literal["stochastic", "pgd", "persistent", "importance", "ones"] = "stochastic"
+    source: Literal["stochastic", "pgd", "persistent", "importance", "deployed", "ones"] = "stochastic"
     routing: Literal["all", "layerwise", "subset"] = "all"
     steps: int = 1  # pgd: ascent steps; persistent: extra ascents before the loss
     step_size: float = 1.0  # pgd: η; persistent: learning rate of Adam
@@ -197,6 +197,7 @@ class SPDTrainConfig:
     p: tuple[float, float] = (2.0, 2.0)  # its exponent at the start and at the end
     p_between: tuple[float, float] = (0.0, 1.0)  # fractions of the steps between which p moves linearly
     frequency: float = 0.0  # β, weight of the frequency term inside it
+    split: bool = False  # each recon term takes its own share of the sequences: together they cost one masked pass
     faithfulness: float = 0.0  # coefficient of Σ‖Δ‖² / Σ numel(W)
     schedule: Literal["constant", "cosine"] = "cosine"
     final: float = 0.0  # cosine: learning rate at the end, as a fraction of the peak

@@ -109,7 +109,12 @@ class SPDTrainer:
         g_up = {path: model.upper(logit).reshape(*lead, -1, logit.shape[-1]) for path, logit in z.items()}
         p = annealed_p(c.p, c.p_between, self.steps_done / c.steps)
         minimality = importance_minimality(g_up, p, c.frequency)
-        recon = torch.stack([t.coefficient * self.recon(i, t, g_lo, clean, batch) for i, t in enumerate(c.recon)]).sum()
+        n = len(c.recon) if c.split else 1
+        shares = [
+            ({path: g[i % n :: n] for path, g in g_lo.items()}, clean[i % n :: n], batch[i % n :: n])
+            for i in range(len(c.recon))
+        ]
+        recon = torch.stack([t.coefficient * self.recon(i, t, *shares[i]) for i, t in enumerate(c.recon)]).sum()
         loss = recon + c.minimality * minimality
         if c.faithfulness:
             loss = loss + c.faithfulness * faithfulness(model.deltas())
@@ -143,6 +148,8 @@ class SPDTrainer:
             return route(stochastic_masks(g_lo, self.generator))
         if term.source == "importance":
             return route({path: Mask(g, None) for path, g in g_lo.items()})
+        if term.source == "deployed":
+            return route({path: Mask(torch.where(g > 0, 1.0, g), None) for path, g in g_lo.items()})
         if term.source == "ones":
             return route({path: Mask(torch.ones_like(g), None) for path, g in g_lo.items()})
         frozen = {path: g.detach() for path, g in g_lo.items()}

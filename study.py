@@ -195,15 +195,20 @@ def train_decomposition(
 ) -> Decomposition:
     """SPD of the MLP matrices of `layers`, `components` of each, or what `folder` holds of an equal training.
 
-    KL objective under stochastic masks of all modules, p of importance minimality from 2 to 0.4, AdamW with a cosine from
-    `lr` to a tenth, `batch` sequences per step, a gate per matrix of `gate_hidden` hidden units that reads the module's
-    own input at the same position, a least-squares start in place of faithfulness warm-up. methods.md §A9 scaled down.
+    KL objective, of half the sequences of a step under stochastic masks of a random subset of the modules, of the other
+    half under the masks that the ruler uses (1 where the importance is positive, else 0, without Δ) of all modules: a mask
+    drawn evenly never comes near that corner, and components learn to rely on inactive ones being half there. p of
+    importance minimality falls from 2 to 0.4, AdamW's rate by a cosine from `lr` to a tenth, `batch` sequences per step, a
+    gate per matrix of `gate_hidden` hidden units that reads the module's own input at the same position, a least-squares
+    start in place of faithfulness warm-up. Otherwise Goodfire's recipe for language models, scaled down.
     """
+    assert batch >= 2, f"{batch=} sequences: each of the two terms needs one"
     patterns = tuple((path, components) for layer in layers for path in mlp_matrices(target, layer))
     config = SPDConfig(patterns, GateConfig("shared_mlp", (gate_hidden,)))
     train = SPDTrainConfig(
-        steps, lr, (Recon(1.0, "stochastic", "all"),), minimality, "kl", p=(2.0, 0.4), faithfulness=1.0,
-        final=0.1, warmup=0.02, faithful_steps=0, clip=1.0, metrics_every=20, checkpoint_every=100, seed=seed,
+        steps, lr, (Recon(0.5, "stochastic", "subset"), Recon(0.5, "deployed", "all")), minimality, "kl", p=(2.0, 0.4),
+        split=True, faithfulness=1e4, final=0.1, warmup=0.02, faithful_steps=0, clip=1.0, metrics_every=20,
+        checkpoint_every=100, seed=seed,
     )  # fmt: skip
     name = f"{target.name}_spd_L{'-'.join(map(str, layers))}_C{components}_n{steps}x{batch}_s{seed}"
     recipe = f"{config.gate} {train}"

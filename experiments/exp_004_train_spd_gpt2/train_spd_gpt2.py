@@ -1,13 +1,14 @@
 """How few rank-one parts of c_fc and down_proj does a token need, when the parts are learnt from the weights themselves?
 
-Stochastic parameter decomposition of the MLP matrices of the chosen layers: KL objective, stochastic masks, importance
-minimality with p annealed from 2 to 0.4, shared-MLP gates that read their own module's input at the same position (and so
-cannot see the future), start from a least-squares factorisation in place of faithfulness warm-up.
+Stochastic parameter decomposition of the MLP matrices of the chosen layers: KL objective, stochastic masks on half of the
+sequences and the masks of deployment on the others, importance minimality with p annealed from 2 to 0.4, shared-MLP gates
+that read their own module's input at the same position (and so cannot see the future), start from a least-squares
+factorisation in place of faithfulness warm-up. `study.train_decomposition` says more.
 
     python experiments/exp_004_train_spd_gpt2/train_spd_gpt2.py                # GPT-2, layer 8: GPU, network, a day
     python experiments/exp_004_train_spd_gpt2/train_spd_gpt2.py --target tiny  # layer 2 of the embedded model, minutes
     python experiments/exp_004_train_spd_gpt2/train_spd_gpt2.py --target tiny --layers 0 1 2 3 --components 512 \\
-        --steps 3000 --ship assets/spd_tiny                                    # the shipped decomposition, 40 minutes
+        --steps 2000 --ship assets/spd_tiny                                    # the shipped decomposition, 45 minutes
 """
 
 import copy

@@ -1,6 +1,6 @@
 """The headline: natively trained coders only. Which method wins under which protocol and axis, and what did it cost?
 
-Transcoders and CLTs at the k they were trained for (exp_010, exp_003), SPD at its own thresholds, neurons, and the
+Transcoders, CLTs and SAEs at the k they were trained for (exp_010, exp_003), SPD at its own thresholds, neurons, and the
 baselines, all MLPs replaced at once. Panels by x-axis, rows by protocol; every method under every protocol; training
 tokens, gate parameters and training time stand in the table.
 
@@ -24,6 +24,7 @@ from study import (
     find_spd,
     held_out_tokens,
     replot,
+    sae_configs,
     settings_for,
     spd_replacements,
     train_coders,
@@ -41,6 +42,7 @@ class Settings:
     layers: tuple[int, ...] = (0, 1, 2, 3)
     top_k: tuple[int, ...] = (8, 16, 32, 64)  # of the transcoders
     clt_top_k: tuple[int, ...] = (8, 16, 64)  # of the CLTs, per layer
+    sae_top_k: tuple[int, ...] = (16, 64)  # of the SAEs of MLP outputs
     neurons: tuple[int, ...] = (8, 32, 128, 512)
     d_dict: int = 4096  # latents per layer
     tokens: int = 500_000_000  # training tokens
@@ -59,7 +61,7 @@ PRESETS = {
         "tiny", clt_top_k=(8, 16), d_dict=1536, tokens=1_000_000, batch=2048, eval_tokens=102_400, device="cpu"
     ),
     "smollm2": Settings(
-        "smollm2", layers=(8, 9, 10), top_k=(16, 32, 64), clt_top_k=(32,), neurons=(64, 256), d_dict=2304,
+        "smollm2", layers=(8, 9, 10), top_k=(16, 32, 64), clt_top_k=(32,), sae_top_k=(32,), neurons=(64, 256), d_dict=2304,
         tokens=204_800, batch=2048, eval_tokens=10_240, spd=False, device="cpu", output=HERE / "output" / "smollm2",
     ),
 }  # fmt: skip
@@ -75,6 +77,7 @@ def main(s: Settings) -> None:
     configs = [
         *transcoder_configs(target, s.layers, [BatchTopK(k) for k in s.top_k], s.d_dict),
         *clt_configs(target, s.layers, [BatchTopK(k) for k in s.clt_top_k], s.d_dict),
+        *sae_configs(target, s.layers, [BatchTopK(k) for k in s.sae_top_k], s.d_dict),
     ]
     trained = train_coders(configs, target, s.tokens, s.batch, s.seed, folder)
     replacements = [
