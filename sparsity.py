@@ -65,6 +65,13 @@ def jumprelu(
     return _JumpReLU.apply(pre, log_theta, bandwidth)  # type: ignore[no-any-return]
 
 
+def _codes_within_the_kernel(a: Tensor, pre: Tensor, log_theta: Tensor, bandwidth: float) -> Codes:
+    """Active entries, and those a little below θ with value 0: the loss tells θ, through these too, which way to move."""
+    near = (pre > log_theta.exp() - bandwidth / 2).detach()
+    rows, cols = near.nonzero().unbind(1)
+    return Codes(a[rows, cols], rows, cols, *a.shape)
+
+
 class SparseEncoder(nn.Module):
     """x ↦ codes: W_enc, b_enc, a rule with its state, and the counters that tell dead latents."""
 
@@ -124,7 +131,8 @@ class SparseEncoder(nn.Module):
             return from_dense(a), self.rule.l1 * (a @ norms).mean()
         a, gate = jumprelu(pre, self.log_theta, self.rule.bandwidth)
         below = ((self.log_theta.exp() - pre).relu() @ norms).mean()
-        return from_dense(a), self.rule.l0 * gate.sum(1).mean() + self.rule.preact * below
+        penalty = self.rule.l0 * gate.sum(1).mean() + self.rule.preact * below
+        return _codes_within_the_kernel(a, pre, self.log_theta, self.rule.bandwidth), penalty
 
     @torch.no_grad()
     def update_statistics(self, codes: Codes) -> None:

@@ -107,6 +107,25 @@ def test_jumprelu_gradients_are_the_published_ones() -> None:
     torch.testing.assert_close(log_theta.grad, torch.tensor([-inside / bandwidth], dtype=torch.float64))
 
 
+@pytest.mark.parametrize("theta", [0.4, 0.1])  # ε/2 above zero, and below
+def test_jumprelu_codes_carry_the_gradient_of_their_dense_twin(theta: float) -> None:
+    """Also through entries just below θ: they write nothing, and yet the loss would change if θ fell below them."""
+    x, y = data()
+    rule = JumpReLU(l0=0.01, bandwidth=0.5, theta=theta)
+    sparse, dense = transcoder(rule), transcoder(rule)
+    codes, penalty = sparse.encode_with_penalty(x[0])
+    ((sparse.decode(codes) - y[0]).square().mean() + penalty).backward()
+    encoder = dense.encoder
+    pre = encoder.pre_activations(x[0] * dense.x_scale)
+    a, gate = jumprelu(pre, encoder.log_theta, rule.bandwidth)
+    below = ((encoder.log_theta.exp() - pre).relu() @ dense.W_dec.norm(dim=1)).mean()
+    y_hat = (a @ dense.W_dec + dense.b_dec) / dense.y_scale
+    ((y_hat - y[0]).square().mean() + rule.l0 * gate.sum(1).mean() + rule.preact * below).backward()
+    assert ((pre < encoder.log_theta.exp()) & (pre > encoder.log_theta.exp() - rule.bandwidth / 2)).any()
+    for (name, p), q in zip(sparse.named_parameters(), dense.parameters()):
+        torch.testing.assert_close(p.grad, q.grad, msg=lambda m, name=name: f"{name}: {m}")
+
+
 def test_transcoder_starts_at_the_mean() -> None:
     x, y = data()
     coder = build_transcoder(EncoderConfig(0, D, D, F, TopK(3), skip=True), generator())
