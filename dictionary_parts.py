@@ -115,30 +115,30 @@ def read_config(path: Path) -> dict[str, Any]:
 
 def read_tensors(path: Path) -> Tensors:
     """Named tensors of a safetensors or torch file, on the CPU; nothing is unpickled but tensors."""
-    if path.suffix != ".safetensors":
-        state: Any = load_tensors(path, "cpu")
-    elif not path.exists():
+    if not path.exists():
         raise ValueError(f"{path} does not exist: check the path")
-    else:
-        try:
-            state = load_file(path)
-        except SafetensorError:
-            raise ValueError(f"{path} is truncated or no safetensors file: fetch it again") from None
-    if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
+    kind = "safetensors" if path.suffix == ".safetensors" else "torch"
+    try:
+        state: Any = load_file(path) if kind == "safetensors" else load_tensors(path, "cpu")
+    except (SafetensorError, RuntimeError):  # the latter: a zip archive that torch did not write
+        raise ValueError(f"{path} is truncated or no {kind} file: fetch it again") from None
+    named = isinstance(state, dict) and all(isinstance(k, str) and isinstance(v, Tensor) for k, v in state.items())
+    if not named:
         raise ValueError(f"{path} holds something other than named tensors: it is not opened")
-    return state
+    return state  # type: ignore[no-any-return]
 
 
 def check(source: Path, state: Tensors, shapes: dict[str, tuple[int, ...]]) -> Tensors:
     """float32 copies; ValueError naming the first tensor that is missing, unexpected, misshapen or not finite."""
     for name in sorted(state.keys() ^ shapes.keys()):
         raise ValueError(f"{source}: tensor {name!r} is {'not expected' if name in state else 'missing'}")
+    floats = {name: tensor.to(torch.float32) for name, tensor in state.items()}
     for name, shape in shapes.items():
-        if state[name].shape != shape:
-            raise ValueError(f"{source}: tensor {name!r} has shape {tuple(state[name].shape)}, expected {shape}")
-        if not state[name].isfinite().all():
+        if floats[name].shape != shape:
+            raise ValueError(f"{source}: tensor {name!r} has shape {tuple(floats[name].shape)}, expected {shape}")
+        if not floats[name].isfinite().all():
             raise ValueError(f"{source}: tensor {name!r} holds NaN or infinity")
-    return {name: tensor.to(torch.float32) for name, tensor in state.items()}
+    return floats
 
 
 def size(source: Path, blob: dict[str, Any], name: str) -> int:

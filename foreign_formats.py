@@ -87,8 +87,24 @@ def hooks(config: SAEConfig | EncoderConfig) -> tuple[str, str]:
     return f"blocks.{config.layer}.{name}", f"blocks.{config.layer}.{name}"
 
 
+HUB_NAMES = {
+    "simplestories": "SimpleStories/SimpleStories-35M",
+    "smollm2": "HuggingFaceTB/SmolLM2-135M-Instruct",
+}
+
+
 def model_name(target: str) -> str:
-    return target.removeprefix("hf:").removeprefix("tl:")
+    """Under which other libraries find the target's model."""
+    return HUB_NAMES.get(target, target.removeprefix("hf:").removeprefix("tl:"))
+
+
+def neuronpedia_id(target: str, config: SAEConfig | EncoderConfig) -> str:
+    """{model}/{layer}-{set}, in Neuronpedia's words for the sites; no two coders of one width share it."""
+    model = "gpt2-small" if target == "gpt2" else model_name(target).split("/")[-1]
+    kind = "transcoder"
+    if isinstance(config, SAEConfig):
+        kind = {"resid": "res", "mlp_out": "mlp", "attn_out": "att"}[config.site]
+    return f"{model}/{config.layer}-nnd-{kind}-{config.d_dict}"
 
 
 def present(tensors: dict[str, torch.Tensor | None]) -> Tensors:
@@ -134,6 +150,8 @@ def read_upstream(folder: Path, given: Place) -> list[Dictionary]:
         print(f"{source}: upstream stores no threshold, so BatchTopK becomes TopK: the same L0, and no neighbours")
     rule: Rule = RELU if kind == "vanilla" else JUMPRELU if kind == "jumprelu" else TopK(size(source, blob, "top_k"))
     layers = tuple(int(layer) for layer in re.findall(r"\d+", str(blob.get("layers", ""))))
+    if "layers" in blob and (not layers or list(layers) != sorted(set(layers))):
+        raise ValueError(f"{source}: layers is {blob['layers']!r}, not ascending numbers")
     n, ats = (len(layers), [f".{i}" for i in range(len(layers))]) if "layers" in blob else (1, [""])
     shapes: dict[str, tuple[int, ...]] = {}
     for i, at in enumerate(ats):
@@ -251,14 +269,13 @@ def write_saelens(dictionaries: Sequence[Dictionary]) -> Files:
             raise refuse("saelens", config, "SAEs of every rule, and transcoders of every rule but TopK")
         read, written = hooks(config)
         dataset, context = TEXTS.get(target, (None, 256))
-        model = model_name(target)
         meta = {
-            "sae_lens_version": SAELENS_VERSION, "sae_lens_training_version": None, "model_name": model,
+            "sae_lens_version": SAELENS_VERSION, "sae_lens_training_version": None, "model_name": model_name(target),
             "hook_name": read, "hook_name_out": written, "hook_layer": config.layer, "hook_layer_out": config.layer,
             "hook_head_index": None, "model_class_name": "HookedTransformer", "model_from_pretrained_kwargs": {},
             "dataset_path": dataset, "context_size": context, "prepend_bos": False, "exclude_special_tokens": False,
             "seqpos_slice": [None], "sequence_separator_token": "eos", "disable_concat_sequences": False,
-            "neuronpedia_id": f"{model.split('/')[-1]}/{config.layer}-nnd-{written.split('_', 1)[1]}-{config.d_dict}",
+            "neuronpedia_id": neuronpedia_id(target, config),
         }  # fmt: skip
         meta |= {"batch_topk": config.rule.k} if isinstance(config.rule, BatchTopK) else {}
         blob = {
@@ -348,6 +365,8 @@ def read_dictionary_learning(folder: Path, given: Place) -> list[Dictionary]:
         shapes = {"encoder.weight": (f, d), "encoder.bias": (f,), "decoder.weight": (d, f), bias: (d,)}
         t = check(weights, state, shapes | ({} if cls == "AutoEncoder" else {"k": (), "threshold": ()}))
         part, rule = Parts(t["encoder.weight"], t["encoder.bias"], t["decoder.weight"].T, t[bias]), RELU
+    if "k" in t and int(t["k"]) < 1:
+        raise ValueError(f"{weights}: k is {int(t['k'])}, not a positive whole number")
     if cls == "AutoEncoderTopK":
         rule = TopK(int(t["k"]))
     if cls == "BatchTopKSAE":
@@ -355,8 +374,10 @@ def read_dictionary_learning(folder: Path, given: Place) -> list[Dictionary]:
             raise ValueError(f"{weights}: threshold is {t['threshold']:g}, never set: train past threshold_start_step")
         part, rule = part._replace(theta=t["threshold"].expand(f)), BatchTopK(int(t["k"]))
     hook = str(blob.get("submodule_name") or "")
-    layer = Place(blob.get("layer") if given.layer is None else given.layer, given.site)
-    config = SAEConfig(*find_place(source, hook, layer), d, f, rule)
+    layer = blob.get("layer") if given.layer is None else given.layer
+    if layer is not None and (not isinstance(layer, int) or layer < 0):
+        raise ValueError(f"{source}: layer is {layer!r}, not the number of one: name it with --layer")
+    config = SAEConfig(*find_place(source, hook, Place(layer, given.site)), d, f, rule)
     return [Dictionary(folder.resolve().name, str(blob.get("lm_name") or ""), build(config, [part]))]
 
 

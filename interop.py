@@ -12,7 +12,7 @@ from pathlib import Path
 
 import tyro
 import yaml
-from huggingface_hub import HfApi
+from huggingface_hub import HfApi, get_token
 from safetensors.torch import save_file
 from tyro.conf import Positional
 
@@ -144,6 +144,10 @@ def upload(folder: Positional[Path], repo_id: Positional[str], private: bool = F
         (folder / "README.md").write_text(model_card("nn_decompositions", [entry]))
     print("\n".join(str(path.relative_to(folder)) for path in sorted(folder.rglob("*")) if path.is_file()))
     if not dry_run:
+        if get_token() is None:
+            raise ValueError(
+                "the hub takes files only after a login: run `hf auth login`, or look first with --dry-run"
+            )
         HfApi().create_repo(repo_id, private=private, exist_ok=True)
         print(HfApi().upload_folder(repo_id=repo_id, folder_path=folder))
 

@@ -2,6 +2,7 @@
 
 import json
 import pickle
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -252,6 +253,23 @@ def test_dictionary_learning_refuses_a_threshold_that_was_never_set(tmp_path: Pa
         imported("dictionary_learning", folder, tmp_path / "back")
 
 
+@pytest.mark.parametrize("layer", ["3", -1, 1.5])
+def test_dictionary_learning_refuses_a_layer_that_is_no_number_of_one(tmp_path: Path, layer: Any) -> None:
+    folder = exported("dictionary_learning", tmp_path, sae(TopK(3))) / "trainer_0"
+    blob = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({"trainer": blob["trainer"] | {"layer": layer}}))
+    with pytest.raises(SystemExit, match="name it with --layer"):
+        imported("dictionary_learning", folder, tmp_path / "back")
+    assert imported("dictionary_learning", folder, tmp_path / "back", "--layer", "1").config.layer == 1
+
+
+def test_dictionary_learning_refuses_no_active_latents(tmp_path: Path) -> None:
+    folder = exported("dictionary_learning", tmp_path, sae(TopK(3))) / "trainer_0"
+    torch.save(torch.load(folder / "ae.pt", weights_only=True) | {"k": torch.tensor(0)}, folder / "ae.pt")
+    with pytest.raises(SystemExit, match="k is 0, not a positive whole number"):
+        imported("dictionary_learning", folder, tmp_path / "back")
+
+
 # ------------------------------------------------------------------------------------------------------------ bad input
 
 FILES: dict[str, tuple[Callable[[Path], Path], str, str]] = {  # format → folder with files, tensor file, configuration
@@ -289,6 +307,16 @@ def spoil(how: str, path: Path) -> None:
     if how == "object":
         torch.save({"W_enc": Payload()}, path)
         return
+    if how == "empty":
+        path.write_bytes(b"")
+        return
+    if how == "archive":
+        with zipfile.ZipFile(path, "w") as archive:
+            archive.writestr("README", "a zip file, as torch's are, that torch did not write")
+        return
+    if how == "numbered":
+        torch.save({0: torch.zeros(1)}, path)
+        return
     state = tensors_of(path)
     name = next(key for key in state if key.endswith(("W_enc", "encoder.weight", "encoders.0.weight")))
     match how:
@@ -303,7 +331,9 @@ def spoil(how: str, path: Path) -> None:
     put(path, state)
 
 
-@pytest.mark.parametrize("how", ["truncated", "pickle", "object", "extra", "missing", "shape", "nan"])
+@pytest.mark.parametrize(
+    "how", ["truncated", "empty", "archive", "pickle", "object", "numbered", "extra", "missing", "shape", "nan"]
+)
 @pytest.mark.parametrize("format", FILES)
 def test_bad_tensors_are_refused_in_one_line(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, format: str, how: str
@@ -338,6 +368,7 @@ def test_bad_configurations_are_refused_in_one_line(tmp_path: Path, format: str,
         ("upstream", {"encoder_type": "gated"}, "use one of"),
         ("upstream", {"top_k": F + 1}, "exceeds d_dict"),
         ("upstream", {"top_k": "3"}, "not a positive whole number"),
+        ("upstream", {"layers": "[2, 1]"}, "not ascending numbers"),
         ("saelens", {"architecture": "gated"}, "use one of"),
         ("saelens", {"normalize_activations": "layer_norm"}, "fold its normalisation"),
         ("saelens", {"metadata": None}, "SAELens 6"),
@@ -412,6 +443,21 @@ def test_a_transcoder_without_a_layer_asks_for_it(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
+    ("config", "page"),
+    [
+        (SAEConfig(3, "resid", D, F, TopK(3)), "3-nnd-res-20"),
+        (SAEConfig(3, "mlp_out", D, F, TopK(3)), "3-nnd-mlp-20"),
+        (SAEConfig(3, "attn_out", D, F, TopK(3)), "3-nnd-att-20"),
+        (EncoderConfig(3, D, D, F, Relu(0.0)), "3-nnd-transcoder-20"),
+    ],
+)
+def test_neuronpedia_tells_the_coders_of_one_layer_apart(config: SAEConfig | EncoderConfig, page: str) -> None:
+    for target, model in (("gpt2", "gpt2-small"), ("hf:org/name", "name"), ("smollm2", "SmolLM2-135M-Instruct")):
+        (_, blob), _ = sorted(FORMATS["saelens"].write([Dictionary("x", target, random_coder(config))]).items())
+        assert blob["metadata"]["neuronpedia_id"] == f"{model}/{page}"
+
+
+@pytest.mark.parametrize(
     ("hook", "place"),
     [("blocks.3.hook_resid_post", (3, "resid")), ("blocks.3.hook_resid_pre", (2, "resid")),
      ("layers.7.mlp", (7, "mlp_out")), ("layers.12", (12, "resid")), ("resid_post_layer_4", (4, "resid")),
@@ -435,7 +481,11 @@ def test_upload_sends_the_folder_with_a_card(tmp_path: Path, monkeypatch: pytest
     monkeypatch.setattr(interop, "HfApi", lambda: api)
     folder = exported("saelens", tmp_path, transcoder(BatchTopK(3)))
     interop.main(["upload", str(folder), "org/name", "--dry-run"])
+    monkeypatch.setattr(interop, "get_token", lambda: None)
+    with pytest.raises(SystemExit, match="hf auth login"):
+        interop.main(["upload", str(folder), "org/name"])
     assert sent == []
+    monkeypatch.setattr(interop, "get_token", lambda: "token")
     interop.main(["upload", str(folder), "org/name"])
     assert sent[0] == {"repo_id": "org/name", "private": False, "exist_ok": True}
     assert sent[1:] == [{"repo_id": "org/name", "folder_path": folder}]
