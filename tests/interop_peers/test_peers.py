@@ -1,8 +1,10 @@
 """Our exports through the other libraries' own loaders, and what they save through ours.
 
-Each test is skipped where its library is missing; `requirements-interop.txt` says how to make an environment with all.
+Each test is skipped where its library is missing, unless NN_PEERS says that all must be there: `bash .ci/interop` makes an
+environment with all (requirements-interop.txt) and runs them so.
 """
 
+import importlib
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -23,6 +25,10 @@ os.environ.setdefault("SPARSIFY_DISABLE_TRITON", "1")  # its decoder on a CPU
 THRESHOLDED = [RULES[0], *RULES[2:]]  # every rule but TopK
 
 
+def peer(name: str) -> Any:
+    return importlib.import_module(name) if "NN_PEERS" in os.environ else pytest.importorskip(name)
+
+
 # -------------------------------------------------------------------------------------------------------------- SAELens
 
 SAELENS_CASES = [(sae, rule) for rule in RULES]
@@ -34,7 +40,7 @@ SAELENS_CASES += [(lambda rule: transcoder(rule, skip=True), rule) for rule in T
 def test_saelens_opens_ours_and_we_open_what_it_saves(
     tmp_path: Path, make: Callable[[Rule], Coder], rule: Rule
 ) -> None:
-    sae_lens = pytest.importorskip("sae_lens")
+    sae_lens = peer("sae_lens")
     coder = make(rule)
     theirs = sae_lens.SAE.load_from_disk(exported("saelens", tmp_path, coder))
     x = inputs(coder)
@@ -46,7 +52,7 @@ def test_saelens_opens_ours_and_we_open_what_it_saves(
 
 
 def test_saelens_batch_topk_arrives_as_a_threshold(tmp_path: Path) -> None:
-    sae_lens = pytest.importorskip("sae_lens")
+    sae_lens = peer("sae_lens")
     cfg = sae_lens.BatchTopKTrainingSAEConfig(d_in=D, d_sae=F, k=3, rescale_acts_by_decoder_norm=False)
     cfg.metadata = type(cfg.metadata)(model_name="gpt2", hook_name="blocks.1.hook_mlp_out")
     training = sae_lens.BatchTopKTrainingSAE(cfg)
@@ -60,7 +66,7 @@ def test_saelens_batch_topk_arrives_as_a_threshold(tmp_path: Path) -> None:
 
 
 def test_saelens_hooks_our_sae_into_a_model(tmp_path: Path) -> None:
-    sae_lens = pytest.importorskip("sae_lens")
+    sae_lens = peer("sae_lens")
     from transformer_lens import HookedTransformerConfig
 
     config = HookedTransformerConfig(
@@ -81,7 +87,7 @@ def test_saelens_hooks_our_sae_into_a_model(tmp_path: Path) -> None:
 
 def test_saelens_evaluates_our_sae_from_its_configuration_alone(tmp_path: Path) -> None:
     """The path its dashboards and SAEBench take: cfg.json names the hook, the context and what precedes a text."""
-    sae_lens = pytest.importorskip("sae_lens")
+    sae_lens = peer("sae_lens")
     from datasets import Dataset
     from sae_lens.evals import EvalConfig, run_evals
     from sae_lens.training.activation_scaler import ActivationScaler
@@ -115,7 +121,7 @@ def test_saelens_evaluates_our_sae_from_its_configuration_alone(tmp_path: Path) 
 
 @pytest.mark.parametrize("make", [sae, transcoder, lambda rule: transcoder(rule, skip=True)])
 def test_sparsify_opens_ours_and_we_open_what_it_saves(tmp_path: Path, make: Callable[[Rule], Coder]) -> None:
-    sparsify = pytest.importorskip("sparsify")
+    sparsify = peer("sparsify")
     coder = make(TopK(3))
     (name, theirs), *others = sparsify.SparseCoder.load_many(
         str(exported("sparsify", tmp_path, coder)), local=True
@@ -134,7 +140,7 @@ def test_sparsify_opens_ours_and_we_open_what_it_saves(tmp_path: Path, make: Cal
 
 @pytest.mark.parametrize("rule", RULES)
 def test_dictionary_learning_opens_ours_and_we_open_what_it_saves(tmp_path: Path, rule: Rule) -> None:
-    dictionary = pytest.importorskip("dictionary_learning.dictionary")
+    dictionary = peer("dictionary_learning.dictionary")
     from dictionary_learning.trainers.batch_top_k import BatchTopKSAE
     from dictionary_learning.trainers.top_k import AutoEncoderTopK
 
@@ -159,7 +165,7 @@ def test_dictionary_learning_opens_ours_and_we_open_what_it_saves(tmp_path: Path
 
 def circuit_tracer_transcoders(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     """The library's hub loader, with the folder standing in for the hub's snapshot."""
-    hub = pytest.importorskip("circuit_tracer.utils.hf_utils")
+    hub = peer("circuit_tracer.utils.hf_utils")
     monkeypatch.setattr(hub, "snapshot_download", lambda *_args, **_kw: str(folder))
     config = yaml.safe_load((folder / "config.yaml").read_text())
     config |= {"repo_id": "org/name", "scan": "org/name"}
@@ -203,7 +209,7 @@ def test_circuit_tracer_opens_our_clt(tmp_path: Path, monkeypatch: pytest.Monkey
 @pytest.mark.parametrize("kind", ["transcoders", "skip transcoders", "clt"])
 def test_circuit_tracer_builds_an_attribution_graph(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str) -> None:
     """Its nodes are our active latents (it zeroes position 0), and effects reach the logits."""
-    circuit_tracer = pytest.importorskip("circuit_tracer")
+    circuit_tracer = peer("circuit_tracer")
     from circuit_tracer.replacement_model.replacement_model_transformerlens import TransformerLensReplacementModel
     from transformer_lens import HookedTransformerConfig
 
