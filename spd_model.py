@@ -128,11 +128,11 @@ def _mlp(
 
 
 def scalar_mlp(
-    h: Float[Tensor, "*batch component"],
-    w1: Float[Tensor, "*batch component hidden"],
-    b1: Float[Tensor, "*batch component hidden"],
-    w2: Float[Tensor, "*batch component hidden"],
-    b2: Float[Tensor, "*batch component"],
+    h: Float[Tensor, "*#batch component"],
+    w1: Float[Tensor, "*#batch component hidden"],
+    b1: Float[Tensor, "*#batch component hidden"],
+    w2: Float[Tensor, "*#batch component hidden"],
+    b2: Float[Tensor, "*#batch component"],
 ) -> Float[Tensor, "*batch component"]:
     """Per component, a one-hidden-layer MLP on the scalar h_c: z = Σ_k w2_k gelu(w1_k h + b1_k) + b2."""
     return (F.gelu(h[..., None] * w1 + b1) * w2).sum(-1) + b2
@@ -203,8 +203,9 @@ class ComponentGate(nn.Module):
         }[kind]()
 
     def forward(
-        self, x: Float[Tensor, "*batch d_in"], h: Float[Tensor, "*batch component"]
+        self, x: Float[Tensor, "*batch d_in"], h: Float[Tensor, "*batch own"]
     ) -> Float[Tensor, "*batch component"]:
+        """z from the module's input x and its components' activations h, which a `shared_mlp` does not read."""
         if self.kind == "shared_mlp":
             return self.layers(x)
         if self.kind == "vector_mlp":

@@ -1,0 +1,49 @@
+"""Theorems about one training step of an SPD of a language model."""
+
+import torch
+from test_replacement import make_tiny, some_tokens
+from test_spd_replacement import decomposition
+
+from config import Recon, SPDTrainConfig
+from replacement import SPD
+from spd_training import SPDTrainer
+from target_models import capture
+
+
+def trainer(recon: tuple[Recon, ...], split: bool) -> SPDTrainer:
+    model = decomposition(make_tiny(2)).requires_grad_(True)
+    model.target_model.requires_grad_(False)
+    return SPDTrainer(model, SPDTrainConfig(10, 1e-3, recon, 1e-3, "kl", p=(1.0, 1.0), split=split), False)
+
+
+def gradients(own: SPDTrainer, tokens: torch.Tensor) -> list[torch.Tensor]:
+    kept: list[torch.Tensor] = []
+    own.optimiser.step = lambda: kept.extend(p.grad.clone() for p in own.model.parameters() if p.grad is not None)
+    own.step(tokens)
+    return kept
+
+
+def test_terms_that_split_a_batch_add_up_to_one_term_over_it() -> None:
+    """Half of D over the even sequences and half of D over the odd ones are D over all."""
+    tokens = some_tokens()
+    assert len(tokens) % 2 == 0
+    whole = gradients(trainer((Recon(1.0, "importance"),), False), tokens)
+    halves = gradients(trainer((Recon(0.5, "importance"), Recon(0.5, "importance")), True), tokens)
+    assert len(whole) == len(halves) > 0
+    for one, two in zip(whole, halves):
+        torch.testing.assert_close(one, two, atol=1e-7, rtol=1e-4)
+
+
+def test_deployed_masks_are_those_of_the_ruler_at_threshold_zero() -> None:
+    """The masks trained under are what `SPD(threshold=0)` runs with in a frozen pass."""
+    target, tokens = make_tiny(2), some_tokens()
+    model = decomposition(target)
+    own = SPDTrainer(model.requires_grad_(True), SPDTrainConfig(10, 1e-3, (Recon(1.0, "deployed"),), 0.0), False)
+    z, clean = own.importances(tokens)
+    masks = own.masks(0, Recon(1.0, "deployed"), {path: model.lower(logit) for path, logit in z.items()}, clean, tokens)
+    ruler = SPD(target, model, threshold=0.0)
+    frozen = ruler.frozen(capture(target, tokens, range(2)))
+    for path, mask in masks.items():
+        assert mask.delta is None
+        assert torch.equal(mask.components, ruler.on(frozen.z[path]).float()), path
+        assert 0 < mask.components.mean() < 1
