@@ -16,7 +16,8 @@ m and ‖w‖ are one more column of the product. Whoever wins has upper ≥ the
 bound exceeds a guess are kept, (2) the k·B largest of them and a few more get float32 values, whose k·B-th largest T can
 only be too low, (3) every entry with upper ≥ T gets its float32 value too, and the winners are among these. A guess
 that proves higher than T is lowered to T. Nothing of size B·d_dict outlives a block of tokens. On CUDA, where (1) and
-(3) would wait for the device to count, the product and the selection are float32.
+(3) would wait for the device to count, the product and the selection are float32. On a processor without bf16 products
+the float32 product gives not bounds but the pre-activations themselves, and (1) is followed by the selection.
 
 All sums over active entries are `embedding_bag`s (on CUDA, the Triton kernels of `sparse_triton.py`): bags are tokens in
 token order, or latents in latent order; one stable sort per step (`Layout`) serves decoder and both weight gradients.
@@ -325,10 +326,18 @@ def _rounded(x: Float[Tensor, "n d"], low: torch.dtype) -> tuple[Tensor, Float[T
 
 
 class _UpperBounds:
-    """Upper bounds of pre-activations from a product in low precision; float32 values where asked."""
+    """Upper bounds of pre-activations from a product in low precision; float32 values where asked.
+
+    Where `low` is x's own precision the bounds are `tight`: the pre-activations themselves.
+    """
 
     def __init__(self, x: Tensor, W: Tensor, b: Tensor, low: torch.dtype) -> None:
         self.x, self.W, self.b = x, W, b
+        self.tight = low == x.dtype  # the product is the pre-activations themselves
+        if self.tight:
+            self.x_low, self.W_low, self.slack = x, W, 0.0
+            self.margin = 0 * (x.sum(1) + W.sum())  # NaN where x or W is not finite
+            return
         (x_low, x_rest), (W_low, W_rest), b_low = _rounded(x, low), _rounded(W, low), b.to(low)
         x_norm, w_norm = x.norm(dim=1), W.norm(dim=1)
         gamma = (x.shape[1] + 8) * 2.0**-23  # of the float32 sum in the product, and of the one in `exact`
@@ -358,7 +367,10 @@ class _UpperBounds:
         for begin in range(0, n, rows):
             part = slice(begin, min(begin + rows, n))
             block, hit = bounds[: part.stop - begin], mask[: part.stop - begin]
-            torch.mm(self.x_low[part], self.W_low.T, out=block)
+            if self.tight:
+                torch.addmm(self.b, self.x_low[part], self.W_low.T, out=block)
+            else:
+                torch.mm(self.x_low[part], self.W_low.T, out=block)
             if floor is None:
                 maxima = _ordered(block)[:, : d_dict // GROUP * GROUP].unflatten(1, (GROUP, -1)).amax(1)
                 starts.append(_kth_largest(maxima.view(block.dtype).float(), k))
@@ -399,10 +411,14 @@ def _select_in_batch(x: Tensor, W: Tensor, b: Tensor, k: int, bound: Tensor, low
     floor = bound - 0.05 * bound.abs()
     scan = bounds.scan(floor) if floor > -torch.inf else None
     if scan is None or len(scan.flat) < n:  # a bad guess: take one from a sample of the tokens
-        sample = torch.mm(bounds.x_low[:: max(1, len(x) // 128)], bounds.W_low.T).flatten().float()
+        sample = torch.mm(bounds.x_low[:: max(1, len(x) // 128)], bounds.W_low.T)
+        sample = (sample + b if bounds.tight else sample).flatten().float()
         rank = int(1.5 * k * len(sample) / len(W)) + 8
         scan = bounds.scan(_kth_largest(sample[None], min(rank, len(sample)))[0, 0])
     while scan is not None and len(scan.flat) >= n:
+        if bounds.tight:
+            keep = _nonzero(_largest(scan.upper[None], n))
+            return _Selected(scan.flat[keep], scan.upper[keep])
         first = scan.upper >= _kth_largest(scan.upper[None], min(n + n // 32, len(scan.flat)))[0, 0]
         pre = torch.full_like(scan.flat, -torch.inf, dtype=x.dtype)
         pre[first] = bounds.exact(scan.flat[first])
@@ -424,6 +440,10 @@ def _select_by_token(x: Tensor, W: Tensor, b: Tensor, k: int, low: torch.dtype) 
         layout = _layout(scan.flat, len(x), len(W))
         rows, place = layout.rows, (layout.rows, torch.arange(len(scan.flat)) - layout.row_starts[layout.rows])
         table = x.new_full((len(x), int(place[1].max()) + 1), -torch.inf)  # the entries of a token, side by side
+        if bounds.tight:
+            table[place] = scan.upper
+            keep = _nonzero(_largest(table, k)[place])
+            return _Selected(scan.flat[keep], scan.upper[keep])
         first = scan.upper >= (scan.floor if scan.start is None else scan.start)[rows, 0]
         pre = x.new_full(rows.shape, -torch.inf)
         pre[first] = bounds.exact(scan.flat[first])

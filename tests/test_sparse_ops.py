@@ -96,6 +96,8 @@ def test_upper_bounds_are_upper_and_not_far(low: torch.dtype, spread: float, sca
     x, W = torch.randn(64, 96, generator=g) * scale, torch.randn(512, 96, generator=g) / 96**0.5
     W *= (torch.randn(512, 1, generator=g) * spread).exp()
     b = torch.randn(512, generator=g) * scale
+    if low == torch.float32:  # a bound of float64's pre-activations
+        x, W, b = x.double(), W.double(), b.double()
     bounds = ops._UpperBounds(x, W, b, low)
     pre = x.double() @ W.double().T + b.double()
     floor = pre.flatten().topk(1000).values[-1]
@@ -108,6 +110,16 @@ def test_upper_bounds_are_upper_and_not_far(low: torch.dtype, spread: float, sca
         x.norm(dim=1)[scan.flat // 512] * W.norm(dim=1)[scan.flat % 512]
     )
     assert excess.max() < (0.02 if low == torch.bfloat16 else 1e-4), f"{excess.max()=}"
+
+
+def test_bounds_in_the_precision_of_x_are_its_pre_activations() -> None:
+    g = torch.Generator().manual_seed(0)
+    x, W, b = torch.randn(64, 96, generator=g), torch.randn(512, 96, generator=g), torch.randn(512, generator=g)
+    pre = torch.addmm(b, x, W.T).flatten()
+    floor = pre.topk(1001).values[-2:].mean()  # between two entries
+    scan = ops._UpperBounds(x, W, b, torch.float32).scan(floor)
+    assert scan is not None and torch.equal(scan.flat, (pre > floor).nonzero()[:, 0])
+    torch.testing.assert_close(scan.upper, pre[scan.flat], rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("low", LOW)
