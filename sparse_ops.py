@@ -60,11 +60,11 @@ class Layout:
 
     @cached_property
     def rows_by_latent(self) -> Int[Tensor, "active"]:
-        return self.rows[self.by_latent]
+        return self.rows.index_select(0, self.by_latent)
 
     @cached_property
     def cols_by_latent(self) -> Int[Tensor, "active"]:
-        return self.cols[self.by_latent]
+        return self.cols.index_select(0, self.by_latent)
 
     @cached_property
     def latent_starts(self) -> Int[Tensor, "d_dict+1"]:
@@ -82,7 +82,7 @@ class Layout:
         """out[j] = Σ_t values[t, j] x[t]."""
         if self.dense:
             return self.matrix(values).T @ x
-        return segment_sums(self.rows_by_latent, self.latent_starts, values[self.by_latent], x)
+        return segment_sums(self.rows_by_latent, self.latent_starts, values.index_select(0, self.by_latent), x)
 
     def dots(self, x: Float[Tensor, "batch d"], W: Float[Tensor, "d_dict d"]) -> Float[Tensor, "active"]:
         """x[t] · W[j] at every active (t, j)."""
@@ -236,7 +236,7 @@ def from_dense(acts: Float[Tensor, "batch d_dict"]) -> Codes:
     """The positive entries of a dense matrix of activations; differentiable."""
     flat = _nonzero(acts.detach() > 0)
     layout = _layout(flat, *acts.shape)
-    return Codes(acts.flatten()[flat], layout.rows, layout.cols, *acts.shape, layout)
+    return Codes(acts.flatten().index_select(0, flat), layout.rows, layout.cols, *acts.shape, layout)
 
 
 def fire_counts(codes: Codes) -> Int[Tensor, "d_dict"]:
@@ -275,6 +275,11 @@ class _Selected(NamedTuple):
     pre: Float[Tensor, "active"]  # pre-activations there, in the precision of x
 
 
+def _selected(flat: Int[Tensor, "found"], pre: Float[Tensor, "found"], keep: Int[Tensor, "active"]) -> _Selected:
+    """Some of the found entries; `index_select` takes a fifth of the time that indexing does."""
+    return _Selected(flat.index_select(0, keep), pre.index_select(0, keep))
+
+
 def _encode(x: Tensor, W_enc: Tensor, b_enc: Tensor, selected: _Selected) -> Codes:
     """Codes at the selected positions."""
     layout = _layout(selected.flat, len(x), len(W_enc))
@@ -295,7 +300,7 @@ def _select(x: Tensor, W: Tensor, b: Tensor, k: int, bound: Tensor | None) -> _S
             return selected
     pre = torch.addmm(b, x, W.T)
     flat = _nonzero(_largest(pre, k) if bound is None else _largest(pre.view(1, -1), k * len(x)))
-    return _Selected(flat, pre.view(-1)[flat])
+    return _Selected(flat, pre.view(-1).index_select(0, flat))
 
 
 @torch.no_grad()
@@ -307,11 +312,12 @@ def _above(x: Tensor, W: Tensor, b: Tensor, threshold: Tensor) -> _Selected:
         if scan is not None:
             upper.b = b
             pre = upper.exact(scan.flat)
-            keep = _nonzero(pre > (threshold if threshold.ndim == 0 else threshold[scan.flat % len(W)]))
-            return _Selected(scan.flat[keep], pre[keep])
+            return _selected(
+                scan.flat, pre, _nonzero(pre > (threshold if threshold.ndim == 0 else threshold[scan.flat % len(W)]))
+            )
     pre = torch.addmm(b, x, W.T)
     flat = _nonzero(pre > threshold)
-    return _Selected(flat, pre.view(-1)[flat])
+    return _Selected(flat, pre.view(-1).index_select(0, flat))
 
 
 def _bf16_is_fast() -> bool:
@@ -379,7 +385,7 @@ class _UpperBounds:
                 floors.append(floor[part] if floor.ndim else floor)
             found = _reaching(block, self._lowered(floors[-1]), hit)
             flats.append(found + begin * d_dict)
-            uppers.append(block.view(-1)[found].float())
+            uppers.append(block.view(-1).index_select(0, found).float())
             room -= len(found)
             if room < 0:
                 return None
@@ -395,7 +401,11 @@ class _UpperBounds:
 
     def exact(self, flat: Int[Tensor, "pair"]) -> Float[Tensor, "pair"]:
         layout = _layout(flat, len(self.x), len(self.W))
-        return layout.dots(self.x, self.W) + self.b[layout.cols]
+        return layout.dots(self.x, self.W) + self.b.index_select(0, layout.cols)
+
+    def put_exact(self, pre: Float[Tensor, "found"], flat: Int[Tensor, "found"], where: Int[Tensor, "some"]) -> None:
+        """Float32 values at some of the found entries, in place."""
+        pre.index_copy_(0, where, self.exact(flat.index_select(0, where)))
 
 
 class _Scan(NamedTuple):
@@ -417,17 +427,14 @@ def _select_in_batch(x: Tensor, W: Tensor, b: Tensor, k: int, bound: Tensor, low
         scan = bounds.scan(_kth_largest(sample[None], min(rank, len(sample)))[0, 0])
     while scan is not None and len(scan.flat) >= n:
         if bounds.tight:
-            keep = _nonzero(_largest(scan.upper[None], n))
-            return _Selected(scan.flat[keep], scan.upper[keep])
+            return _selected(scan.flat, scan.upper, _nonzero(_largest(scan.upper[None], n)))
         first = scan.upper >= _kth_largest(scan.upper[None], min(n + n // 32, len(scan.flat)))[0, 0]
         pre = torch.full_like(scan.flat, -torch.inf, dtype=x.dtype)
-        pre[first] = bounds.exact(scan.flat[first])
+        bounds.put_exact(pre, scan.flat, _nonzero(first))
         smallest = _kth_largest(pre[None], n)[0, 0]
         if smallest >= scan.floor:
-            rest = (scan.upper >= smallest) & ~first
-            pre[rest] = bounds.exact(scan.flat[rest])
-            keep = _nonzero(_largest(pre[None], n))
-            return _Selected(scan.flat[keep], pre[keep])
+            bounds.put_exact(pre, scan.flat, _nonzero((scan.upper >= smallest) & ~first))
+            return _selected(scan.flat, pre, _nonzero(_largest(pre[None], n)))
         scan = bounds.scan(smallest)
     return None
 
@@ -438,23 +445,23 @@ def _select_by_token(x: Tensor, W: Tensor, b: Tensor, k: int, low: torch.dtype) 
     scan = bounds.scan(None, k)
     while scan is not None:
         layout = _layout(scan.flat, len(x), len(W))
-        rows, place = layout.rows, (layout.rows, torch.arange(len(scan.flat)) - layout.row_starts[layout.rows])
-        table = x.new_full((len(x), int(place[1].max()) + 1), -torch.inf)  # the entries of a token, side by side
+        rows, nth = layout.rows, torch.arange(len(scan.flat)) - layout.row_starts.index_select(0, layout.rows)
+        table = x.new_full((len(x), int(nth.max()) + 1), -torch.inf)  # the entries of a token, side by side
+        place = rows * table.shape[1] + nth
         if bounds.tight:
-            table[place] = scan.upper
-            keep = _nonzero(_largest(table, k)[place])
-            return _Selected(scan.flat[keep], scan.upper[keep])
-        first = scan.upper >= (scan.floor if scan.start is None else scan.start)[rows, 0]
+            table.view(-1).index_copy_(0, place, scan.upper)
+            return _selected(scan.flat, scan.upper, _nonzero(_largest(table, k).view(-1).index_select(0, place)))
+        start = scan.floor if scan.start is None else scan.start
+        first = scan.upper >= start[:, 0].index_select(0, rows)
         pre = x.new_full(rows.shape, -torch.inf)
-        pre[first] = bounds.exact(scan.flat[first])
-        table[place] = pre
+        bounds.put_exact(pre, scan.flat, _nonzero(first))
+        table.view(-1).index_copy_(0, place, pre)
         smallest = _kth_largest(table, k)
         if (smallest >= scan.floor).all():
-            rest = (scan.upper >= smallest[rows, 0]) & ~first
-            pre[rest] = bounds.exact(scan.flat[rest])
-            table[place] = pre
-            keep = _nonzero(_largest(table, k)[place])
-            return _Selected(scan.flat[keep], pre[keep])
+            rest = (scan.upper >= smallest[:, 0].index_select(0, rows)) & ~first
+            bounds.put_exact(pre, scan.flat, _nonzero(rest))
+            table.view(-1).index_copy_(0, place, pre)
+            return _selected(scan.flat, pre, _nonzero(_largest(table, k).view(-1).index_select(0, place)))
         scan = bounds.scan(smallest)
     return None
 
@@ -467,7 +474,7 @@ def _select_static(x: Tensor, W: Tensor, b: Tensor, k: int, flat: bool) -> _Sele
     pre = torch.addmm(b, x, W.T)
     mask = _largest(pre.view(1, -1), k * len(x)) if flat else _largest(pre, k)
     winners = torch.nonzero_static(mask.flatten(), size=k * len(x))[:, 0]
-    return _Selected(winners, pre.view(-1)[winners])
+    return _Selected(winners, pre.view(-1).index_select(0, winners))
 
 
 def _kth_largest(values: Float[Tensor, "group n"], k: int) -> Float[Tensor, "group 1"]:
