@@ -5,6 +5,7 @@
 A `Replacement` opens a `Pass` for each forward pass. In a pass opened by `begin()` codes are computed from the running
 stream, which earlier replaced layers may have changed; in one opened by `frozen(captured)` they come from a clean
 pass, and only what is not a code (an affine skip, a delta, a component's own input) reads the running stream.
+Only an SAE and the identity read y beyond a sequence's first position, so the others' MLPs are not computed beyond it.
 A pass remembers what was active, so that every method is counted by the same lines of `evaluation.py`:
 
     active parts per MLP = Σ_modules L0 · writes / layers,    active parameters = Σ_modules L0 · part_parameters + dense
@@ -79,10 +80,10 @@ class Pass:
         self.active: dict[tuple[int, str], Active] = {}
 
     def __call__(
-        self, layer: int, x: Float[Tensor, "batch seq d_in"], y: Float[Tensor, "batch seq d_out"]
+        self, layer: int, x: Float[Tensor, "batch seq d_in"], y: Float[Tensor, "batch own d_out"]
     ) -> Float[Tensor, "batch seq d_out"]:
         flat_x, flat_y = x.flatten(0, 1).float(), y.flatten(0, 1).float()
-        return self.replacement.write(self, layer, flat_x, flat_y).view(y.shape).to(y.dtype)
+        return self.replacement.write(self, layer, flat_x, flat_y).view(*x.shape[:-1], -1).to(y.dtype)
 
     def encode(self, layer: int, x: Tensor | None = None, y: Tensor | None = None) -> Any:
         """The codes of `layer`; x and y are the running stream's, and go unread where a clean pass is given."""
@@ -107,6 +108,7 @@ class Replacement(ABC):
     origin: Origin = UNKNOWN
     gate_parameters: int | None = None  # parameters that decide what is active
     has_codes: ClassVar[bool] = True  # False: `frozen` and `free` are the same
+    reads_y: ClassVar[bool] = False  # True: it needs what the MLP itself writes on the running stream
 
     @property
     def reads(self) -> tuple[int, ...]:
@@ -126,7 +128,7 @@ class Replacement(ABC):
         """`begin()`, except for gates that read layers which the stream has not reached: they need a first `run`."""
         return self.begin()
 
-    def encode(self, layer: int, x: Float[Tensor, "token d_in"], y: Float[Tensor, "token d_out"]) -> Any:
+    def encode(self, layer: int, x: Float[Tensor, "token d_in"], y: Float[Tensor, "own d_out"]) -> Any:
         raise AssertionError(f"{self.method} has no codes")
 
     def active(self, layer: int, codes: Any) -> dict[str, Active]:
@@ -137,7 +139,7 @@ class Replacement(ABC):
 
     @abstractmethod
     def write(
-        self, pass_: Pass, layer: int, x: Float[Tensor, "token d_in"], y: Float[Tensor, "token d_out"]
+        self, pass_: Pass, layer: int, x: Float[Tensor, "token d_in"], y: Float[Tensor, "own d_out"]
     ) -> Float[Tensor, "token d_out"]: ...
 
     def modules(self, layers: Sequence[int]) -> list[Module]:
@@ -180,7 +182,7 @@ def replaced(
 
         return write
 
-    with patched(target, {layer: function(layer) for layer in layers}):
+    with patched(target, {layer: function(layer) for layer in layers}, first_only=not pass_.replacement.reads_y):
         return target.logits(tokens)
 
 
@@ -243,6 +245,8 @@ class _PerLayer(Replacement):
 
 class SAE(_PerLayer):
     """Sparse autoencoders of one site, MLP outputs or another: what was written there, rebuilt from latents that read it."""
+
+    reads_y = True
 
     def __init__(
         self, saes: Iterable[BaseAutoencoder], top_k: int | None = None, variant: str = "", origin: Origin = UNKNOWN
@@ -437,7 +441,7 @@ class SPDPass(Pass):
         self.inputs = dict(inputs or {})
 
     def __call__(
-        self, layer: int, x: Float[Tensor, "batch seq d_in"], y: Float[Tensor, "batch seq d_out"]
+        self, layer: int, x: Float[Tensor, "batch seq d_in"], y: Float[Tensor, "batch own d_out"]
     ) -> Float[Tensor, "batch seq d_out"]:
         paths = self.replacement.paths[layer]
         masks = {path: functools.partial(self._mask, layer, name, path) for name, path in paths.items()}
@@ -543,6 +547,8 @@ class Affine(_Baseline):
 class Identity(_Baseline):
     """The MLP itself."""
 
+    reads_y = True
+
     def write(self, pass_: Pass, layer: int, x: Tensor, y: Tensor) -> Tensor:
         return y
 
@@ -551,7 +557,7 @@ class Zero(_Baseline):
     """Nothing is written."""
 
     def write(self, pass_: Pass, layer: int, x: Tensor, y: Tensor) -> Tensor:
-        return torch.zeros_like(y)
+        return torch.zeros_like(x)
 
 
 class Mean(_Baseline):
@@ -563,4 +569,4 @@ class Mean(_Baseline):
         self.means = means
 
     def write(self, pass_: Pass, layer: int, x: Tensor, y: Tensor) -> Tensor:
-        return self.means[self.layers.index(layer)].expand_as(y)
+        return self.means[self.layers.index(layer)].expand_as(x)

@@ -197,31 +197,40 @@ MLPFunction = Callable[
 
 
 @contextlib.contextmanager
-def patched(target: TargetModel, functions: Mapping[int, MLPFunction]) -> Iterator[None]:
-    """Inside, the MLP of each named layer gives f(x, y): x its input, y its own output there. Restored on any exit."""
+def patched(target: TargetModel, functions: Mapping[int, MLPFunction], first_only: bool = False) -> Iterator[None]:
+    """Inside, the MLP of each named layer gives f(x, y): x its input, y its own output there. Restored on any exit.
+
+    `first_only`: y is wanted at the first position of each sequence alone, and where the MLP reads what the norm gave it
+    is computed there alone.
+    """
     with contextlib.ExitStack() as stack:
         for layer, function in functions.items():
-            stack.enter_context(_patched_layer(target, layer, function))
+            stack.enter_context(_patched_layer(target, layer, function, first_only))
         yield
 
 
 @contextlib.contextmanager
-def _patched_layer(target: TargetModel, layer: int, function: MLPFunction) -> Iterator[None]:
+def _patched_layer(target: TargetModel, layer: int, function: MLPFunction, first_only: bool) -> Iterator[None]:
     site = target.sites[layer]
     inputs: list[Tensor] = []
 
     def keep(_module: nn.Module, _args: tuple[Tensor, ...], output: Tensor | tuple[Any, ...]) -> None:
         inputs.append(_value(output))
 
+    def narrow(_module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+        return (args[0][:, :1], *args[1:]) if args and args[0] is inputs[-1] else args
+
     def write(_module: nn.Module, _args: tuple[Tensor, ...], output: Tensor | tuple[Any, ...]) -> Any:
         x, y = inputs.pop(), _value(output)
-        y_hat = function(x, y.view(*x.shape[:-1], -1)).view(y.shape)
+        whole = y.numel() == x[..., :1].numel() * y.shape[-1]  # OPT hands its positions over as rows
+        y_hat = function(x, y.view(*x.shape[:-1], -1) if whole else y)
+        y_hat = y_hat.view(y.shape) if whole else y_hat
         return (y_hat, *output[1:]) if isinstance(output, tuple) else y_hat
 
-    handles = [
-        target.model.get_submodule(site.read).register_forward_hook(keep),
-        target.model.get_submodule(site.write).register_forward_hook(write),
-    ]
+    read, wrote = target.model.get_submodule(site.read), target.model.get_submodule(site.write)
+    handles = [read.register_forward_hook(keep), wrote.register_forward_hook(write)]
+    if first_only and wrote is not read:
+        handles.append(wrote.register_forward_pre_hook(narrow))
     with contextlib.ExitStack() as stack:
         for handle in handles:
             stack.callback(handle.remove)

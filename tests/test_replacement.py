@@ -150,6 +150,21 @@ def test_a_failure_inside_a_patched_forward_leaves_the_model_unpatched() -> None
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in target.model.modules())
 
 
+def test_an_mlp_that_nobody_reads_is_computed_at_first_positions_alone() -> None:
+    """The logits are those of a replacement for which every MLP is computed in full."""
+    target, tokens = make_tiny(), some_tokens()
+    coders = [randomise(build_transcoder(EncoderConfig(i, D, D, F, TopK(4)), torch.Generator()), i) for i in range(3)]
+    skims, reads = Transcoder(coders), Transcoder(coders)
+    reads.reads_y = True
+    seen: list[int] = []
+    handles = [block.mlp.register_forward_hook(lambda _m, _a, y: seen.append(y.shape[1])) for block in target.model.h]
+    with torch.inference_mode():
+        assert torch.equal(*(run(target, tokens, r.begin(), range(3)) for r in (skims, reads)))
+    for handle in handles:
+        handle.remove()
+    assert seen == [1] * 3 + [SEQ] * 3
+
+
 def test_every_layer_is_replaced_by_its_own_function() -> None:
     target, tokens = make_tiny(), some_tokens()
     seen: list[tuple[int, Tensor]] = []
