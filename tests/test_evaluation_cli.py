@@ -9,7 +9,7 @@ from test_replacement import D, clt, transcoders
 
 import evaluation
 from checkpoints import TrainingRecord, save_checkpoint, save_spd
-from config import BatchTopK, EncoderConfig, GateConfig, SPDConfig
+from config import BatchTopK, EncoderConfig, GateConfig, SPDConfig, TopK
 from interop import export
 from pareto import read_layers, read_points
 from spd_model import ComponentModel
@@ -62,16 +62,28 @@ def test_our_checkpoints_are_measured_together_and_added_to_the_table(
     assert "| transcoder |" in capsys.readouterr().out
 
 
-def test_a_foreign_dictionary_is_measured_by_one_command_and_equals_ours(
-    checkpoints: dict[str, str], tmp_path: Path
-) -> None:
-    export("upstream", (checkpoints["plt1"],), tmp_path / "foreign")
-    settings = {"tokens": 320, "protocols": ("single",)}
-    evaluation.main((checkpoints["plt1"],), points=tmp_path / "a.csv", **settings)
-    foreign = (str(tmp_path / "foreign"),)
-    evaluation.main(foreign, format="upstream", layer=1, points=tmp_path / "b.csv", **settings)
+@pytest.mark.parametrize(
+    ("format", "names", "options"),
+    [
+        ("upstream", ("plt1",), ("--layer", "1")),
+        ("saelens", ("plt1",), ()),
+        ("sparsify", ("topk",), ()),
+    ],
+)
+def test_foreign_dictionaries_are_measured_by_one_command_and_equal_ours(
+    checkpoints: dict[str, str], small_target: TargetModel, tmp_path: Path, format: str, names: tuple[str, ...],
+    options: tuple[str, ...],
+) -> None:  # fmt: skip
+    checkpoints["topk"] = str(tmp_path / "topk")
+    save_checkpoint(tmp_path / "topk", transcoders(range(2), TopK(4))[1], record(small_target))
+    own = [checkpoints[name] for name in names]
+    export(format, tuple(own), tmp_path / "foreign")
+    settings = ("--tokens", "320", "--protocols", "free", "--points")
+    evaluation.command_line([*own, *settings, str(tmp_path / "a.csv")])
+    foreign = (str(tmp_path / "foreign"), "--format", format, *options)
+    evaluation.command_line([*foreign, *settings, str(tmp_path / "b.csv")])
     ours, theirs = (read_points(tmp_path / name)[0] for name in ("a.csv", "b.csv"))
-    assert (theirs.method, theirs.layers, theirs.train_tokens) == ("transcoder", (1,), None)
+    assert (theirs.method, theirs.layers, theirs.train_tokens) == (ours.method, ours.layers, None)
     assert theirs.ce == pytest.approx(ours.ce, abs=1e-5) and theirs.l0 == pytest.approx(ours.l0, abs=1e-3)
 
 
