@@ -8,7 +8,8 @@
     FVU = E‖y − ŷ‖² / E‖y − E y‖²                         y: what the original model's MLP wrote, under every protocol
     bits per token = Σ_parts H(p) + 8 Σ_modules L0        H(p) = −p log₂ p − (1 − p) log₂(1 − p), p: firing frequency
 
-The original model runs once per batch and serves every replacement; logits live no longer than their batch. Rows that
+The original model runs once per batch and serves every replacement; logits live no longer than their batch. A run begins
+with the first layer it replaces, on the stream that the original model gave it: nothing before it differs. Rows that
 mean the same run (a baseline's `frozen` and `free`; `single` of a one-layer replacement and its `frozen`) share it.
 CE is over predicted tokens and KL over positions; FVU, L0 and firing leave each sequence's first position out, which
 `replaced` leaves to the model. Intervals are 95 % percentile bootstraps over sequences, the same draws for every row.
@@ -21,7 +22,7 @@ import gc
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 import tyro
@@ -34,8 +35,8 @@ from checkpoints import CONFIG, Checkpoint, TrainingRecord, check_target, load_c
 from config import Site
 from logs import git_commit
 from pareto import LayerPoint, ParetoPoint, markdown_table, read_layers, read_points, write_layers, write_points
-from replacement import SPD, Active, Identity, Mean, Module, Origin, Pass, Replacement, Zero, replaced
-from target_models import Captured, TargetModel, at_site, load_target
+from replacement import SPD, Active, Identity, Mean, Module, Observer, Origin, Pass, Replacement, Zero, replaced
+from target_models import Captured, TargetModel, at_site, kept_streams, load_target, resumed
 
 Protocol = Literal["single", "frozen", "free"]
 PROTOCOLS: tuple[Protocol, ...] = ("single", "frozen", "free")
@@ -110,6 +111,11 @@ class _Original(NamedTuple):
     log_z: Float[Tensor, "batch seq"]  # log Σ exp of the logits
     ce: Float[Tensor, "batch"]
     activations: Captured
+    streams: dict[int, Any]  # what each layer was given by the block before it
+
+
+def _nothing(layer: int, y_hat: Tensor) -> None:
+    """Observes nothing."""
 
 
 def _original(target: TargetModel, tokens: Int[Tensor, "batch seq"], layers: Sequence[int]) -> _Original:
@@ -121,11 +127,13 @@ def _original(target: TargetModel, tokens: Int[Tensor, "batch seq"], layers: Seq
             seen[layer] = (x, y)
             return y
 
-    logits = replaced(target, tokens, Watch(Identity(layers), None), layers, lambda layer, y_hat: None).float()
+    resumable = layers if target.site == "mlp_out" else []  # elsewhere a site is not inside its block
+    with kept_streams(target, resumable) as streams:
+        logits = replaced(target, tokens, Watch(Identity(layers), None), layers, _nothing).float()
     log_z = logits.logsumexp(-1)
     ce = _cross_entropy(logits, log_z, tokens).cpu()
     inputs, outputs = (torch.stack([seen[layer][i] for layer in layers]) for i in range(2))
-    return _Original(logits, logits.softmax(-1), log_z, ce, Captured(inputs, outputs))
+    return _Original(logits, logits.softmax(-1), log_z, ce, Captured(inputs, outputs), streams)
 
 
 def _cross_entropy(
@@ -286,15 +294,20 @@ def _measure_batch(
         if run.clean_codes and run.replacement not in clean_pass:  # one for all rows: codes are computed once
             clean_pass = {run.replacement: replacement.frozen(captured)}
 
-        def forward(pass_: Pass, layers: tuple[int, ...] = run.layers) -> Tensor:
-            return replaced(target, tokens, pass_, layers, lambda layer, y_hat: None)
+        def forward(pass_: Pass, observe: Observer, layers: tuple[int, ...] = run.layers) -> Tensor:
+            first = min(layers) if min(layers) in original.streams else 0
+            with resumed(target, first, original.streams.get(first)):
+                return replaced(target, tokens, pass_, layers, observe)
 
-        pass_ = clean_pass[run.replacement] if run.clean_codes else replacement.free(captured, forward)
+        if run.clean_codes:
+            pass_ = clean_pass[run.replacement]
+        else:
+            pass_ = replacement.free(captured, lambda p, forward=forward: forward(p, _nothing))
 
         def observe(layer: int, y_hat: Tensor, tally: _Tally = tally) -> None:
             tally.add_error(layer, original.activations.outputs[all_layers.index(layer)], y_hat)
 
-        logits = replaced(target, tokens, pass_, run.layers, observe)
+        logits = forward(pass_, observe)
         ce, kl = _compare(original, logits, tokens)
         tally.ce.append(ce)
         tally.kl.append(kl)

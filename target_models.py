@@ -237,6 +237,34 @@ def _patched_layer(target: TargetModel, layer: int, function: MLPFunction, first
         yield
 
 
+def _block(target: TargetModel, layer: int) -> nn.Module:
+    return target.model.get_submodule(target.sites[layer].read.rpartition(".")[0])
+
+
+@contextlib.contextmanager
+def kept_streams(target: TargetModel, layers: Sequence[int]) -> Iterator[dict[int, Any]]:
+    """Inside, a forward pass leaves in the dictionary what each of `layers` was given by the block before it."""
+    streams: dict[int, Any] = {}
+
+    def keep(layer: int) -> Callable[..., None]:
+        return lambda _module, _args, output: streams.__setitem__(layer, output)
+
+    with contextlib.ExitStack() as stack:
+        for layer in set(layers) - {0}:
+            stack.callback(_block(target, layer - 1).register_forward_hook(keep(layer)).remove)
+        yield streams
+
+
+@contextlib.contextmanager
+def resumed(target: TargetModel, layer: int, stream: Any) -> Iterator[None]:
+    """Inside, a forward pass begins with block `layer`, which is given `stream`; the blocks before it are not computed."""
+    with contextlib.ExitStack() as stack:
+        for block in (_block(target, i) for i in range(layer)):
+            block.__dict__["forward"] = lambda *_args, **_kwargs: stream  # past what wrappers make of attributes
+            stack.callback(block.__dict__.pop, "forward")
+        yield
+
+
 # ----------------------------------------------------------------------------------------------------- finding MLPs
 
 

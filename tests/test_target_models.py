@@ -19,11 +19,13 @@ from target_models import (
     TargetModel,
     at_site,
     capture,
+    kept_streams,
     likes_bf16,
     load_target,
     make_target,
     mlp_matrices,
     patched,
+    resumed,
 )
 from token_stream import DatasetSpec
 
@@ -90,6 +92,31 @@ def test_identity_replacement_preserves_logits(target: TargetModel) -> None:
     with patched(target, everything(target, lambda x, y: torch.zeros_like(y))):
         assert not torch.allclose(target.logits(tokens), original)
     assert torch.equal(target.logits(tokens), original)
+
+
+@torch.inference_mode()
+def test_a_pass_resumed_on_the_stream_of_another_gives_its_logits(target: TargetModel) -> None:
+    tokens, calls = TOKENS % target.vocab_size, []
+    with kept_streams(target, [0, 1]) as streams:
+        original = target.logits(tokens)
+    handle = target.model.get_submodule(target.sites[0].write).register_forward_hook(lambda *_: calls.append(0))
+    with resumed(target, 1, streams[1]):
+        assert torch.equal(target.logits(tokens), original)
+    assert not calls and list(streams) == [1], "block 0 was computed"
+    assert torch.equal(target.logits(tokens), original) and calls
+    handle.remove()
+
+
+@torch.inference_mode()
+def test_an_mlp_read_at_first_positions_alone_gives_the_same_there(target: TargetModel) -> None:
+    tokens = TOKENS % target.vocab_size
+    wholes, firsts = [], []
+    with patched(target, everything(target, lambda x, y: wholes.append(y) or torch.ones_like(x))):
+        expected = target.logits(tokens)
+    with patched(target, everything(target, lambda x, y: firsts.append(y) or torch.ones_like(x)), first_only=True):
+        torch.testing.assert_close(target.logits(tokens), expected)
+    for whole, first in zip(wholes, firsts):
+        torch.testing.assert_close(first[:, :1], whole[:, :1])
 
 
 @torch.inference_mode()
