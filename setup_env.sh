@@ -52,6 +52,6 @@ fi
 ln -sfn "$venv" "$here/.venv"
 
 if [ $# -gt 0 ]; then
-    export VIRTUAL_ENV=$venv PATH=$venv/bin:$PATH
+    export VIRTUAL_ENV=$venv PATH=$venv/bin:$PATH:$home/uv/bin # uv too, for the optional requirements
     exec "$@"
 fi
