@@ -26,7 +26,7 @@ from torch import Tensor
 from logs import atomic_path, write_json
 from sparsity import ActivationStats
 from target_models import Captured, TargetModel, capture
-from token_stream import Split, TokenStream
+from token_stream import Split, TokenStream, text_fingerprint
 
 MAX_FP16 = 65_504.0
 
@@ -42,7 +42,11 @@ class DataConfig:
     cache: str = ""  # folder that keeps the activations between runs; empty: none
 
     def __post_init__(self) -> None:
-        assert self.buffer_tokens >= 2 * self.batch_tokens, f"{self.buffer_tokens=} must be twice {self.batch_tokens=}"
+        if self.buffer_tokens < 2 * self.batch_tokens:
+            raise ValueError(
+                f"a batch of {self.batch_tokens} tokens is more than half of the buffer of {self.buffer_tokens}: "
+                "choose a smaller batch or a larger buffer"
+            )
 
 
 class ActivationBatch(NamedTuple):
@@ -74,7 +78,7 @@ class ActivationsStore:
         self.served = 0  # slots at the start of `order` that were given out
         self.serve = 0  # slots to give out before the next refill
         if config.cache:
-            open_cache(Path(config.cache), self._fingerprint())
+            open_cache(Path(config.cache), self.fingerprint())
         self._refill()
         if not self.serve:
             raise ValueError(
@@ -88,9 +92,10 @@ class ActivationsStore:
         """Memory of the mixing buffer, all its life."""
         return self.buffer.nbytes
 
-    def _fingerprint(self) -> str:
+    def fingerprint(self) -> str:
+        """16 hex digits that change with the model, the text or a setting that decides the activations and their order."""
         c, t = self.config, self.target
-        data = dataclasses.astuple(t.data)
+        data = [*dataclasses.astuple(t.data), text_fingerprint(t.data)]
         settings = [t.name, t.site, t.fingerprint, data, c.layers, c.model_batch, t.context, c.seed, self.split]
         return hashlib.sha256(json.dumps(settings).encode()).hexdigest()[:16]
 

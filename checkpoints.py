@@ -8,12 +8,15 @@ import dataclasses
 import json
 import os
 import pickle
+import shutil
 import zipfile
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
+from torch.utils._pytree import tree_leaves
 
 from clt import CrossLayerTranscoder
 from config import CLTConfig, EncoderConfig, SAEConfig, from_json, to_json
@@ -69,15 +72,26 @@ def coder_name(target: str, config: SAEConfig | EncoderConfig | CLTConfig, seed:
     return f"{safe}_{kind}_{type(config.rule).__name__.lower()}_L{layers}_{sparsity}_d{config.d_dict}_s{seed}"
 
 
-def save_checkpoint(folder: Path, coder: Coder, record: TrainingRecord) -> None:
-    """config.json is written last: a folder that has it is whole."""
-    save_tensors(folder / ENCODER, coder.state_dict())
-    write_json(folder / CONFIG, {"config": to_json(coder.config), "record": dataclasses.asdict(record)})
+def save_checkpoint(folder: Path, model: Coder | ComponentModel, record: TrainingRecord) -> None:
+    """config.json goes first and comes last: a folder that has it is whole, also where it held another checkpoint."""
+    check_room(folder / ENCODER, model.state_dict())
+    (folder / CONFIG).unlink(missing_ok=True)
+    save_tensors(folder / ENCODER, model.state_dict())
+    write_json(folder / CONFIG, {"config": to_json(model.config), "record": dataclasses.asdict(record)})
 
 
 def save_tensors(path: Path, state: object) -> None:
+    check_room(path, state)
     with atomic_path(path) as temporary:
         torch.save(state, temporary)
+
+
+def check_room(path: Path, state: object) -> None:
+    """Raises ValueError where the disk has no room for a torch file, which torch would say over fifty lines."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    needed = sum(leaf.nbytes for leaf in tree_leaves(state) if isinstance(leaf, torch.Tensor))
+    if needed > (free := shutil.disk_usage(path.parent).free):
+        raise ValueError(f"the disk is full: {path} takes {needed:,} bytes and {free:,} are free; make room for it")
 
 
 def load_tensors(path: Path, device: str) -> dict:  # type: ignore[type-arg]
@@ -103,44 +117,47 @@ def is_trained(
     folder: Path, config: SAEConfig | EncoderConfig | CLTConfig, train_tokens: int, fingerprint: str, recipe: str
 ) -> bool:
     """Whether `folder` holds a finished coder of these settings; an unknown recipe passes for the same."""
-    file = folder / CONFIG
-    if not file.exists():
+    if not (folder / CONFIG).exists():
         return False
-    blob = json.loads(file.read_text())
-    record = TrainingRecord(**blob["record"])
+    found, record = read_config(folder)
     same = record.train_tokens == train_tokens and record.target_fingerprint == fingerprint
-    return same and from_json(blob["config"]) == config and record.recipe in ("", recipe)
+    return same and found == config and record.recipe in ("", recipe)
+
+
+def read_config(folder: Path) -> tuple[Any, TrainingRecord]:
+    """What a checkpoint's tensors are, and where they come from; raises ValueError where it does not say so."""
+    if not (folder / CONFIG).exists():
+        raise ValueError(f"{folder} holds no {CONFIG}: not a finished checkpoint")
+    try:
+        blob = json.loads((folder / CONFIG).read_text())
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{folder / CONFIG} is truncated or no JSON ({error}): fetch or train it again") from None
+    return from_json(blob["config"]), TrainingRecord(**blob["record"])
 
 
 def load_checkpoint(reference: str, device: str) -> Checkpoint:
     """The coder in eval mode on `device`, whatever device it was saved from."""
     folder = resolve(reference)
-    if not (folder / CONFIG).exists():
-        raise ValueError(f"{reference} holds no {CONFIG}: not a finished checkpoint")
-    blob = json.loads((folder / CONFIG).read_text())
-    coder = build_coder(from_json(blob["config"]), torch.Generator())
+    config, record = read_config(folder)
+    coder = build_coder(config, torch.Generator())
     load_state(coder, load_tensors(folder / ENCODER, "cpu"), reference)
-    return Checkpoint(coder.to(device).eval(), TrainingRecord(**blob["record"]), reference)
+    return Checkpoint(coder.to(device).eval(), record, reference)
 
 
 def save_spd(folder: Path, model: ComponentModel, record: TrainingRecord) -> None:
     """A decomposition without its target: components and gates."""
-    save_tensors(folder / ENCODER, model.state_dict())
-    write_json(folder / CONFIG, {"config": to_json(model.config), "record": dataclasses.asdict(record)})
+    save_checkpoint(folder, model, record)
 
 
 def load_spd(reference: str, target: TargetModel) -> tuple[ComponentModel, TrainingRecord]:
     """A decomposition of `target`, in fp32 on its device; raises ValueError where it was trained on another model."""
     folder = resolve(reference)
-    if not (folder / CONFIG).exists():
-        raise ValueError(f"{reference} holds no {CONFIG}: not a finished checkpoint")
-    blob = json.loads((folder / CONFIG).read_text())
-    record = TrainingRecord(**blob["record"])
+    config, record = read_config(folder)
     if record.target_fingerprint != target.fingerprint:
         raise ValueError(
             f"{reference} decomposes {record.target!r} ({record.target_fingerprint}), not {target.fingerprint}"
         )
-    model = ComponentModel(target.model, from_json(blob["config"]), torch.Generator())
+    model = ComponentModel(target.model, config, torch.Generator())
     load_state(model, load_tensors(folder / ENCODER, "cpu"), reference)
     return model.float().to(target.device).eval(), record
 

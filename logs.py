@@ -9,6 +9,7 @@ import dataclasses
 import json
 import os
 import platform
+import shutil
 import subprocess
 import sys
 import time
@@ -23,13 +24,22 @@ REPOSITORY = Path(__file__).parent
 
 @contextlib.contextmanager
 def atomic_path(path: Path) -> Iterator[Path]:
-    """A temporary path beside `path`, renamed to it when the block succeeds; a killed writer leaves `path` as it was."""
+    """A temporary path beside `path`, renamed to it when the block succeeds; a killed writer leaves `path` as it was.
+
+    The block may make a file there, or a folder.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     with contextlib.ExitStack() as stack:
-        stack.callback(temporary.unlink, missing_ok=True)
+        stack.callback(_remove, temporary)
         yield temporary
         temporary.replace(path)
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path)
+    path.unlink(missing_ok=True)
 
 
 def git_commit() -> str:

@@ -155,10 +155,9 @@ def load_rows(path: str, split: str):  # type: ignore[no-untyped-def]  # dataset
     """A local folder or file of txt, jsonl/json or parquet, or a hub dataset, streamed."""
     import datasets
 
-    local = Path(path)
+    local, files = Path(path), local_files(path)
     if not local.exists():
         return datasets.load_dataset(path, split=split, streaming=True)
-    files = sorted(p for p in local.rglob("*") if p.is_file()) if local.is_dir() else [local]
     files = [f for f in files if not local.is_dir() or split in f.stem or len(files) == 1]
     if not files:
         raise ValueError(f"{path} holds no file of split {split!r}: name its files like {split}.jsonl")
@@ -168,6 +167,20 @@ def load_rows(path: str, split: str):  # type: ignore[no-untyped-def]  # dataset
     return datasets.load_dataset(
         kinds[files[0].suffix], data_files={split: [str(f) for f in files]}, split=split, streaming=True
     )
+
+
+def local_files(path: str) -> list[Path]:
+    """The files of a local folder, or a local file itself; none of a dataset on the hub."""
+    local = Path(path)
+    return sorted(p for p in local.rglob("*") if p.is_file()) if local.is_dir() else [local] if local.exists() else []
+
+
+def text_fingerprint(spec: DatasetSpec) -> str:
+    """16 hex digits that change with name, size or time of any file of a text on this machine; a hub's text has its name."""
+    own = spec.path in ("python", "docstrings")
+    files = [Path(f.path) for f in environment_files()] if own else local_files(spec.path)
+    listing = [spec.path, *(f"{f} {f.stat().st_size} {f.stat().st_mtime_ns}" for f in files)]
+    return hashlib.sha256("\n".join(listing).encode()).hexdigest()[:16]
 
 
 def _document_hash(document: str | list[int]) -> int:
@@ -235,9 +248,10 @@ class TokenStream:
 def take_tokens(stream: TokenStream, n_tokens: int) -> Int[Tensor, "sequence seq"]:
     """The first ⌈n_tokens / seq⌉ sequences of a stream, rounded up to its batches, cut to size."""
     n = -(-n_tokens // stream.seq)
-    rows = torch.cat(list(itertools.islice(stream, -(-n // stream.batch))))
-    if len(rows) < n:
+    batches = list(itertools.islice(stream, -(-n // stream.batch)))
+    if (held := len(batches) * stream.batch * stream.seq) < n * stream.seq:
         raise ValueError(
-            f"{stream.spec.path!r} ({stream.split}) holds only {rows.numel()} tokens of the {n_tokens} asked for"
+            f"{stream.spec.path!r} ({stream.split}) holds only {held} tokens of the {n_tokens} asked for, in batches of "
+            f"{stream.batch} sequences: ask for fewer"
         )
-    return rows[:n]
+    return torch.cat(batches)[:n]

@@ -31,6 +31,8 @@ def test_a_stream_resumes_exactly_and_ends_visibly(tmp_path: Path) -> None:
     assert len(rest) == len(again) > 0 and all(torch.equal(a, b) for a, b in zip(rest, again))
     with pytest.raises(ValueError, match="holds only"):
         take_tokens(TokenStream(spec, word_tokenizer(), "val", batch=4, seq=16), 10**6)
+    with pytest.raises(ValueError, match="holds only 0 tokens of the 10 asked for, in batches of 1000 sequences"):
+        take_tokens(TokenStream(spec, word_tokenizer(), "val", batch=1000, seq=16), 10)
 
 
 def test_pretokenised_columns_are_taken_as_they_are(tmp_path: Path) -> None:

@@ -14,6 +14,7 @@ import pytest
 import torch
 from conftest import make_small_target
 
+import checkpoints
 from activation_store import ActivationsStore, DataConfig
 from checkpoints import TrainingRecord, check_target, coder_name, load_checkpoint, save_checkpoint
 from clt import CrossLayerTranscoder
@@ -98,6 +99,10 @@ def test_a_cache_gives_the_same_and_a_stale_one_is_refused(small_target: TargetM
     other = make_small_target(Path(small_target.data.path), seed=1)
     with pytest.raises(ValueError, match="is stale"):
         ActivationsStore(other, config)
+    with (Path(small_target.data.path) / "train.jsonl").open("a") as text:
+        text.write('{"text": "w1 w2"}\n')
+    with pytest.raises(ValueError, match="is stale"):
+        ActivationsStore(small_target, config)
 
 
 def test_a_text_that_ends_is_served_to_its_end(small_target: TargetModel) -> None:
@@ -109,6 +114,16 @@ def test_a_text_that_ends_is_served_to_its_end(small_target: TargetModel) -> Non
     assert next(store, None) is None
     with pytest.raises(ValueError, match="less than a batch of 100000"):
         ActivationsStore(small_target, dataclasses.replace(DATA, batch_tokens=100_000, buffer_tokens=200_000))
+
+
+def test_a_batch_larger_than_the_buffer_or_than_the_training_is_refused(
+    small_target: TargetModel, tmp_path: Path
+) -> None:
+    with pytest.raises(ValueError, match="a batch of 40000 tokens is more than half of the buffer of 65536"):
+        DataConfig((0,), batch_tokens=40_000)
+    with pytest.raises(ValueError, match="31 training tokens are less than a batch of 32"):
+        train_encoder(coders()[0], small_target, DATA, dataclasses.replace(TRAIN, tokens=31), tmp_path)
+    assert not list(tmp_path.rglob("metrics.jsonl"))
 
 
 def test_a_layer_out_of_range_is_refused(small_target: TargetModel) -> None:
@@ -251,6 +266,16 @@ def test_checkpoints_round_trip(coder: torch.nn.Module, tmp_path: Path) -> None:
         assert torch.equal(found.coder.state_dict()[name], value), name
 
 
+def test_a_killed_writer_leaves_no_checkpoint_of_two_halves(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tensors of one training beside the record of another would pass for either."""
+    save_checkpoint(tmp_path, coders()[0], RECORD)
+    monkeypatch.setattr(checkpoints, "write_json", None)  # what fails comes after the tensors
+    with pytest.raises(TypeError):
+        save_checkpoint(tmp_path, coders()[0], dataclasses.replace(RECORD, train_tokens=20))
+    with pytest.raises(ValueError, match="not a finished checkpoint"):
+        load_checkpoint(str(tmp_path), "cpu")
+
+
 def test_bad_checkpoints_are_refused_in_one_line(tmp_path: Path, small_target: TargetModel) -> None:
     with pytest.raises(ValueError, match="holds no config.json"):
         load_checkpoint(str(tmp_path / "nowhere"), "cpu")
@@ -269,6 +294,20 @@ def test_bad_checkpoints_are_refused_in_one_line(tmp_path: Path, small_target: T
     (tmp_path / "encoder.pt").write_bytes(b"PK\x03\x04 truncated")
     with pytest.raises(ValueError, match="truncated"):
         load_checkpoint(str(tmp_path), "cpu")
+    (tmp_path / "config.json").write_text((tmp_path / "config.json").read_text()[:100])
+    with pytest.raises(ValueError, match="config.json is truncated or no JSON"):
+        load_checkpoint(str(tmp_path), "cpu")
+
+
+def test_a_full_disk_is_said_before_anything_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    coder, usage = coders()[0], checkpoints.shutil.disk_usage(tmp_path)
+    nbytes = sum(value.nbytes for value in coder.state_dict().values())
+    monkeypatch.setattr(checkpoints.shutil, "disk_usage", lambda path: usage._replace(free=nbytes - 1))
+    with pytest.raises(
+        ValueError, match=rf"the disk is full: .*encoder.pt takes {nbytes:,} bytes and {nbytes - 1:,} are free"
+    ):
+        save_checkpoint(tmp_path / "new", coder, RECORD)
+    assert not list((tmp_path / "new").iterdir())
 
 
 def test_names_tell_coders_apart() -> None:
