@@ -7,10 +7,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from shapes import check_shapes
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 os.environ.setdefault("WANDB_MODE", "disabled")
+check_shapes([file.stem for file in Path(__file__).parents[1].glob("*.py") if file.stem != "sparse_triton"])
 
 from llama_simple_mlp import LlamaSimpleMLP, LlamaSimpleMLPConfig, initialise  # noqa: E402
 from target_models import Parts, TargetModel, make_target  # noqa: E402

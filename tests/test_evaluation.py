@@ -53,7 +53,7 @@ def test_a_perfect_decomposition_lands_exactly_on_every_axis_and_protocol() -> N
         p = the(measured, "transcoder", protocol, (1,))
         assert (p.l0, p.l0_p95, p.l0_per_mlp, p.active_params) == (active, active, active, active * 2 * D)
         # each part of a counted position fires once in n tokens, the first positions' parts never
-        bits = active * n * binary_entropy(torch.tensor(1 / n, dtype=torch.float64)).item() + 8 * active
+        bits = active * n * binary_entropy(torch.tensor([1 / n], dtype=torch.float64)).item() + 8 * active
         assert p.bits_per_token == pytest.approx(bits, rel=1e-12)
         assert p.ce == pytest.approx(ce, abs=1e-4) and p.ce_degradation == pytest.approx(0, abs=1e-4)
         assert p.fvu == pytest.approx(0, abs=1e-5) and p.tail_max == pytest.approx(0, abs=1e-2)
