@@ -1,10 +1,9 @@
 """Independent jobs in worker processes, in batches of one per device. A worker that dies costs its own job alone."""
 
+import multiprocessing as mp
 import time
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
-
-import torch.multiprocessing as mp
 
 
 class Job(NamedTuple):
