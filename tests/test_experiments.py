@@ -110,6 +110,12 @@ def test_a_figure_is_drawn_again_without_model_or_data(
     monkeypatch.setattr(target_models, "load_target", None)
     call(script, ["--target", "tiny", "--replot", "--output", str(tmp_path)])
     assert (tmp_path / "pareto.png").exists()
+    drawn = []
+    monkeypatch.setattr(study, "draw", lambda points, path: drawn.append((len(points), path)))
+    others = [other for other in SCRIPTS if other not in ("../main.py", "exp_014_sae_sites/sae_sites.py")]
+    for other in others:
+        call(other, ["--target", "tiny", "--replot", "--output", str(tmp_path)])
+    assert drawn == [(len(read_points(tmp_path / "points.csv")), tmp_path / "pareto.png")] * len(others)
 
 
 def test_every_experiment_is_tested() -> None:

@@ -4,7 +4,8 @@ One transcoder per layer 0–3 with top_k 21, 8, 13, 27 (the mean L0 of SPD's co
 stream, then all four MLPs replaced.
 
     python experiments/exp_001_train_transcoder_pile/train_transcoder_pile.py                # pile: GPU, network, hours
-    python experiments/exp_001_train_transcoder_pile/train_transcoder_pile.py --target tiny  # offline, minutes on 2 cores
+    python experiments/exp_001_train_transcoder_pile/train_transcoder_pile.py --target tiny  # offline, 17 min of a core
+    … --replot draws the figure again from points.csv
 
 Expected: each layer alone costs a few hundredths of a nat, all four together several times their sum.
 """
@@ -20,6 +21,7 @@ from study import (
     baselines,
     checkpoint_folder,
     held_out_tokens,
+    replot,
     settings_for,
     train_coders,
     write_report,
@@ -38,12 +40,16 @@ class Settings:
     device: str = "cuda"
     seed: int = 0
     output: Path = Path(__file__).parent / "output"
+    replot: bool = False  # draw the figure from points.csv and stop
 
 
 PRESETS = {"pile": Settings(), "tiny": Settings("tiny", d_dict=1536, tokens=1_000_000, batch=2048, device="cpu")}
 
 
 def main(s: Settings) -> None:
+    if s.replot:
+        print(replot(s.output))
+        return
     began = time.perf_counter()
     target = load_target(s.target, s.device)
     layers, d = tuple(range(len(s.top_k))), target.d_model

@@ -4,7 +4,8 @@ BatchTopK transcoders on layers 0–3, one k for all layers, trained on one stre
 where no story model is at hand, the embedded model stands in and the seed is another one than exp_001's.
 
     python experiments/exp_002_train_transcoder_ss/train_transcoder_ss.py                # SimpleStories: GPU, network, hours
-    python experiments/exp_002_train_transcoder_ss/train_transcoder_ss.py --target tiny  # offline, minutes on 2 cores
+    python experiments/exp_002_train_transcoder_ss/train_transcoder_ss.py --target tiny  # offline, 6 min of a core
+    … --replot draws the figure again from points.csv
 
 Expected: each layer alone costs a few hundredths of a nat, all four together several times their sum.
 """
@@ -20,6 +21,7 @@ from study import (
     baselines,
     checkpoint_folder,
     held_out_tokens,
+    replot,
     settings_for,
     train_coders,
     write_report,
@@ -38,6 +40,7 @@ class Settings:
     device: str = "cuda"
     seed: int = 0
     output: Path = Path(__file__).parent / "output"
+    replot: bool = False  # draw the figure from points.csv and stop
 
 
 PRESETS = {
@@ -47,6 +50,9 @@ PRESETS = {
 
 
 def main(s: Settings) -> None:
+    if s.replot:
+        print(replot(s.output))
+        return
     began = time.perf_counter()
     target = load_target(s.target, s.device)
     layers, d = tuple(range(len(s.top_k))), target.d_model

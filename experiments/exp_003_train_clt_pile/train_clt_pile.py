@@ -3,7 +3,8 @@
 Cross-layer transcoders over layers 0–3 with top_k 16 and 64 per layer, trained on one stream, all four MLPs replaced.
 
     python experiments/exp_003_train_clt_pile/train_clt_pile.py                # pile: GPU, network, hours
-    python experiments/exp_003_train_clt_pile/train_clt_pile.py --target tiny  # offline, minutes on 2 cores
+    python experiments/exp_003_train_clt_pile/train_clt_pile.py --target tiny  # offline, 13 min of a core
+    … --replot draws the figure again from points.csv
 
 Expected: at equal L0 per layer the CLT reconstructs better than per-layer transcoders on a clean stream (`frozen`).
 """
@@ -20,6 +21,7 @@ from study import (
     checkpoint_folder,
     clt_configs,
     held_out_tokens,
+    replot,
     settings_for,
     train_coders,
     write_report,
@@ -39,6 +41,7 @@ class Settings:
     device: str = "cuda"
     seed: int = 0
     output: Path = Path(__file__).parent / "output"
+    replot: bool = False  # draw the figure from points.csv and stop
 
 
 PRESETS = {
@@ -48,6 +51,9 @@ PRESETS = {
 
 
 def main(s: Settings) -> None:
+    if s.replot:
+        print(replot(s.output))
+        return
     began = time.perf_counter()
     target = load_target(s.target, s.device)
     configs = clt_configs(target, s.layers, [BatchTopK(k) for k in s.top_k], s.d_dict)

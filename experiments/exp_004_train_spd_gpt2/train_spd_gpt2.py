@@ -6,8 +6,9 @@ that read their own module's input at the same position (and so cannot see the f
 factorisation in place of faithfulness warm-up. `study.train_decomposition` says more.
 
     python experiments/exp_004_train_spd_gpt2/train_spd_gpt2.py                # GPT-2, layer 8: GPU, network, a day
-    python experiments/exp_004_train_spd_gpt2/train_spd_gpt2.py --target tiny  # layer 2 of the embedded model, minutes
+    python experiments/exp_004_train_spd_gpt2/train_spd_gpt2.py --target tiny  # layer 2 of `tiny`, 7 minutes of one core
     python experiments/exp_004_train_spd_gpt2/train_spd_gpt2.py --target tiny --layers 0 1 2 3 --components 512 \\
+    … --replot draws the figure again from points.csv
         --steps 2000 --ship assets/spd_tiny                                    # the shipped decomposition, 45 minutes
 """
 
@@ -22,6 +23,7 @@ from study import (
     baselines,
     checkpoint_folder,
     held_out_tokens,
+    replot,
     settings_for,
     spd_replacements,
     train_decomposition,
@@ -45,6 +47,7 @@ class Settings:
     seed: int = 0
     ship: Path = Path()  # also write a half-precision copy here
     output: Path = Path(__file__).parent / "output"
+    replot: bool = False  # draw the figure from points.csv and stop
 
 
 PRESETS = {
@@ -56,6 +59,9 @@ PRESETS = {
 
 
 def main(s: Settings) -> None:
+    if s.replot:
+        print(replot(s.output))
+        return
     began = time.perf_counter()
     target = load_target(s.target, s.device)
     decomposition = train_decomposition(

@@ -5,7 +5,7 @@ the trained k, which is marked); SPD's components are ranked by pre-sigmoid impo
 both together; neurons are ranked by |h|·‖W_out‖.
 
     python experiments/exp_005_pareto_gpt2/pareto_gpt2.py                # GPT-2, layer 8: GPU, network
-    python experiments/exp_005_pareto_gpt2/pareto_gpt2.py --target tiny  # offline, minutes on 2 cores
+    python experiments/exp_005_pareto_gpt2/pareto_gpt2.py --target tiny  # offline, 19 min of a core
     … --replot draws the figure again from points.csv
 """
 

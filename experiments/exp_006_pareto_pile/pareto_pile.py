@@ -5,7 +5,7 @@ the trained k, which is marked); SPD's components are ranked by pre-sigmoid impo
 both together; neurons are ranked by |h|·‖W_out‖.
 
     python experiments/exp_006_pareto_pile/pareto_pile.py                # pile, layer 3: GPU, network
-    python experiments/exp_006_pareto_pile/pareto_pile.py --target tiny  # offline, minutes on 2 cores
+    python experiments/exp_006_pareto_pile/pareto_pile.py --target tiny  # offline, 14 min of a core
     … --replot draws the figure again from points.csv
 """
 

@@ -5,7 +5,7 @@ exp_011 compares coders at the sparsity they were trained for. x-axes: parts per
 bits per token.
 
     python experiments/exp_007_pareto_pile_all_layers/pareto_pile_all_layers.py                # pile: GPU, network
-    python experiments/exp_007_pareto_pile_all_layers/pareto_pile_all_layers.py --target tiny  # offline, minutes
+    python experiments/exp_007_pareto_pile_all_layers/pareto_pile_all_layers.py --target tiny  # offline, 17 min of a core
     … --replot draws the figure again from points.csv
 """
 

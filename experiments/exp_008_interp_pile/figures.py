@@ -91,5 +91,6 @@ def table(found: dict[tuple[str, str], Interval]) -> str:
 
 def write_readme(folder: Path, title: str, doc: str | None, image: str, parts: Sequence[str]) -> None:
     body = "\n\n".join([f"# {title}", (doc or "").strip(), f"![{title}]({image})", *parts])
-    (folder / "README.md").write_text(body + "\n")
+    with atomic_path(folder / "README.md") as temporary:
+        temporary.write_text(body + "\n")
     print(*parts, sep="\n\n")

@@ -4,7 +4,8 @@ BatchTopK transcoders at top_k 8, 16, 32 and 64 on every layer. All k of a layer
 processes in batches, one per device, and a worker that dies costs its own layer alone.
 
     python experiments/exp_010_train_transcoder_pile_sweep/train_transcoder_pile_sweep.py                # pile: GPUs
-    python experiments/exp_010_train_transcoder_pile_sweep/train_transcoder_pile_sweep.py --target tiny  # offline
+    python experiments/exp_010_train_transcoder_pile_sweep/train_transcoder_pile_sweep.py --target tiny  # offline: 17 min, a core
+    … --replot draws the figure again from points.csv
 
 Expected: FVU and CE degradation fall with k in every layer; all layers together cost more than the sum of the single ones.
 """
@@ -20,6 +21,7 @@ from study import (
     baselines,
     checkpoint_folder,
     held_out_tokens,
+    replot,
     settings_for,
     train_coders,
     transcoder_configs,
@@ -41,6 +43,7 @@ class Settings:
     devices: tuple[str, ...] = ("cuda:0",)  # one worker process each
     seed: int = 0
     output: Path = Path(__file__).parent / "output"
+    replot: bool = False  # draw the figure from points.csv and stop
 
 
 PRESETS = {
@@ -56,6 +59,9 @@ def train_layer(s: Settings, layer: int, device: str) -> None:
 
 
 def main(s: Settings) -> None:
+    if s.replot:
+        print(replot(s.output))
+        return
     began = time.perf_counter()
     run_jobs([Job(f"layer {layer}", train_layer, (s, layer)) for layer in s.layers], s.devices)
     target = load_target(s.target, s.devices[0])
