@@ -4,7 +4,8 @@
     python experiments/exp_012_spd_known_mechanisms/spd_known_mechanisms.py --toys tms_5-2  # one toy, minutes
 
 The seeds of a toy (target and decomposition both) run side by side in batched products. Expected: one component per
-feature in linear1 and linear2 (MMCS 1, no importance error); a rank-50 output in ResidMLP-1.
+feature in linear1 and linear2 (MMCS 1, no importance error); in a ResidMLP one per feature over all input matrices
+together, and outputs of rank 50, 25 per layer, 17 per layer. ResidMLPs run without ever forming their embedding.
 """
 
 import csv
@@ -50,15 +51,17 @@ class Recipe:
 
 SCALAR = GateConfig("mlp", (16,))
 # Published: batch 4096 (TMS), 2048 (ResidMLP); steps 10k (TMS; 40-10+id 20k), 20k, 25k and 50k (ResidMLP).
+# resid_2 and resid_3 are made for minutes of a busy core: published C is 400 and 500 per matrix, rates 3e-4 and 1e-3
+# constant, resid_3's gates 128 wide.
 RECIPES = {
     "tms_5-2": Recipe(20, SCALAR, 3e-3, 1.0, 1e-3, "cosine", 8000, 1024),
     "tms_5-2_id": Recipe(20, SCALAR, 3e-3, 1.0, 1e-3, "cosine", 8000, 1024),
     "tms_40-10": Recipe(200, SCALAR, 1e-4, 2.0, 1e-3, "cosine", 10_000, 1024),
     "tms_40-10_id": Recipe(200, SCALAR, 1e-4, 2.0, 1e-3, "cosine", 10_000, 1024),
     "resid_1": Recipe(100, SCALAR, 1e-5, 2.0, 2e-3, "cosine", 20_000, 1024),
-    "resid_2": Recipe(200, GateConfig("shared_mlp", (256,)), 1e-4, 2.0, 1e-3, "cosine", 2000, 512,
+    "resid_2": Recipe(100, GateConfig("shared_mlp", (256,)), 1e-4, 2.0, 2e-3, "cosine", 1200, 512,
                       (Recon(2.0, routing="subset"), Recon(2.0, "pgd", "subset", 1, 1.0))),
-    "resid_3": Recipe(200, SCALAR, 1e-5, 2.0, 2e-3, "cosine", 1500, 512),
+    "resid_3": Recipe(100, SCALAR, 1e-5, 2.0, 2e-3, "cosine", 500, 512),
 }  # fmt: skip
 
 
