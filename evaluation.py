@@ -264,7 +264,7 @@ def evaluate(
                 mse=_mean([d.mse for d in summary.details if d.mse is not None]),
                 dead=summary.dead,
                 train_tokens=replacement.origin.train_tokens or None,
-                gate_params=replacement.gate_parameters,
+                gate_params=replacement.gate_parameters(layers),
                 train_seconds=replacement.origin.train_seconds or None,
                 commit=commit,
                 tail_p999=max(d.tail_p999 for d in summary.details if d.tail_p999 is not None),

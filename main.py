@@ -72,7 +72,7 @@ def main(s: Settings) -> None:
         spd = train_decomposition(target, s.layers, 512, 192, s.spd_steps, 4, s.seed, s.checkpoints)
         replacements += spd_replacements(target, spd, s.layers)
     elif s.target == "tiny":
-        replacements += spd_replacements(target, find_spd(target), s.layers)
+        replacements += spd_replacements(target, find_spd(target, s.layers), s.layers)
     measured = evaluate(target, replacements, held_out_tokens(target, s.eval_tokens), ("single", "frozen", "free"))
     write_report(s.output, measured, s, "The main job", TEXT, began, s.device)
 

@@ -106,7 +106,6 @@ class Replacement(ABC):
     k: int | None = None  # active parts per token and layer by construction; None where nothing fixes it
     site: Site | None = "mlp_out"  # where it writes; None: wherever the target is read and written
     origin: Origin = UNKNOWN
-    gate_parameters: int | None = None  # parameters that decide what is active
     has_codes: ClassVar[bool] = True  # False: `frozen` and `free` are the same
     reads_y: ClassVar[bool] = False  # True: it needs what the MLP itself writes on the running stream
 
@@ -155,6 +154,10 @@ class Replacement(ABC):
         layers = self.layers if layers is None else layers
         sparse = sum(l0[m.layer, m.name] * m.part_parameters for m in self.modules(layers))
         return sparse + self.dense_parameters(layers)
+
+    def gate_parameters(self, layers: Sequence[int]) -> int | None:
+        """Parameters that decide what is active when only `layers` are replaced; None where nothing is learnt."""
+        return None
 
     def dead(self) -> float | None:
         """Share of the parts that were silent over the last ≥ 1M training tokens; None where that is not known."""
@@ -236,8 +239,10 @@ class _PerLayer(Replacement):
         self.layers = tuple(originals)
         self.k = _common_k(list(originals.values()), top_k)
         self.origin = origin
-        self.gate_parameters = sum(coder.gate_parameters for coder in originals.values())
         self.coders = {layer: deployed(coder, top_k) for layer, coder in originals.items()}
+
+    def gate_parameters(self, layers: Sequence[int]) -> int:
+        return sum(self.coders[layer].gate_parameters for layer in layers)
 
     def dead(self) -> float | None:
         return _dead(list(self.coders.values()), self.origin)
@@ -305,8 +310,12 @@ class CLT(Replacement):
         self.layers = coder.config.layers
         self.k = _common_k([coder], top_k)
         self.origin = origin
-        self.gate_parameters = coder.gate_parameters
         self.coder: CrossLayerTranscoder = deployed(coder, top_k)
+
+    def gate_parameters(self, layers: Sequence[int]) -> int:
+        """Of every layer that writes to one of `layers`."""
+        sources = zip(self.layers, self.coder.encoders)
+        return sum(p.numel() for i, encoder in sources if i <= max(layers) for p in encoder.parameters())
 
     def encode(self, layer: int, x: Tensor, y: Tensor) -> Codes:
         return self.coder.encode_layer(self.layers.index(layer), x)
@@ -368,7 +377,6 @@ class SPD(Replacement):
         gate = [f"{threshold:g}"] if threshold and top_k is None else []
         variant = "-".join([*(matrices or ()), *(["delta"] if delta else []), *gate])
         self.method, self.k, self.origin = _name("spd", top_k, variant), top_k, origin
-        self.gate_parameters = model.gate_parameters
         self.target, self.model, self.threshold, self.top_k, self.delta = target, model, threshold, top_k, delta
 
     @staticmethod
@@ -377,6 +385,12 @@ class SPD(Replacement):
         site = target.sites[layer]
         paths = [path for path in model.paths if path == site.down or path.startswith(site.write + ".")]
         return {path.rpartition(".")[2]: path for path in paths}
+
+    def gate_parameters(self, layers: Sequence[int]) -> int:
+        """Of the matrices' own gates; a global gate decides for all matrices at once."""
+        if not self.model.config.gate.local:
+            return self.model.gate_parameters
+        return sum(self.model.gate_parameters_of(path) for layer in layers for path in self.paths[layer].values())
 
     @property
     def reads(self) -> tuple[int, ...]:

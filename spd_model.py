@@ -450,6 +450,11 @@ class ComponentModel(nn.Module):
     def gate_parameters(self) -> int:
         return sum(p.numel() for p in self.gates.parameters())
 
+    def gate_parameters_of(self, path: str) -> int:
+        """Of one module's own gate."""
+        assert self.config.gate.local, f"a {self.config.gate.kind} gate belongs to no module"
+        return sum(p.numel() for p in self._ci_fns[path.replace(".", "-")].parameters())
+
     def component_activations(self, path: str, x: Tensor) -> Float[Tensor, "*batch component"]:
         """h = x V; for an embedding, x are token ids and h = V[x]."""
         V = self.components[path].V

@@ -1,6 +1,7 @@
 """What every study shares: which coders to train, what to measure them against, and how the results are written down."""
 
 import itertools
+import re
 import sys
 import time
 from collections.abc import Sequence
@@ -107,7 +108,7 @@ def as_replacements(checkpoints: Sequence[Checkpoint], top_k: int | None = None)
 
 def baselines(target: TargetModel, layers: Sequence[int], neurons: Sequence[int]) -> list[Replacement]:
     """Neurons at each k, the least-squares affine map, and identity, zero and mean ablation; the last three at any site."""
-    data = DataConfig(tuple(layers), batch_tokens=8192, buffer_tokens=16_384, model_batch=32)
+    data = DataConfig(tuple(layers), batch_tokens=8192, buffer_tokens=BASELINE_TOKENS, model_batch=32)
     store = ActivationsStore(target, data)
     batches = itertools.islice(store, max(1, BASELINE_TOKENS // data.batch_tokens))
     ablations = [Identity(layers), Zero(layers), Mean(layers, store.stats.y_mean)]
@@ -157,7 +158,8 @@ def train_coders(
     """Train what is not yet in `folder`, all on one stream over all the layers, with the project's default recipe."""
     layers = tuple(sorted({layer for config in configs for layer in config.layers}))
     data = DataConfig(layers, batch, seed=seed)
-    train = TrainConfig(tokens, learning_rate(tokens, configs[0].d_dict), seed=seed)
+    dead_after = min(10_000_000, tokens // 5)  # the field's number where the run is long enough for it
+    train = TrainConfig(tokens, learning_rate(tokens, configs[0].d_dict), dead_after=dead_after, seed=seed)
     return train_group([new_coder(config, seed) for config in configs], target, data, train, folder)
 
 
@@ -227,13 +229,26 @@ def train_decomposition(
     return Decomposition(model, record)
 
 
-def find_spd(target: TargetModel) -> Decomposition:
-    """The target's decomposition: the shipped one of `tiny`, else the one that exp_004 left among the checkpoints."""
+def find_spd(target: TargetModel, layers: Sequence[int]) -> Decomposition:
+    """The decomposition of these layers: the shipped one of `tiny`, else the one that exp_004 left among the checkpoints.
+
+    Raises ValueError where there is none, or more than one.
+    """
     shipped = ASSETS / f"spd_{target.name}"
-    found = sorted(checkpoint_folder(target.name).glob("*_spd_*"))
-    if not shipped.exists() and not found:
-        raise ValueError(f"there is no SPD of {target.name!r}: train one with exp_004 first")
-    return Decomposition(*load_spd(str(shipped if shipped.exists() else found[-1]), target))
+    if shipped.exists():
+        return Decomposition(*load_spd(str(shipped), target))
+    found = [
+        path.parent
+        for path in sorted(checkpoint_folder(target.name).glob(f"*_spd_L*/{CONFIG}"))
+        if set(layers)
+        <= {int(layer) for layer in re.findall(r"\d+", path.parent.name.split("_spd_L")[1].split("_")[0])}
+    ]
+    if len(found) != 1:
+        names = ", ".join(folder.name for folder in found) or "none"
+        raise ValueError(
+            f"one SPD of layers {list(layers)} of {target.name!r} is needed, there is {names}: see exp_004"
+        )
+    return Decomposition(*load_spd(str(found[0]), target))
 
 
 def spd_replacements(target: TargetModel, decomposition: Decomposition, layers: Sequence[int]) -> list[Replacement]:
@@ -249,7 +264,7 @@ def spd_sweep(
     target: TargetModel, layers: Sequence[int], top_k: Sequence[int], each_matrix: bool = False
 ) -> list[Replacement]:
     """Components ranked by pre-sigmoid importance, k of each matrix; `each_matrix` also replaces one matrix at a time."""
-    model, record = find_spd(target)
+    model, record = find_spd(target, layers)
     origin = Origin(record.seed, record.train_tokens, record.train_seconds, record.name)
     names = [path.rpartition(".")[2] for path in mlp_matrices(target, layers[0])]
     groups = [None, *([name] for name in names)] if each_matrix else [None]

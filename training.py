@@ -49,9 +49,9 @@ def learning_rate(tokens: int, d_dict: int) -> float:
     """Default peak learning rate of Adam: 2e-4 / √(d_dict / 2¹⁴) · max(1, 10⁸ / tokens)^0.4.
 
     The first factor is the field's rule for runs of 10⁸ tokens and more (sparsify, dictionary_learning); the second
-    corrects it for short runs, in which it is several times too low: BatchTopK transcoders of `tiny` (k 16, 1,536 latents,
-    3·10⁵ tokens) end at an FVU of .163 .370 .342 .282 by layer at 1e-3 and .129 .313 .291 .242 at 2e-3, a CLT at .244 and
-    .212; the first factor alone is 6.5e-4, both are 6.7e-3. benchmarks/learning_rate.py sweeps it.
+    corrects it for short runs, in which it is several times too low: held-out FVU of BatchTopK transcoders of `tiny` (k 16,
+    1,536 latents, 3·10⁵ tokens, mean over layers) is .292, .247, .212 and .198 at 1e-3, 2e-3, 4e-3 and 8e-3; the first factor
+    alone is 6.5e-4, both are 6.7e-3 (benchmarks/learning_rate.py and its results).
     """
     return 2e-4 / math.sqrt(d_dict / 2**14) * max(1.0, 1e8 / tokens) ** 0.4
 
@@ -165,8 +165,8 @@ def train_encoder(coder: Coder, target: TargetModel, data: DataConfig, config: T
 def _train(
     todo: list[tuple[str, Coder]], target: TargetModel, data: DataConfig, config: TrainConfig, folder: Path
 ) -> None:
-    steps = config.tokens // data.batch_tokens
-    if not steps:
+    steps = -(-config.tokens // data.batch_tokens)  # at least the tokens asked for
+    if config.tokens < data.batch_tokens:
         raise ValueError(f"{config.tokens} training tokens are less than a batch of {data.batch_tokens}: ask for more")
     store = ActivationsStore(target, data)
     students = [enrol(name, coder, store, config, folder) for name, coder in todo]

@@ -97,7 +97,7 @@ def main(s: Settings) -> None:
     if s.replot:
         return draw(s.output, __doc__)
     began, target = time.perf_counter(), load_target(s.target, s.device)
-    model, record = find_spd(target)
+    model, record = find_spd(target, ())  # the one there is
     origin = Origin(record.seed, record.train_tokens, record.train_seconds, record.name)
     held_out = held_out_tokens(target, s.rank_tokens + s.eval_tokens)
     n_rank = s.rank_tokens // target.context

@@ -82,7 +82,7 @@ def main(s: Settings) -> None:
     trained = train_coders(configs, target, s.tokens, s.batch, s.seed, folder)
     replacements = [
         *as_replacements(trained),
-        *(spd_replacements(target, find_spd(target), s.layers) if s.spd else []),
+        *(spd_replacements(target, find_spd(target, s.layers), s.layers) if s.spd else []),
         *baselines(target, s.layers, s.neurons),
     ]
     measured = evaluate(target, replacements, held_out_tokens(target, s.eval_tokens), ("frozen", "free"))

@@ -21,15 +21,15 @@ from pathlib import Path
 import matplotlib.pyplot as plt
 import torch
 import torch.nn.functional as F
-import tyro
 from jaxtyping import Float, Int
 from torch import Tensor
 
 from checkpoints import load_spd
 from config import GateConfig, Recon, SPDConfig, SPDTrainConfig
-from logs import REPOSITORY, atomic_path, write_settings
+from logs import atomic_path, write_settings
 from spd_model import ComponentModel
 from spd_training import SPDTrainer
+from study import find_spd, settings_for
 from target_models import TargetModel, likes_bf16, load_target
 from token_stream import TokenStream, take_tokens
 
@@ -39,7 +39,7 @@ COLUMNS = ["gate", "probe_ce", "shuffled_ce", "current_token_ce", "model_ce", "l
 @dataclass(frozen=True)
 class Settings:
     target: str = "tiny"
-    checkpoint: str = "assets/spd_tiny"
+    checkpoint: str = ""  # of an SPD, a folder or a W&B artifact; empty: the target's own
     tokens: int = 102_400  # half of them, in sequences drawn at random, train the probe; the others measure it
     classes: int = 256  # most frequent next tokens; positions with others are left out
     probe_steps: int = 1000
@@ -95,7 +95,7 @@ def with_gate(own: ComponentModel, target: TargetModel, causal: bool, s: Setting
 def main(s: Settings) -> None:
     began = time.perf_counter()
     target = load_target(s.target, "cpu")
-    own, _ = load_spd(str(REPOSITORY / s.checkpoint), target)
+    own, _ = load_spd(s.checkpoint, target) if s.checkpoint else find_spd(target, ())
     tokens = take_tokens(TokenStream(target.data, target.tokenizer, "val", 16, target.context), s.tokens)
     tokens = tokens[torch.randperm(len(tokens), generator=torch.Generator().manual_seed(s.seed))]
     nexts, current = tokens[:, 1:].flatten(), tokens[:, :-1].flatten()
@@ -139,4 +139,4 @@ def draw(folder: Path) -> None:
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Settings))
+    main(settings_for({"tiny": Settings()}, __doc__))
