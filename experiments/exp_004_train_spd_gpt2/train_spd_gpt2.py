@@ -8,8 +8,8 @@ factorisation in place of faithfulness warm-up. `study.train_decomposition` says
     python experiments/exp_004_train_spd_gpt2/train_spd_gpt2.py                # GPT-2, layer 8: GPU, network, a day
     python experiments/exp_004_train_spd_gpt2/train_spd_gpt2.py --target tiny  # layer 2 of `tiny`, 7 minutes of one core
     python experiments/exp_004_train_spd_gpt2/train_spd_gpt2.py --target tiny --layers 0 1 2 3 --components 512 \\
+        --steps 2000 --ship assets/spd_tiny                                    # the shipped decomposition, 46 minutes
     … --replot draws the figure again from points.csv
-        --steps 2000 --ship assets/spd_tiny                                    # the shipped decomposition, 45 minutes
 """
 
 import copy
