@@ -508,6 +508,7 @@ class Neurons(Replacement):
 class AffineMap(NamedTuple):
     weight: Float[Tensor, "layer d_out d_in"]
     bias: Float[Tensor, "layer d_out"]
+    y_mean: Float[Tensor, "layer d_out"]  # of the targets it was fitted to
 
 
 def fit_affine(
@@ -529,7 +530,7 @@ def fit_affine(
     cov_xx = xx / n - x_mean[:, :, None] * x_mean[:, None, :]
     cov_xy = xy / n - x_mean[:, :, None] * y_mean[:, None, :]
     weight = (torch.linalg.pinv(cov_xx.cpu(), rtol=1e-10, hermitian=True).to(xy.device) @ cov_xy).mT
-    return AffineMap(weight.float(), (y_mean - (weight @ x_mean[:, :, None])[..., 0]).float())
+    return AffineMap(weight.float(), (y_mean - (weight @ x_mean[:, :, None])[..., 0]).float(), y_mean.float())
 
 
 class _Baseline(Replacement):

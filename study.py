@@ -108,14 +108,14 @@ def as_replacements(checkpoints: Sequence[Checkpoint], top_k: int | None = None)
 
 def baselines(target: TargetModel, layers: Sequence[int], neurons: Sequence[int]) -> list[Replacement]:
     """Neurons at each k, the least-squares affine map, and identity, zero and mean ablation; the last three at any site."""
-    data = DataConfig(tuple(layers), batch_tokens=8192, buffer_tokens=BASELINE_TOKENS, model_batch=32)
+    data = DataConfig(tuple(layers), batch_tokens=8192, buffer_tokens=16_384, model_batch=32)
     store = ActivationsStore(target, data)
     batches = itertools.islice(store, max(1, BASELINE_TOKENS // data.batch_tokens))
-    ablations = [Identity(layers), Zero(layers), Mean(layers, store.stats.y_mean)]
+    maps = fit_affine((batch.inputs, batch.targets) for batch in batches)
+    ablations = [Identity(layers), Zero(layers), Mean(layers, maps.y_mean)]
     if target.site != "mlp_out":  # x is y there: nothing to map, and no neurons
         return ablations
-    affine = Affine(layers, fit_affine((batch.inputs, batch.targets) for batch in batches))
-    return [*(Neurons(target, layers, k) for k in neurons), affine, *ablations]
+    return [*(Neurons(target, layers, k) for k in neurons), Affine(layers, maps), *ablations]
 
 
 def write_report(

@@ -256,20 +256,15 @@ def _reads(toy: Toy, model: ComponentModel) -> list[tuple[Tensor, Tensor, Tensor
 
 
 def recovery(toy: Toy, model: ComponentModel) -> tuple[Float[Tensor, "stack"], Float[Tensor, "stack"]]:
-    """(MMCS, ML2R) of each seed. Over several layers, W_j is what feature j feeds to all of them, concatenated."""
-    reads = _reads(toy, model)
-    W = torch.cat([W for W, _, _ in reads], -1)  # stack, feature, out
+    """(MMCS, ML2R) of each seed, W_j what feature j feeds to one layer; means over layers."""
     cosines, ratios = [], []
-    start = 0
-    for own, V, U in reads:
-        part = W[..., start : start + own.shape[-1]]
-        start += own.shape[-1]
-        dot = V * (part @ U.mT)  # ⟨U_c V_cj, W_j⟩: stack, feature, component
-        norm = V.abs() * U.norm(dim=-1)[:, None]
-        cosines.append(dot / (norm * W.norm(dim=-1, keepdim=True)).clamp_min(1e-12))
-        ratios.append(norm / W.norm(dim=-1, keepdim=True))
-    best, index = torch.cat(cosines, -1).max(-1)
-    return best.mean(-1), torch.cat(ratios, -1).gather(-1, index[..., None]).mean((-1, -2))
+    for W, V, U in _reads(toy, model):
+        dot = V * (W @ U.mT)  # ⟨U_c V_cj, W_j⟩: stack, feature, component
+        norm, length = V.abs() * U.norm(dim=-1)[:, None], W.norm(dim=-1, keepdim=True)
+        best, index = (dot / (norm * length).clamp_min(1e-12)).max(-1, keepdim=True)
+        cosines.append(best.mean((-1, -2)))
+        ratios.append((norm / length).gather(-1, index).mean((-1, -2)))
+    return torch.stack(cosines).mean(0), torch.stack(ratios).mean(0)
 
 
 def importance_matrix(toy: Toy, model: ComponentModel) -> dict[str, Float[Tensor, "stack feature component"]]:
@@ -304,21 +299,16 @@ def dense_error(g: Float[Tensor, "feature component"], k: int, tolerance: float)
 def importance_errors(toy: Toy, g: dict[str, Float[Tensor, "stack feature component"]], tolerance: float) -> list[int]:
     """Per seed, summed over modules: features read and written one by one; identities and ResidMLP outputs dense.
 
-    In a ResidMLP of several layers each feature may be computed in any of them: the identity is that of all input
-    matrices together; each output matrix is dense of its layer's width.
+    In a ResidMLP of several layers each input matrix has an identity of its own (features are spread over all layers)
+    and each output matrix is dense of its layer's width.
     """
     stack = next(iter(g.values())).shape[0]
     if toy.kind == "tms":
-        ones = ["linear1", "linear2"]
-        dense = [path for path in g if path.startswith("hidden")]
-        return [
-            sum(identity_error(g[p][s], tolerance) for p in ones)
-            + sum(dense_error(g[p][s], toy.width, tolerance) for p in dense)
-            for s in range(stack)
-        ]
-    reads = torch.cat([g[f"layers.{i}.mlp_in"] for i in range(toy.layers)], -1)
-    writes = [g[f"layers.{i}.mlp_out"] for i in range(toy.layers)]
+        ones, dense = ["linear1", "linear2"], [path for path in g if path.startswith("hidden")]
+    else:
+        ones, dense = ([path for path in g if path.endswith(end)] for end in ("mlp_in", "mlp_out"))
     return [
-        identity_error(reads[s], tolerance) + sum(dense_error(w[s], toy.width, tolerance) for w in writes)
+        sum(identity_error(g[p][s], tolerance) for p in ones)
+        + sum(dense_error(g[p][s], toy.width, tolerance) for p in dense)
         for s in range(stack)
     ]

@@ -266,6 +266,7 @@ def test_affine_is_the_least_squares_fit_and_streams() -> None:
     x = torch.randn(2, 300, D, generator=g) + 1
     y = torch.randn(2, 300, 5, generator=g)
     maps = fit_affine(zip(x.split(70, dim=1), y.split(70, dim=1)))
+    torch.testing.assert_close(maps.y_mean, y.mean(1))
     for i in range(2):
         design = torch.cat([x[i], torch.ones(300, 1)], 1).double()
         solution = torch.linalg.lstsq(design, y[i].double()).solution.float()
