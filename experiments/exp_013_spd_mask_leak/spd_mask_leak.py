@@ -8,6 +8,7 @@ bidirectional, as Goodfire's are.
 
     python experiments/exp_013_spd_mask_leak/spd_mask_leak.py                    # the shipped decomposition of `tiny`
     python experiments/exp_013_spd_mask_leak/spd_mask_leak.py --gate-steps 1000  # and both transformer gates
+    … --replot draws the figure again from points.csv
 
 Expected: a per-position gate predicts about as well as, or less well than, the model itself; a bidirectional one better
 than any causal predictor could, if it leaks.
@@ -47,6 +48,7 @@ class Settings:
     gate_steps: int = 0  # steps of training each transformer gate; 0: only the decomposition's own gate
     seed: int = 0
     output: Path = Path(__file__).parent / "output"
+    replot: bool = False  # draw the figure from points.csv and stop
 
 
 def probe(x: Float[Tensor, "position feature"], y: Int[Tensor, "position"], s: Settings) -> float:
@@ -93,6 +95,8 @@ def with_gate(own: ComponentModel, target: TargetModel, causal: bool, s: Setting
 
 
 def main(s: Settings) -> None:
+    if s.replot:
+        return draw(s.output)
     began = time.perf_counter()
     target = load_target(s.target, "cpu")
     own, _ = load_spd(s.checkpoint, target) if s.checkpoint else find_spd(target, ())
@@ -136,6 +140,10 @@ def draw(folder: Path) -> None:
     figure.tight_layout()
     with atomic_path(folder / "mask_leak.png") as temporary:
         figure.savefig(temporary, dpi=130, format="png")
+    table = [COLUMNS, ["--"] * len(COLUMNS), *(row.values() for row in rows)]
+    lines = "\n".join("| " + " | ".join(cells) + " |" for cells in table)
+    text = f"# What SPD's masks tell of the next token\n\n![probes](mask_leak.png)\n\n{lines}\n\n```\n{__doc__}```\n"
+    (folder / "README.md").write_text(text)
 
 
 if __name__ == "__main__":
