@@ -70,9 +70,9 @@ def main(s: Settings) -> None:
     replacements = as_replacements(checkpoints) + baselines(target, s.layers, s.neuron_k)
     if s.retrain_spd:
         spd = train_decomposition(target, s.layers, 512, 192, s.spd_steps, 4, s.seed, s.checkpoints)
-        replacements += spd_replacements(target, spd, s.layers)
+        replacements += spd_replacements(target, spd, s.layers, deltas=(False,))
     elif s.target == "tiny":
-        replacements += spd_replacements(target, find_spd(target, s.layers), s.layers)
+        replacements += spd_replacements(target, find_spd(target, s.layers), s.layers, deltas=(False,))
     measured = evaluate(target, replacements, held_out_tokens(target, s.eval_tokens), ("single", "frozen", "free"))
     write_report(s.output, measured, s, "The main job", TEXT, began, s.device)
 

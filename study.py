@@ -251,13 +251,13 @@ def find_spd(target: TargetModel, layers: Sequence[int]) -> Decomposition:
     return Decomposition(*load_spd(str(found[0]), target))
 
 
-def spd_replacements(target: TargetModel, decomposition: Decomposition, layers: Sequence[int]) -> list[Replacement]:
-    """The decomposition at its own thresholds, importance above 0 and above 0.5, with and without the delta component."""
+def spd_replacements(
+    target: TargetModel, decomposition: Decomposition, layers: Sequence[int], deltas: Sequence[bool] = (False, True)
+) -> list[Replacement]:
+    """The decomposition at its own thresholds, importance above 0 and above 0.5, without and with the delta component."""
     model, record = decomposition
     origin = Origin(record.seed, record.train_tokens, record.train_seconds, record.name)
-    return [
-        SPD(target, model, t, delta=delta, layers=layers, origin=origin) for t in (0.0, 0.5) for delta in (False, True)
-    ]
+    return [SPD(target, model, t, delta=delta, layers=layers, origin=origin) for t in (0.0, 0.5) for delta in deltas]
 
 
 def spd_sweep(
