@@ -18,6 +18,7 @@ CE is over predicted tokens and KL over positions; FVU, L0 and firing leave each
     python -m evaluation FOLDER… --target gpt2 --format saelens         dictionaries in another library's format
 """
 
+import ctypes
 import gc
 import json
 from collections.abc import Sequence
@@ -222,7 +223,7 @@ def evaluate(
     with torch.inference_mode():
         for sequences in tqdm(tokens.split(batch), desc=f"{len(runs)} passes", unit="batch", mininterval=1.0):
             _measure_batch(target, everything, sequences.to(target.device), all_layers, tallies, moments, ce_original)
-            gc.collect()  # hooks and passes refer to each other, and with them to logits: memory would grow by the batch
+            _give_back_memory()
     reference = torch.cat(ce_original)
     draws = torch.randint(len(reference), (RESAMPLES, len(reference)), generator=torch.Generator().manual_seed(seed))
     original, commit = reference.mean().item(), git_commit()
@@ -273,6 +274,13 @@ def evaluate(
         )
         details += [LayerPoint(**identity, **detail._asdict()) for detail in summary.details]
     return Measurement(points, details)
+
+
+def _give_back_memory() -> None:
+    """Memory would grow by the batch: hooks and passes refer to each other, and glibc keeps the pages of what was freed."""
+    gc.collect()
+    if hasattr(libc := ctypes.CDLL(None), "malloc_trim"):
+        libc.malloc_trim(0)
 
 
 def _measure_batch(
