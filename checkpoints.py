@@ -73,7 +73,8 @@ def coder_name(target: str, config: SAEConfig | EncoderConfig | CLTConfig, seed:
 
 
 def save_checkpoint(folder: Path, model: Coder | ComponentModel, record: TrainingRecord) -> None:
-    """config.json goes first and comes last: a folder that has it is whole, also where it held another checkpoint."""
+    """Of a decomposition, components and gates without the target. config.json goes first and comes last: a folder that
+    has it is whole, also where it held another checkpoint."""
     check_room(folder / ENCODER, model.state_dict())
     (folder / CONFIG).unlink(missing_ok=True)
     save_tensors(folder / ENCODER, model.state_dict())
@@ -142,11 +143,6 @@ def load_checkpoint(reference: str, device: str) -> Checkpoint:
     coder = build_coder(config, torch.Generator())
     load_state(coder, load_tensors(folder / ENCODER, "cpu"), reference)
     return Checkpoint(coder.to(device).eval(), record, reference)
-
-
-def save_spd(folder: Path, model: ComponentModel, record: TrainingRecord) -> None:
-    """A decomposition without its target: components and gates."""
-    save_checkpoint(folder, model, record)
 
 
 def load_spd(reference: str, target: TargetModel) -> tuple[ComponentModel, TrainingRecord]:

@@ -1,7 +1,6 @@
 """What every study shares: which coders to train, what to measure them against, and how the results are written down."""
 
 import itertools
-import re
 import sys
 import time
 from collections.abc import Sequence
@@ -14,7 +13,16 @@ from jaxtyping import Int
 from torch import Tensor
 
 from activation_store import ActivationsStore, DataConfig
-from checkpoints import CHECKPOINTS, CONFIG, Checkpoint, TrainingRecord, build_coder, load_spd, save_spd
+from checkpoints import (
+    CHECKPOINTS,
+    CONFIG,
+    Checkpoint,
+    TrainingRecord,
+    build_coder,
+    load_spd,
+    read_config,
+    save_checkpoint,
+)
 from clt import CrossLayerTranscoder
 from config import CLTConfig, EncoderConfig, GateConfig, Recon, Rule, SAEConfig, SPDConfig, SPDTrainConfig, TrainConfig
 from evaluation import Measurement
@@ -127,16 +135,16 @@ def write_report(
     write_layers(folder / "layers.csv", measured.layers)
     write_settings(folder, settings, device, time.perf_counter() - began)
     (folder / "README.md").write_text(f"# {title}\n\n{text}\n\n{FIGURE}\n")
-    print(replot(folder))
+    replot(folder)
 
 
-def replot(folder: Path) -> str:
-    """Draw pareto.png and write the README's table from points.csv alone; returns the table."""
+def replot(folder: Path) -> None:
+    """Draw pareto.png and write the README's table from points.csv alone; prints the table."""
     points, readme = read_points(folder / "points.csv"), folder / "README.md"
     draw(points, folder / "pareto.png")
     table = markdown_table(points)
     readme.write_text(f"{readme.read_text().partition(FIGURE)[0]}{FIGURE}\n\n{table}\n")
-    return table
+    print(table)
 
 
 def settings_for[S](presets: dict[str, S], doc: str | None) -> S:
@@ -225,7 +233,7 @@ def train_decomposition(
     seconds = train_spd(model, stream, train, folder / name, name, autocast=likes_bf16(target.device))
     tokens = steps * batch * target.context
     record = TrainingRecord(name, target.name, target.fingerprint, tokens, seconds, seed, git_commit(), recipe)
-    save_spd(folder / name, model, record)
+    save_checkpoint(folder / name, model, record)
     return Decomposition(model, record)
 
 
@@ -237,12 +245,9 @@ def find_spd(target: TargetModel, layers: Sequence[int]) -> Decomposition:
     shipped = ASSETS / f"spd_{target.name}"
     if shipped.exists():
         return Decomposition(*load_spd(str(shipped), target))
-    found = [
-        path.parent
-        for path in sorted(checkpoint_folder(target.name).glob(f"*_spd_L*/{CONFIG}"))
-        if set(layers)
-        <= {int(layer) for layer in re.findall(r"\d+", path.parent.name.split("_spd_L")[1].split("_")[0])}
-    ]
+    wanted = {path for layer in layers for path in mlp_matrices(target, layer)}
+    folders = sorted(file.parent for file in checkpoint_folder(target.name).glob(f"*_spd_*/{CONFIG}"))
+    found = [folder for folder in folders if wanted <= dict(read_config(folder)[0].components).keys()]
     if len(found) != 1:
         names = ", ".join(folder.name for folder in found) or "none"
         raise ValueError(

@@ -8,7 +8,7 @@ from conftest import make_small_target, write_corpus
 from test_replacement import D, clt, transcoders
 
 import evaluation
-from checkpoints import TrainingRecord, save_checkpoint, save_spd
+from checkpoints import TrainingRecord, save_checkpoint
 from config import BatchTopK, EncoderConfig, GateConfig, SPDConfig, TopK
 from interop import export
 from pareto import read_layers, read_points
@@ -37,7 +37,7 @@ def checkpoints(small_target: TargetModel, tmp_path: Path, monkeypatch: pytest.M
         save_checkpoint(Path(folders[name]), coder, record(small_target))
     config = SPDConfig((("h.*.mlp.*", 12),), GateConfig("shared_mlp", (8,)))
     model = ComponentModel(small_target.model, config, torch.Generator().manual_seed(0))
-    save_spd(Path(folders["spd"]), model, record(small_target))
+    save_checkpoint(Path(folders["spd"]), model, record(small_target))
     return folders
 
 

@@ -48,8 +48,7 @@ PRESETS = {"pile": Settings(), "tiny": Settings("tiny", d_dict=1536, tokens=1_00
 
 def main(s: Settings) -> None:
     if s.replot:
-        print(replot(s.output))
-        return
+        return replot(s.output)
     began = time.perf_counter()
     target = load_target(s.target, s.device)
     layers, d = tuple(range(len(s.top_k))), target.d_model

@@ -51,8 +51,7 @@ PRESETS = {
 
 def main(s: Settings) -> None:
     if s.replot:
-        print(replot(s.output))
-        return
+        return replot(s.output)
     began = time.perf_counter()
     target = load_target(s.target, s.device)
     layers, d = tuple(range(len(s.top_k))), target.d_model

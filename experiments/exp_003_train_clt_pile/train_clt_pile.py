@@ -52,8 +52,7 @@ PRESETS = {
 
 def main(s: Settings) -> None:
     if s.replot:
-        print(replot(s.output))
-        return
+        return replot(s.output)
     began = time.perf_counter()
     target = load_target(s.target, s.device)
     configs = clt_configs(target, s.layers, [BatchTopK(k) for k in s.top_k], s.d_dict)

@@ -17,7 +17,7 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from checkpoints import save_spd
+from checkpoints import save_checkpoint
 from evaluation import evaluate
 from study import (
     baselines,
@@ -60,8 +60,7 @@ PRESETS = {
 
 def main(s: Settings) -> None:
     if s.replot:
-        print(replot(s.output))
-        return
+        return replot(s.output)
     began = time.perf_counter()
     target = load_target(s.target, s.device)
     decomposition = train_decomposition(
@@ -77,7 +76,7 @@ def main(s: Settings) -> None:
         s.minimality,
     )
     if s.ship != Path():
-        save_spd(s.ship, copy.deepcopy(decomposition.model).half(), decomposition.record)
+        save_checkpoint(s.ship, copy.deepcopy(decomposition.model).half(), decomposition.record)
     replacements = spd_replacements(target, decomposition, s.layers) + baselines(target, s.layers, (16, 64, 256))
     measured = evaluate(target, replacements, held_out_tokens(target, s.eval_tokens))
     write_report(s.output, measured, s, "SPD of MLP matrices", __doc__, began, s.device)

@@ -53,8 +53,7 @@ PRESETS = {
 
 def main(s: Settings) -> None:
     if s.replot:
-        print(replot(s.output))
-        return
+        return replot(s.output)
     began = time.perf_counter()
     target = load_target(s.target, s.device)
     config = EncoderConfig(s.layer, target.d_model, target.d_model, s.d_dict, BatchTopK(s.trained_k))

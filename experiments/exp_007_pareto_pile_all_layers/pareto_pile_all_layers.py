@@ -57,8 +57,7 @@ PRESETS = {
 
 def main(s: Settings) -> None:
     if s.replot:
-        print(replot(s.output))
-        return
+        return replot(s.output)
     began = time.perf_counter()
     target = load_target(s.target, s.device)
     rule, folder = [BatchTopK(s.trained_k)], checkpoint_folder(s.target)

@@ -60,8 +60,7 @@ def train_layer(s: Settings, layer: int, device: str) -> None:
 
 def main(s: Settings) -> None:
     if s.replot:
-        print(replot(s.output))
-        return
+        return replot(s.output)
     began = time.perf_counter()
     run_jobs([Job(f"layer {layer}", train_layer, (s, layer)) for layer in s.layers], s.devices)
     target = load_target(s.target, s.devices[0])

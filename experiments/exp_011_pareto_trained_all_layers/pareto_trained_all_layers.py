@@ -69,8 +69,7 @@ PRESETS = {
 
 def main(s: Settings) -> None:
     if s.replot:
-        print(replot(s.output))
-        return
+        return replot(s.output)
     began = time.perf_counter()
     target = load_target(s.target, s.device)
     folder = checkpoint_folder(s.target)

@@ -4,8 +4,8 @@
     python experiments/exp_012_spd_known_mechanisms/spd_known_mechanisms.py --toys tms_5-2  # one toy, minutes
 
 The seeds of a toy (target and decomposition both) run side by side in batched products. Expected: one component per
-feature in linear1 and linear2 (MMCS 1, no importance error); in a ResidMLP one per feature over all input matrices
-together, and outputs of rank 50, 25 per layer, 17 per layer. ResidMLPs run without ever forming their embedding.
+feature in linear1 and linear2 (MMCS 1, no importance error); in a ResidMLP one per feature in each input matrix, and
+outputs of rank 50, 25 per layer, 17 per layer. ResidMLPs run without ever forming their embedding.
 """
 
 import csv
