@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from config import CLTConfig
 from sparse_ops import Codes, decode
-from sparsity import ActivationStats, Coder, SparseEncoder, latent_bias
+from sparsity import ActivationStats, Coder, SparseEncoder, latent_bias, unscaled
 
 
 class CrossLayerTranscoder(Coder):
@@ -52,7 +52,7 @@ class CrossLayerTranscoder(Coder):
 
     def encode_with_penalty(self, x: Float[Tensor, "layer batch d_in"]) -> tuple[tuple[Codes, ...], Float[Tensor, ""]]:
         pairs = [
-            encoder.encode_with_penalty(x[i] * self.x_scale[i], self.W_dec[i].norm(dim=1))
+            encoder.encode_with_penalty(x[i] * self.x_scale[i], self.W_dec[i])
             for i, encoder in enumerate(self.encoders)
         ]
         return tuple(codes for codes, _ in pairs), torch.stack([penalty for _, penalty in pairs]).mean()
@@ -62,7 +62,7 @@ class CrossLayerTranscoder(Coder):
         assert len(codes) == j + 1, f"layer {j} is written by {j + 1} layers, not {len(codes)}"
         d = self.config.d_out
         parts = [decode(codes[i], self.W_dec[i][:, (j - i) * d : (j - i + 1) * d]) for i in range(j + 1)]
-        return (sum(parts) + self.b_dec[j]) / self.y_scale[j]
+        return unscaled(sum(parts), self.b_dec[j], self.y_scale[j])
 
     def _gather(self, per_source: list[Float[Tensor, "batch targets_d_out"]]) -> Float[Tensor, "layer batch d_out"]:
         """Sum what each source writes: per_source[i] holds targets i…n−1 side by side."""
@@ -72,7 +72,7 @@ class CrossLayerTranscoder(Coder):
 
     def decode(self, codes: tuple[Codes, ...]) -> Float[Tensor, "layer batch d_out"]:
         wide = [decode(codes_i, self.W_dec[i]) for i, codes_i in enumerate(codes)]
-        return (self._gather(wide) + self.b_dec[:, None]) / self.y_scale[:, None, None]
+        return unscaled(self._gather(wide), self.b_dec[:, None], self.y_scale[:, None, None])
 
     def aux_reconstruction(self, x: Float[Tensor, "layer batch d_in"]) -> Float[Tensor, "layer batch d_out"]:
         """What every layer's dead latents would write to every target, without b_dec, in raw units."""

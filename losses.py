@@ -21,7 +21,8 @@ def fvu(
     variance: Float[Tensor, "*layer"],
 ) -> Float[Tensor, "*layer"]:
     """Fraction of variance unexplained, per layer. `variance` = E‖y − ȳ‖² per token, from a large sample."""
-    return (y - y_hat).float().square().sum(-1).mean(-1) / variance
+    errors = F.mse_loss(y_hat.float(), y.float(), reduction="none")  # one pass over memory, and one in its gradient
+    return errors.sum((-1, -2)) / (y.shape[-2] * variance)
 
 
 def auxk(e: Float[Tensor, "batch d_out"], e_hat: Float[Tensor, "batch d_out"]) -> Float[Tensor, ""]:

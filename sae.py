@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from config import BatchTopK, JumpReLU, Relu, SAEConfig, TopK
 from sparse_ops import Codes, decode
-from sparsity import ActivationStats, Coder, SparseEncoder
+from sparsity import ActivationStats, Coder, SparseEncoder, unscaled
 
 
 class BaseAutoencoder(Coder):
@@ -46,10 +46,10 @@ class BaseAutoencoder(Coder):
         return self.encoder.encode(x * self.x_scale - self.b_dec)
 
     def encode_with_penalty(self, x: Float[Tensor, "batch d_in"]) -> tuple[Codes, Float[Tensor, ""]]:
-        return self.encoder.encode_with_penalty(x * self.x_scale - self.b_dec, self.W_dec.norm(dim=1))
+        return self.encoder.encode_with_penalty(x * self.x_scale - self.b_dec, self.W_dec)
 
     def decode(self, codes: Codes) -> Float[Tensor, "batch d_in"]:
-        return (decode(codes, self.W_dec) + self.b_dec) / self.x_scale
+        return unscaled(decode(codes, self.W_dec), self.b_dec, self.x_scale)
 
     def aux_reconstruction(self, x: Float[Tensor, "batch d_in"]) -> Float[Tensor, "batch d_in"]:
         """What the dead latents would write, without b_dec: AuxK's ê in raw units."""

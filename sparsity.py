@@ -120,12 +120,12 @@ class SparseEncoder(nn.Module):
         raise AssertionError(f"{self.rule} is deployed without a threshold")
 
     def encode_with_penalty(
-        self, x: Float[Tensor, "batch d_in"], norms: Float[Tensor, "d_dict"]
+        self, x: Float[Tensor, "batch d_in"], W_dec: Float[Tensor, "d_dict targets_d_out"]
     ) -> tuple[Codes, Float[Tensor, ""]]:
-        """Codes and the rule's penalty per token; `norms` = ‖W_dec‖ of each latent (over all targets of a CLT)."""
+        """Codes and the rule's penalty per token, which weighs a latent by ‖W_dec‖ (over all targets of a CLT)."""
         if isinstance(self.rule, TopK | BatchTopK):
             return self.encode(x), x.new_zeros(())
-        pre = self.pre_activations(x)
+        pre, norms = self.pre_activations(x), W_dec.norm(dim=1)
         if isinstance(self.rule, Relu):
             a = pre.relu()
             return from_dense(a), self.rule.l1 * (a @ norms).mean()
@@ -238,6 +238,13 @@ class Coder(nn.Module):
 
     def constrain_weights(self) -> None:
         """After the optimiser's step; only SAEs constrain anything."""
+
+
+def unscaled(
+    y: Float[Tensor, "*layer batch d_out"], b_dec: Float[Tensor, "*#layer batch d_out"], scale: Float[Tensor, "*#layer"]
+) -> Float[Tensor, "*layer batch d_out"]:
+    """(y + b_dec) / scale in one pass over memory."""
+    return torch.addcmul(b_dec / scale, y, 1 / scale)
 
 
 def latent_bias(W_enc: Float[Tensor, "d_dict d_in"], mean: Float[Tensor, "d_in"]) -> Float[Tensor, "d_dict"]:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from config import BatchTopK, EncoderConfig, JumpReLU, Relu, TopK
 from sparse_ops import Codes, decode
-from sparsity import ActivationStats, Coder, SparseEncoder, latent_bias
+from sparsity import ActivationStats, Coder, SparseEncoder, latent_bias, unscaled
 
 
 class BaseTranscoder(Coder):
@@ -46,11 +46,11 @@ class BaseTranscoder(Coder):
         return self.encoder.encode(x * self.x_scale)
 
     def encode_with_penalty(self, x: Float[Tensor, "batch d_in"]) -> tuple[Codes, Float[Tensor, ""]]:
-        return self.encoder.encode_with_penalty(x * self.x_scale, self.W_dec.norm(dim=1))
+        return self.encoder.encode_with_penalty(x * self.x_scale, self.W_dec)
 
     def decode(self, codes: Codes) -> Float[Tensor, "batch d_out"]:
         """The codes' part and the bias; a skip's part is `skip_output`."""
-        return (decode(codes, self.W_dec) + self.b_dec) / self.y_scale
+        return unscaled(decode(codes, self.W_dec), self.b_dec, self.y_scale)
 
     def skip_output(self, x: Float[Tensor, "batch d_in"]) -> Float[Tensor, "batch d_out"]:
         return (x * self.x_scale) @ self.W_skip.T / self.y_scale
