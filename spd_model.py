@@ -138,29 +138,36 @@ def scalar_mlp(
     return (F.gelu(h[..., None] * w1 + b1) * w2).sum(-1) + b2
 
 
-def _normal(u: Tensor) -> tuple[Tensor, Tensor]:
-    """(Φ(u), φ(u)) with one exponential for both: Φ by Abramowitz & Stegun 7.1.26, error below 1e-7."""
-    e = torch.exp(-0.5 * u * u)
-    t = 1 / (1 + 0.3275911 / 2**0.5 * u.abs())
-    a = (0.254829592, -0.284496736, 1.421413741, -1.453152027, 1.061405429)
-    tail = 0.5 * e * t * (a[0] + t * (a[1] + t * (a[2] + t * (a[3] + t * a[4]))))
-    return torch.where(u > 0, 1 - tail, tail), e * (2 * torch.pi) ** -0.5
+# Φ(u) − ½ and gelu′(u) − ½ are odd: u P(u²)/Q(u²), fitted on |u| ≤ 5.5, where both have reached ±½. Error below 4e-7.
+_CDF = ((0.398942235, 0.0338527866, 0.00467726962, 0.000168827147, 6.35213218e-06, 2.27493234e-08),
+        (1.0, 0.25152227, 0.0286459528, 0.00188445314, 7.36479966e-05, 1.19750376e-06))  # fmt: skip
+_SLOPE = ((0.79788532, -0.0309439119, 0.0142190387, 2.05932732e-05, 3.58031937e-05, 1.90872134e-07),
+          (1.0, 0.294558746, 0.0409885194, 0.00352182007, 0.000192060362, 8.88711771e-06))  # fmt: skip
+
+
+def _polynomial(s: Tensor, a: tuple[float, ...]) -> Tensor:
+    return a[0] + s * (a[1] + s * (a[2] + s * (a[3] + s * (a[4] + s * a[5]))))
+
+
+def _gelu_and_slope(u: Tensor) -> tuple[Tensor, Tensor]:
+    """(gelu(u), gelu′(u)) without an exponential: a fifth of the time where registers hold it all."""
+    v = u.clamp(-5.5, 5.5)
+    s = v * v
+    cdf, slope = (0.5 + v * (_polynomial(s, P) / _polynomial(s, Q)) for P, Q in (_CDF, _SLOPE))
+    return u * cdf, slope
 
 
 def _scalar_forward(h: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor) -> tuple[Tensor, Tensor]:
     """(z, dz/dh), positions last. h: (*stack, C, N); w1, b1, w2: (*stack, C, hidden)."""
-    u = h[..., None, :] * w1[..., None] + b1[..., None]
-    cdf, pdf = _normal(u)
-    z = (u * cdf * w2[..., None]).sum(-2) + b2[..., None]
-    return z, ((cdf + u * pdf) * (w1 * w2)[..., None]).sum(-2)
+    gelu, slope = _gelu_and_slope(h[..., None, :] * w1[..., None] + b1[..., None])
+    return (gelu * w2[..., None]).sum(-2) + b2[..., None], (slope * (w1 * w2)[..., None]).sum(-2)
 
 
 def _scalar_backward(g: Tensor, h: Tensor, w1: Tensor, b1: Tensor, w2: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of w1, b1, w2, the hidden units recomputed."""
-    u = h[..., None, :] * w1[..., None] + b1[..., None]
-    cdf, pdf = _normal(u)
-    d = (cdf + u * pdf) * g[..., None, :]
-    return (d * h[..., None, :]).sum(-1) * w2, d.sum(-1) * w2, (u * cdf * g[..., None, :]).sum(-1)
+    gelu, slope = _gelu_and_slope(h[..., None, :] * w1[..., None] + b1[..., None])
+    d = slope * g[..., None, :]
+    return (d * h[..., None, :]).sum(-1) * w2, d.sum(-1) * w2, (gelu * g[..., None, :]).sum(-1)
 
 
 _compiled_forward = torch.compile(_scalar_forward, dynamic=False)
