@@ -59,9 +59,9 @@ RECIPES = {
     "tms_40-10": Recipe(200, SCALAR, 1e-4, 2.0, 1e-3, "cosine", 10_000, 1024),
     "tms_40-10_id": Recipe(200, SCALAR, 1e-4, 2.0, 1e-3, "cosine", 10_000, 1024),
     "resid_1": Recipe(100, SCALAR, 1e-5, 2.0, 2e-3, "cosine", 20_000, 1024),
-    "resid_2": Recipe(100, GateConfig("shared_mlp", (256,)), 1e-4, 2.0, 2e-3, "cosine", 1200, 512,
+    "resid_2": Recipe(100, GateConfig("shared_mlp", (256,)), 1e-4, 2.0, 1e-3, "cosine", 12_000, 512,
                       (Recon(2.0, routing="subset"), Recon(2.0, "pgd", "subset", 1, 1.0))),
-    "resid_3": Recipe(100, SCALAR, 1e-5, 2.0, 2e-3, "cosine", 600, 512),
+    "resid_3": Recipe(100, SCALAR, 1e-5, 2.0, 2e-3, "cosine", 12_000, 512),
 }  # fmt: skip
 
 
