@@ -138,7 +138,7 @@ def scalar_mlp(
     return (F.gelu(h[..., None] * w1 + b1) * w2).sum(-1) + b2
 
 
-# Φ(u) − ½ and gelu′(u) − ½ are odd: u P(u²)/Q(u²), fitted on |u| ≤ 5.5, where both have reached ±½. Error below 4e-7.
+# Φ(u) − ½ and gelu′(u) − ½ are odd: u P(u²)/Q(u²), fitted on |u| ≤ 5.5, where both have reached ±½. Error in float32 below 5e-7.
 _CDF = ((0.398942235, 0.0338527866, 0.00467726962, 0.000168827147, 6.35213218e-06, 2.27493234e-08),
         (1.0, 0.25152227, 0.0286459528, 0.00188445314, 7.36479966e-05, 1.19750376e-06))  # fmt: skip
 _SLOPE = ((0.79788532, -0.0309439119, 0.0142190387, 2.05932732e-05, 3.58031937e-05, 1.90872134e-07),

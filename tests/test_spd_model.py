@@ -239,6 +239,15 @@ def test_stacked_seeds_train_as_each_would_alone() -> None:
             torch.testing.assert_close(grad[0], stacked[name][i], atol=1e-6, rtol=1e-4)
 
 
+def test_rational_gelu_and_its_slope() -> None:
+    u = torch.linspace(-20, 20, 40_001, dtype=torch.float64).requires_grad_()
+    exact = torch.nn.functional.gelu(u)
+    (exact_slope,) = torch.autograd.grad(exact.sum(), u)
+    gelu, slope = spd_model._gelu_and_slope(u.detach().float())
+    assert ((gelu - exact).abs() / (1 + u.abs())).max() < 3e-7  # a few roundings of u
+    assert (slope - exact_slope).abs().max() < 5e-7
+
+
 def test_compiled_gate_is_the_eager_one_with_its_gradients(monkeypatch) -> None:  # type: ignore[no-untyped-def]
     """Its two passes, uncompiled here to save the compiler's seconds, on a stack and on (batch, position)."""
     monkeypatch.setattr(spd_model, "_compiled_forward", spd_model._scalar_forward)

@@ -7,7 +7,7 @@ with --gate-steps, gates trained in place of its own, the components kept: one c
 bidirectional, as Goodfire's are.
 
     python experiments/exp_013_spd_mask_leak/spd_mask_leak.py                    # the shipped decomposition of `tiny`
-    python experiments/exp_013_spd_mask_leak/spd_mask_leak.py --gate-steps 1000  # and both transformer gates
+    python experiments/exp_013_spd_mask_leak/spd_mask_leak.py --gate-steps 400   # and both transformer gates
     … --replot draws the figure again from points.csv
 
 Expected: a per-position gate predicts about as well as, or less well than, the model itself; a bidirectional one better
@@ -24,6 +24,7 @@ import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
+from tqdm import trange
 
 from checkpoints import load_spd
 from config import GateConfig, Recon, SPDConfig, SPDTrainConfig
@@ -89,7 +90,7 @@ def with_gate(own: ComponentModel, target: TargetModel, causal: bool, s: Setting
     trainer = SPDTrainer(model, recipe, autocast=likes_bf16(target.device))
     model._components.requires_grad_(False)
     stream = TokenStream(target.data, target.tokenizer, "train", 4, target.context, s.seed)
-    for _ in range(s.gate_steps):
+    for _ in trange(s.gate_steps, desc="causal gate" if causal else "bidirectional gate", mininterval=2.0):
         trainer.step(next(stream))
     return model
 
