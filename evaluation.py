@@ -18,8 +18,6 @@ CE is over predicted tokens and KL over positions; FVU, L0 and firing leave each
     python -m evaluation FOLDER… --target gpt2 --format saelens         dictionaries in another library's format
 """
 
-import ctypes
-import gc
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -35,6 +33,7 @@ from tyro.conf import Positional
 from checkpoints import CONFIG, Checkpoint, TrainingRecord, check_target, load_checkpoint, load_spd, resolve
 from config import Site
 from logs import git_commit
+from memory import give_back_memory
 from pareto import LayerPoint, ParetoPoint, markdown_table, read_layers, read_points, write_layers, write_points
 from replacement import SPD, Active, Identity, Mean, Module, Observer, Origin, Pass, Replacement, Zero, replaced
 from target_models import Captured, TargetModel, at_site, kept_streams, load_target, resumed
@@ -223,7 +222,7 @@ def evaluate(
     with torch.inference_mode():
         for sequences in tqdm(tokens.split(batch), desc=f"{len(runs)} passes", unit="batch", mininterval=1.0):
             _measure_batch(target, everything, sequences.to(target.device), all_layers, tallies, moments, ce_original)
-            _give_back_memory()
+            give_back_memory()
     reference = torch.cat(ce_original)
     draws = torch.randint(len(reference), (RESAMPLES, len(reference)), generator=torch.Generator().manual_seed(seed))
     original, commit = reference.mean().item(), git_commit()
@@ -274,13 +273,6 @@ def evaluate(
         )
         details += [LayerPoint(**identity, **detail._asdict()) for detail in summary.details]
     return Measurement(points, details)
-
-
-def _give_back_memory() -> None:
-    """Memory would grow by the batch: hooks and passes refer to each other, and glibc keeps the pages of what was freed."""
-    gc.collect()
-    if hasattr(libc := ctypes.CDLL(None), "malloc_trim"):
-        libc.malloc_trim(0)
 
 
 def _measure_batch(

@@ -22,6 +22,7 @@ from checkpoints import load_tensors, save_tensors
 from config import Recon, SPDTrainConfig, to_json
 from logs import Logger
 from losses import annealed_p, faithfulness, importance_minimality, mean_kl, squared_error
+from memory import keep_freed_memory
 from spd_model import (
     ComponentModel,
     Mask,
@@ -199,6 +200,7 @@ def train_spd(
 ) -> float:
     """Train in place; returns the seconds it took, interruptions left out. An interrupted call goes on from
     `folder`/state.pt. Raises RuntimeError when the loss is not finite."""
+    keep_freed_memory()
     trainer, state_file, seconds = SPDTrainer(model, config, autocast), folder / "state.pt", 0.0
     if state_file.exists():
         state = load_tensors(state_file, "cpu")

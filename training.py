@@ -38,6 +38,7 @@ from checkpoints import (
 from config import BatchTopK, TrainConfig, to_json
 from logs import Logger, git_commit
 from losses import auxk, fvu
+from memory import keep_freed_memory
 from sae import BaseAutoencoder
 from sparsity import ActivationStats, Coder, codes_by_layer
 from target_models import TargetModel
@@ -168,6 +169,7 @@ def _train(
     steps = -(-config.tokens // data.batch_tokens)  # at least the tokens asked for
     if config.tokens < data.batch_tokens:
         raise ValueError(f"{config.tokens} training tokens are less than a batch of {data.batch_tokens}: ask for more")
+    keep_freed_memory()
     store = ActivationsStore(target, data)
     students = [enrol(name, coder, store, config, folder) for name, coder in todo]
     group = hashlib.sha256(" ".join(student.name for student in students).encode()).hexdigest()[:12]

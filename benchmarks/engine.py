@@ -1,9 +1,10 @@
 """What one optimiser step costs: ours, other libraries', dense twins', and the encoder product no coder can avoid.
 
 A step is forward, backward, clipping and fused Adam on Gaussian activations. All trainers of a size are in one process
-and take turns; medians count. Two parts need more: `peers` the packages of requirements.txt, `group` the tiny model.
+and take turns; medians count. `peers` needs the environment that requirements.txt speaks of; `group` and `main_job`
+run on activations of the embedded model.
 
-    python benchmarks/engine.py --parts peers memory clt clt_growth group draw      # minutes; two threads
+    python benchmarks/engine.py --parts peers memory clt clt_growth group main_job draw  # minutes; two threads
 
 results/engine.csv holds ratios alone: `speed` is tokens/s over those of one float32 encoder product, `ours` how many
 times our step is faster. What sparsify trains is a TopK transcoder; SAELens and dictionary_learning train
@@ -29,13 +30,14 @@ from activation_store import ActivationBatch
 from clt import CrossLayerTranscoder
 from config import BatchTopK, CLTConfig, EncoderConfig, TopK, TrainConfig
 from logs import atomic_path
+from memory import keep_freed_memory
 from sparse_ops import dense_encode_batch_topk, dense_encode_topk
 from training import Student, training_step
 from transcoder import build_transcoder
 
 os.environ["SPARSIFY_DISABLE_TRITON"] = "1"  # as sparsify asks for on a processor without CUDA
 RESULTS = Path(__file__).parent / "results"
-Part = Literal["peers", "memory", "clt", "clt_growth", "group", "draw"]
+Part = Literal["peers", "memory", "clt", "clt_growth", "group", "main_job", "draw"]
 Step = Callable[[], object]
 
 
@@ -63,7 +65,7 @@ class Row(NamedTuple):
 
 @dataclass(frozen=True)
 class Settings:
-    parts: tuple[Part, ...] = ("peers", "memory", "clt", "clt_growth", "group", "draw")
+    parts: tuple[Part, ...] = ("peers", "memory", "clt", "clt_growth", "group", "main_job", "draw")
     sizes: tuple[int, ...] = (0, 1, 2, 3)  # of SIZES, for `peers`
     repeats: int = 3
     threads: int = 2
@@ -183,11 +185,8 @@ def clt_coder(n: int, size: Size) -> CrossLayerTranscoder:
     return coder
 
 
-def clt(s: Settings) -> list[Row]:
-    """4 layers against upstream's dense step: dense encoders, and a dense decoder from every layer to every later one."""
-    size, n = Size(768, 4096, 16, 4096), 4
-    x, y = torch.randn(2, n, size.batch, size.d, generator=torch.Generator().manual_seed(1))
-    ours, twin = clt_coder(n, size), clt_coder(n, size)
+def dense_clt_step(size: Size, x: Tensor, y: Tensor) -> Step:
+    twin = clt_coder(len(x), size)
 
     def loss() -> Tensor:
         wide = [
@@ -195,8 +194,16 @@ def clt(s: Settings) -> list[Row]:
         ]
         return (twin._gather(wide) + twin.b_dec[:, None] - y).square().mean()
 
+    return adam(list(twin.parameters()), loss)
+
+
+def clt(s: Settings) -> list[Row]:
+    """4 layers against upstream's dense step: dense encoders, and a dense decoder from every layer to every later one."""
+    size, n = Size(768, 4096, 16, 4096), 4
+    x, y = torch.randn(2, n, size.batch, size.d, generator=torch.Generator().manual_seed(1))
+    ours = clt_coder(n, size)
     product = {"product": lambda: x[0] @ ours.encoders[0].W_enc.detach().T}
-    steps = {"ours": our_step(ours, x, y), "dense twin": adam(list(twin.parameters()), loss)}
+    steps = {"ours": our_step(ours, x, y), "dense twin": dense_clt_step(size, x, y)}
     seconds = medians(product | steps, s.repeats)
     return [
         Row("clt, 4 layers", *size, "BatchTopK", name, f"{seconds['product'] / seconds[name]:.3f}",
@@ -231,22 +238,51 @@ def clt_growth(s: Settings) -> list[Row]:
     return rows
 
 
-def group(s: Settings) -> list[Row]:
-    """16 coders on one forward of the target; `ours` = over the sum of their steps and that one forward."""
+def tiny_harvest(batch: int) -> Callable[[], tuple[Tensor, Tensor]]:
+    """One forward of the embedded model on a batch of random tokens: MLP inputs and outputs, (layer, batch, d)."""
     from target_models import capture, load_target
 
     target = load_target("tiny", "cpu")
-    size, layers = Size(target.d_model, 1536, 0, 2048), tuple(range(target.n_layers))
-    tokens = torch.randint(target.vocab_size, (size.batch // 128, 128), generator=torch.Generator().manual_seed(0))
+    tokens = torch.randint(target.vocab_size, (batch // 128, 128), generator=torch.Generator().manual_seed(0))
 
     def harvest() -> tuple[Tensor, Tensor]:
-        inputs, outputs = capture(target, tokens, layers)
+        inputs, outputs = capture(target, tokens, tuple(range(target.n_layers)))
         return inputs.flatten(1, 2).clone(), outputs.flatten(1, 2).clone()
 
+    return harvest
+
+
+def main_job(s: Settings) -> list[Row]:
+    """One step of each coder that main.py trains, and the harvest they share: with the engine and with dense twins."""
+    harvest = tiny_harvest(2048)
     x, y = harvest()
+    ours, twins = [], []
+    for i, k in [(i, k) for i in range(len(x)) for k in (8, 32)]:
+        size = Size(x.shape[-1], 1536, k, 2048)
+        ours.append(our_step(coder_of(size, BatchTopK(k)), x[i, None], y[i, None]))
+        twins.append(dense_step(size, BatchTopK(k), x[i], y[i]))
+    size = size._replace(k=16)
+    ours.append(our_step(clt_coder(len(x), size), x, y))
+    twins.append(dense_clt_step(size, x, y))
+
+    def together(steps: list[Step]) -> Step:
+        return lambda: (harvest(), [step() for step in steps])
+
+    seconds = medians({"ours": together(ours), "dense twin": together(twins)}, s.repeats + 2)
+    return [
+        Row("main.py", *size._replace(k=0), "BatchTopK", f"one step of its {len(ours)} coders, {name}", "",
+            f"{own / seconds['ours']:.2f}") for name, own in seconds.items()
+    ]  # fmt: skip
+
+
+def group(s: Settings) -> list[Row]:
+    """16 coders on one forward of the target; `ours` = over the sum of their steps and that one forward."""
+    harvest = tiny_harvest(2048)
+    x, y = harvest()
+    size = Size(x.shape[-1], 1536, 0, 2048)
     steps = {
         f"{layer} {k}": our_step(coder_of(size, BatchTopK(k)), x[layer, None], y[layer, None])
-        for layer in layers
+        for layer in range(len(x))
         for k in (4, 8, 16, 32)
     }
 
@@ -341,11 +377,13 @@ def draw(rows: list[Row], path: Path) -> None:
 
 def main(s: Settings) -> None:
     torch.set_num_threads(s.threads)
+    keep_freed_memory()  # as our trainers do; here it holds for everyone
     if s.memory_of:
         print(peak_memory(s.memory_of))
         return
     s.output.parent.mkdir(exist_ok=True)
-    makers = {"peers": peers, "memory": memory, "clt": clt, "clt_growth": clt_growth, "group": group}
+    makers = {"peers": peers, "memory": memory, "clt": clt, "clt_growth": clt_growth, "group": group,
+              "main_job": main_job}  # fmt: skip
     rows: list[Row] = []
     if s.output.exists():
         with s.output.open() as file:

@@ -23,6 +23,7 @@ from torch import Tensor
 
 from config import GateConfig, Recon, SPDConfig, SPDTrainConfig
 from logs import atomic_path
+from memory import keep_freed_memory
 from spd_model import ComponentModel, lower, upper
 from spd_training import SPDTrainer
 from toy_models import TMS, TOYS, Toy, ToyBatches
@@ -117,6 +118,7 @@ def seconds(function: Callable[[Tensor], object], x: Tensor) -> float:
 
 def main(s: Settings) -> None:
     torch.set_num_threads(1)
+    keep_freed_memory()  # as our trainers do; here it holds for both
     rows: list[list[object]] = []
     for name, C, minimality, p in CASES:
         toy = TOYS[name]
