@@ -377,10 +377,10 @@ def draw(rows: list[Row], path: Path) -> None:
 
 def main(s: Settings) -> None:
     torch.set_num_threads(s.threads)
-    keep_freed_memory()  # as our trainers do; here it holds for everyone
     if s.memory_of:
         print(peak_memory(s.memory_of))
         return
+    keep_freed_memory()  # as our trainers do; here it holds for everyone
     s.output.parent.mkdir(exist_ok=True)
     makers = {"peers": peers, "memory": memory, "clt": clt, "clt_growth": clt_growth, "group": group,
               "main_job": main_job}  # fmt: skip
