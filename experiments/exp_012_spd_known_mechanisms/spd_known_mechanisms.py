@@ -51,8 +51,8 @@ class Recipe:
 
 SCALAR = GateConfig("mlp", (16,))
 # Published: batch 4096 (TMS), 2048 (ResidMLP); steps 10k (TMS; 40-10+id 20k), 20k, 25k and 50k (ResidMLP).
-# resid_2 and resid_3 are made for minutes of a busy core: published C is 400 and 500 per matrix, rates 3e-4 and 1e-3
-# constant, resid_3's gates 128 wide.
+# resid_2 and resid_3 are made for an hour of a busy core each: published C is 400 and 500 per matrix, rates 3e-4 and
+# 1e-3 constant, resid_3's gates 128 wide.
 RECIPES = {
     "tms_5-2": Recipe(20, SCALAR, 3e-3, 1.0, 1e-3, "cosine", 8000, 1024),
     "tms_5-2_id": Recipe(20, SCALAR, 3e-3, 1.0, 1e-3, "cosine", 8000, 1024),
