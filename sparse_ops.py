@@ -15,7 +15,7 @@ x̂, ŵ the rounded rows, γ the relative error of a float32 sum of d terms and 
 m and ‖w‖ are one more column of the product. Whoever wins has upper ≥ the smallest winner, so (1) entries whose upper
 bound exceeds a guess are kept, (2) the k·B largest of them and a few more get float32 values, whose k·B-th largest T can
 only be too low, (3) every entry with upper ≥ T gets its float32 value too, and the winners are among these. A guess
-that proves higher than T is lowered to T. Nothing of size B·d_dict outlives a block of tokens. On CUDA, where (1) and
+that proves higher than T is lowered to T. Nothing of size B·d_dict outlives a block of tokens, and every thread has blocks of its own. On CUDA, where (1) and
 (3) would wait for the device to count, the product and the selection are float32. On a processor without bf16 products
 the float32 product gives not bounds but the pre-activations themselves, and (1) is followed by the selection.
 
@@ -24,7 +24,10 @@ token order, or latents in latent order; one stable sort per step (`Layout`) ser
 Every function has a dense twin (`dense_*`) that says the same in plain matrix products; tests compare the two.
 """
 
+import functools
 import warnings
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property
 from typing import Any, NamedTuple
 
@@ -331,6 +334,21 @@ def _rounded(x: Float[Tensor, "n d"], low: torch.dtype) -> tuple[Tensor, Float[T
     return x_low, x_low.to(x.dtype).sub_(x).norm(dim=1) if low != x.dtype else x.new_zeros(len(x))
 
 
+@functools.cache
+def _pool(workers: int) -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(1,))
+
+
+def _in_threads[A, B](function: Callable[[A], B], own: list[A]) -> list[B]:
+    """One call per thread, each on one processor: comparing and compacting, which run on one, go on beside products."""
+    if len(own) == 1:
+        return [function(own[0])]
+    threads = torch.get_num_threads()
+    results = list(_pool(len(own)).map(function, own))
+    torch.set_num_threads(threads)  # what the initialisers set holds for threads to come as well
+    return results
+
+
 class _UpperBounds:
     """Upper bounds of pre-activations from a product in low precision; float32 values where asked.
 
@@ -367,33 +385,47 @@ class _UpperBounds:
         n, d_dict = len(self.x), len(self.W)
         if not (self.margin.sum() + self.b.sum()).isfinite():  # NaN compares with nothing: float32 selection shows it
             return None
-        rows = max(1, BLOCK // d_dict)
-        bounds, mask = self.x_low.new_empty(rows, d_dict), torch.empty(rows, d_dict, dtype=torch.bool)
-        flats, uppers, starts, floors, room = [], [], [], [], n * d_dict * 2 * DENSE_SELECTION_ABOVE
-        for begin in range(0, n, rows):
-            part = slice(begin, min(begin + rows, n))
-            block, hit = bounds[: part.stop - begin], mask[: part.stop - begin]
+        workers = min(torch.get_num_threads(), n)
+        rows = -(-n // (workers * -(-n * d_dict // (workers * BLOCK))))  # as many blocks for every worker
+        parts = [slice(begin, min(begin + rows, n)) for begin in range(0, n, rows)]
+        workers = min(workers, len(parts))
+        shares = [parts[len(parts) * i // workers : len(parts) * (i + 1) // workers] for i in range(workers)]
+        found = [block for share in _in_threads(lambda own: self._scan(own, floor, k), shares) for block in share]
+        if len(found) < len(parts):
+            return None
+        flat, upper, start, own_floor = (torch.cat(column) for column in zip(*found))
+        return _Scan(
+            flat, upper + upper.abs() * self.slack, *((None, floor) if floor is not None else (start, own_floor))
+        )
+
+    @torch.no_grad()
+    def _scan(self, parts: list[slice], floor: Tensor | None, k: int) -> list[tuple[Tensor, Tensor, Tensor, Tensor]]:
+        """(positions, bounds, start, floor) of consecutive blocks of tokens; stops early where many reach the floor."""
+        d_dict, found = len(self.W), []
+        size = parts[0].stop - parts[0].start
+        bounds, mask = self.x_low.new_empty(size, d_dict), torch.empty(size, d_dict, dtype=torch.bool)
+        room = (parts[-1].stop - parts[0].start) * d_dict * 2 * DENSE_SELECTION_ABOVE
+        for part in parts:
+            block, hit = bounds[: part.stop - part.start], mask[: part.stop - part.start]
             if self.tight:
                 torch.addmm(self.b, self.x_low[part], self.W_low.T, out=block)
             else:
                 torch.mm(self.x_low[part], self.W_low.T, out=block)
-            if floor is None:
+            start, low = self.b.new_empty(0), floor
+            if low is None:
                 maxima = _ordered(block)[:, : d_dict // GROUP * GROUP].unflatten(1, (GROUP, -1)).amax(1)
-                starts.append(_kth_largest(maxima.view(block.dtype).float(), k))
-                floors.append(starts[-1] - 2.5 * self.margin[part, None].float())
-            else:
-                floors.append(floor[part] if floor.ndim else floor)
-            found = _reaching(block, self._lowered(floors[-1]), hit)
-            flats.append(found + begin * d_dict)
-            uppers.append(block.view(-1).index_select(0, found).float())
-            room -= len(found)
+                start = _kth_largest(maxima.view(block.dtype).float(), k)
+                low = start - 2.5 * self.margin[part, None].float()
+            elif low.ndim:
+                low = low[part]
+            flat = _reaching(block, self._lowered(low), hit)
+            found.append(
+                (flat + part.start * d_dict, block.view(-1).index_select(0, flat).float(), start, low.reshape(-1, 1))
+            )
+            room -= len(flat)
             if room < 0:
-                return None
-        upper = torch.cat(uppers)
-        start = torch.cat(starts) if floor is None else None
-        return _Scan(
-            torch.cat(flats), upper + upper.abs() * self.slack, start, torch.cat(floors) if start is not None else floor
-        )
+                return []
+        return found
 
     def _lowered(self, floor: Tensor) -> Tensor:
         """A floor for rounded bounds that no true bound above `floor` misses."""
