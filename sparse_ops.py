@@ -15,9 +15,10 @@ x̂, ŵ the rounded rows, γ the relative error of a float32 sum of d terms and 
 m and ‖w‖ are one more column of the product. Whoever wins has upper ≥ the smallest winner, so (1) entries whose upper
 bound exceeds a guess are kept, (2) the k·B largest of them and a few more get float32 values, whose k·B-th largest T can
 only be too low, (3) every entry with upper ≥ T gets its float32 value too, and the winners are among these. A guess
-that proves higher than T is lowered to T. Nothing of size B·d_dict outlives a block of tokens, and every thread has blocks of its own. On CUDA, where (1) and
-(3) would wait for the device to count, the product and the selection are float32. On a processor without bf16 products
-the float32 product gives not bounds but the pre-activations themselves, and (1) is followed by the selection.
+that proves higher than T is lowered to T. Nothing of size B·d_dict outlives a block of tokens, and every thread has
+blocks of its own. On CUDA, where (1) and (3) would wait for the device to count, the product and the selection are
+float32. On a processor without bf16 products the float32 product gives not bounds but the pre-activations themselves,
+and (1) is followed by the selection.
 
 All sums over active entries are `embedding_bag`s (on CUDA, the Triton kernels of `sparse_triton.py`): bags are tokens in
 token order, or latents in latent order; one stable sort per step (`Layout`) serves decoder and both weight gradients.
