@@ -43,6 +43,7 @@ from torch.autograd.function import once_differentiable
 DENSE_SUMS_ABOVE = {"cpu": 1 / 8, "cuda": 1 / 32}  # active share of a batch; the cuda value is an estimate, unmeasured
 DENSE_SELECTION_ABOVE = 1 / 16  # k / d_dict, or share of entries above a guess: float32 product, float32 selection
 GROUP = round(1 / DENSE_SELECTION_ABOVE)  # latents per group: k groups must exist
+THREADS_ABOVE = 1 << 32  # multiply-adds of the product; in less, our threads would wait for OpenMP's, which spin
 BLOCK = 1 << 21  # entries of pre that are computed and filtered while they are in the cache
 
 
@@ -386,7 +387,7 @@ class _UpperBounds:
         n, d_dict = len(self.x), len(self.W)
         if not (self.margin.sum() + self.b.sum()).isfinite():  # NaN compares with nothing: float32 selection shows it
             return None
-        workers = min(torch.get_num_threads(), n)
+        workers = min(torch.get_num_threads(), n) if n * d_dict * self.x.shape[1] >= THREADS_ABOVE else 1
         rows = -(-n // (workers * -(-n * d_dict // (workers * BLOCK))))  # as many blocks for every worker
         parts = [slice(begin, min(begin + rows, n)) for begin in range(0, n, rows)]
         workers = min(workers, len(parts))

@@ -13,6 +13,17 @@ DTYPES = [torch.float32, torch.float64]
 quick = settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 
 
+@pytest.fixture(autouse=True, scope="module", params=[0, ops.THREADS_ABOVE], ids=["threads", "one_thread"])
+def selection_in_threads(request):  # type: ignore[no-untyped-def]
+    """Small problems are selected by one thread, unless they are made to be shared out."""
+    measured, ops.THREADS_ABOVE = ops.THREADS_ABOVE, request.param
+    threads = torch.get_num_threads()
+    torch.set_num_threads(max(2, threads))
+    yield
+    ops.THREADS_ABOVE = measured
+    torch.set_num_threads(threads)
+
+
 @st.composite
 def problems(draw: st.DrawFn, whole: bool = False) -> tuple[Tensor, Tensor, Tensor, Tensor, int]:
     """(x, W_enc, b_enc, W_dec, k). Small whole numbers are exact in every precision, and full of ties."""
