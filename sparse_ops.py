@@ -395,14 +395,20 @@ class _UpperBounds:
         found = [block for share in _in_threads(lambda own: self._scan(own, floor, k), shares) for block in share]
         if len(found) < len(parts):
             return None
-        flat, upper, start, own_floor = (torch.cat(column) for column in zip(*found))
+        flats, uppers, starts = zip(*found)
+        upper = torch.cat(uppers)
+        start = torch.cat(starts) if floor is None else None
         return _Scan(
-            flat, upper + upper.abs() * self.slack, *((None, floor) if floor is not None else (start, own_floor))
+            torch.cat(flats), upper + upper.abs() * self.slack, start, self._under(start) if floor is None else floor
         )
 
+    def _under(self, start: Float[Tensor, "rows 1"], part: slice = slice(None)) -> Float[Tensor, "rows 1"]:
+        """A floor a little under the bounds `start` of a part of the tokens."""
+        return start - 2.5 * self.margin[part, None].float()
+
     @torch.no_grad()
-    def _scan(self, parts: list[slice], floor: Tensor | None, k: int) -> list[tuple[Tensor, Tensor, Tensor, Tensor]]:
-        """(positions, bounds, start, floor) of consecutive blocks of tokens; stops early where many reach the floor."""
+    def _scan(self, parts: list[slice], floor: Tensor | None, k: int) -> list[tuple[Tensor, Tensor, Tensor | None]]:
+        """(positions, bounds, start) of consecutive blocks of tokens; stops early where many reach the floor."""
         d_dict, found = len(self.W), []
         size = parts[0].stop - parts[0].start
         bounds, mask = self.x_low.new_empty(size, d_dict), torch.empty(size, d_dict, dtype=torch.bool)
@@ -413,17 +419,14 @@ class _UpperBounds:
                 torch.addmm(self.b, self.x_low[part], self.W_low.T, out=block)
             else:
                 torch.mm(self.x_low[part], self.W_low.T, out=block)
-            start, low = self.b.new_empty(0), floor
-            if low is None:
+            if floor is None:
                 maxima = _ordered(block)[:, : d_dict // GROUP * GROUP].unflatten(1, (GROUP, -1)).amax(1)
                 start = _kth_largest(maxima.view(block.dtype).float(), k)
-                low = start - 2.5 * self.margin[part, None].float()
-            elif low.ndim:
-                low = low[part]
-            flat = _reaching(block, self._lowered(low), hit)
-            found.append(
-                (flat + part.start * d_dict, block.view(-1).index_select(0, flat).float(), start, low.reshape(-1, 1))
-            )
+                own = self._under(start, part)
+            else:
+                start, own = None, floor[part] if floor.ndim else floor
+            flat = _reaching(block, self._lowered(own), hit)
+            found.append((flat + part.start * d_dict, block.view(-1).index_select(0, flat).float(), start))
             room -= len(flat)
             if room < 0:
                 return []

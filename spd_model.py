@@ -150,7 +150,7 @@ def _polynomial(s: Tensor, a: tuple[float, ...]) -> Tensor:
 
 
 def _gelu_and_slope(u: Tensor) -> tuple[Tensor, Tensor]:
-    """(gelu(u), gelu′(u)) without an exponential: a fifth of the time where registers hold it all."""
+    """(gelu(u), gelu′(u)) without an exponential: a third of the time on a processor with AVX2."""
     v = u.clamp(-5.5, 5.5)
     s = v * v
     cdf, slope = (0.5 + v * (_polynomial(s, P) / _polynomial(s, Q)) for P, Q in (_CDF, _SLOPE))

@@ -132,17 +132,16 @@ def main(s: Settings) -> None:
 
 def draw(folder: Path) -> None:
     rows = list(csv.DictReader((folder / "points.csv").open()))
-    figure, axis = plt.subplots(figsize=(6, 3.2))
+    figure, axis = plt.subplots(figsize=(6, 3.2), layout="tight")
     axis.bar([row["gate"] for row in rows], [float(row["probe_ce"]) for row in rows], width=0.4)
     for key, style in (("shuffled_ce", ":"), ("current_token_ce", "--"), ("model_ce", "-")):
         axis.axhline(float(rows[0][key]), linestyle=style, color="0.3", label=key.removesuffix("_ce").replace("_", " "))
     axis.set(ylabel="cross-entropy of the next token (nats)", title="What masks alone tell of the next token")
     axis.legend(fontsize=7)
-    figure.tight_layout()
     with atomic_path(folder / "mask_leak.png") as temporary:
         figure.savefig(temporary, dpi=130, format="png")
-    table = [COLUMNS, ["--"] * len(COLUMNS), *(row.values() for row in rows)]
-    lines = "\n".join("| " + " | ".join(cells) + " |" for cells in table)
+    table = (COLUMNS, ["--"] * len(COLUMNS), *(row.values() for row in rows))
+    lines = "\n".join(f"| {' | '.join(cells)} |" for cells in table)
     text = f"# What SPD's masks tell of the next token\n\n![probes](mask_leak.png)\n\n{lines}\n\n```\n{__doc__}```\n"
     (folder / "README.md").write_text(text)
 
