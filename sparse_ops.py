@@ -25,10 +25,7 @@ token order, or latents in latent order; one stable sort per step (`Layout`) ser
 Every function has a dense twin (`dense_*`) that says the same in plain matrix products; tests compare the two.
 """
 
-import functools
 import warnings
-from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property
 from typing import Any, NamedTuple
 
@@ -39,10 +36,13 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from threads import in_threads
+
 # Measured choices (benchmarks/): where a dense product beats what is sparse. None of them changes a result.
 DENSE_SUMS_ABOVE = {"cpu": 1 / 8, "cuda": 1 / 32}  # active share of a batch; the cuda value is an estimate, unmeasured
-DENSE_SELECTION_ABOVE = 1 / 16  # k / d_dict, or share of entries above a guess: float32 product, float32 selection
-GROUP = round(1 / DENSE_SELECTION_ABOVE)  # latents per group: k groups must exist
+# k / d_dict by token, and in the batch, from which on all pre-activations are written down and partitioned in float32
+DENSE_SELECTION_ABOVE = {torch.bfloat16: (1 / 16, 1 / 16), torch.float32: (1 / 32, 1 / 8)}  # by the product's precision
+GROUP = 16  # latents per group: k groups must exist
 THREADS_ABOVE = 1 << 32  # multiply-adds of the product; in less, our threads would wait for OpenMP's, which spin
 BLOCK = 1 << 21  # entries of pre that are computed and filtered while they are in the cache
 
@@ -212,8 +212,8 @@ def encode_batch_topk(
 ) -> Codes:
     """relu(pre) at the k·B largest pre-activations of the batch; ties go to the lowest (token, latent).
 
-    `bound` is a guess of the smallest winner (a running threshold, −inf if unknown). It decides how fast the winners
-    are found, never who they are.
+    `bound` is a guess of the smallest winner (that of the batch before, −inf if unknown). It decides how fast the
+    winners are found, never who they are.
     """
     return _encode(x, W_enc, b_enc, _select(x, W_enc, b_enc, k, bound))
 
@@ -298,8 +298,8 @@ def _select(x: Tensor, W: Tensor, b: Tensor, k: int, bound: Tensor | None) -> _S
     assert 1 <= k <= len(W), f"{k=} must lie between 1 and {len(W)} latents"
     if x.device.type == "cuda":
         return _select_static(x, W, b, k, flat=bound is not None)
-    if k <= len(W) * DENSE_SELECTION_ABOVE:
-        low = torch.bfloat16 if _bf16_is_fast() else torch.float32
+    low = torch.bfloat16 if _bf16_is_fast() else torch.float32
+    if k <= len(W) * DENSE_SELECTION_ABOVE[low][bound is not None]:
         selected = _select_by_token(x, W, b, k, low) if bound is None else _select_in_batch(x, W, b, k, bound, low)
         if selected is not None:
             return selected
@@ -334,21 +334,6 @@ def _rounded(x: Float[Tensor, "n d"], low: torch.dtype) -> tuple[Tensor, Float[T
     """x in low precision, and the norm of what rounding took from each row."""
     x_low = x.to(low)
     return x_low, x_low.to(x.dtype).sub_(x).norm(dim=1) if low != x.dtype else x.new_zeros(len(x))
-
-
-@functools.cache
-def _pool(workers: int) -> ThreadPoolExecutor:
-    return ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(1,))
-
-
-def _in_threads[A, B](function: Callable[[A], B], own: list[A]) -> list[B]:
-    """One call per thread, each on one processor: comparing and compacting, which run on one, go on beside products."""
-    if len(own) == 1:
-        return [function(own[0])]
-    threads = torch.get_num_threads()
-    results = list(_pool(len(own)).map(function, own))
-    torch.set_num_threads(threads)  # what the initialisers set holds for threads to come as well
-    return results
 
 
 class _UpperBounds:
@@ -392,7 +377,7 @@ class _UpperBounds:
         parts = [slice(begin, min(begin + rows, n)) for begin in range(0, n, rows)]
         workers = min(workers, len(parts))
         shares = [parts[len(parts) * i // workers : len(parts) * (i + 1) // workers] for i in range(workers)]
-        found = [block for share in _in_threads(lambda own: self._scan(own, floor, k), shares) for block in share]
+        found = [block for share in in_threads(lambda own: self._scan(own, floor, k), shares) for block in share]
         if len(found) < len(parts):
             return None
         flats, uppers, starts = zip(*found)
@@ -412,7 +397,7 @@ class _UpperBounds:
         d_dict, found = len(self.W), []
         size = parts[0].stop - parts[0].start
         bounds, mask = self.x_low.new_empty(size, d_dict), torch.empty(size, d_dict, dtype=torch.bool)
-        room = (parts[-1].stop - parts[0].start) * d_dict * 2 * DENSE_SELECTION_ABOVE
+        room = (parts[-1].stop - parts[0].start) * d_dict * 2 * max(DENSE_SELECTION_ABOVE[self.x_low.dtype])
         for part in parts:
             block, hit = bounds[: part.stop - part.start], mask[: part.stop - part.start]
             if self.tight:

@@ -86,6 +86,7 @@ class SparseEncoder(nn.Module):
             self.log_theta = nn.Parameter(torch.full((d_dict,), rule.theta).log())
         if isinstance(rule, BatchTopK):
             self.register_buffer("threshold", torch.tensor(-torch.inf))
+            self.register_buffer("smallest_winner", torch.tensor(-torch.inf), persistent=False)  # of the last batch
         self.register_buffer("tokens_since_fired", torch.zeros(d_dict, dtype=torch.int64))
         self.k_now = rule.k if isinstance(rule, TopK | BatchTopK) else 0  # annealed by the training loop
         self.dead = torch.zeros(0, dtype=torch.int64)  # latents AuxK works on; refreshed now and then
@@ -103,7 +104,7 @@ class SparseEncoder(nn.Module):
             case TopK(k):
                 return encode_topk(x, self.W_enc, self.b_enc, self.k_now if self.training else k)
             case BatchTopK() if self.training:
-                return encode_batch_topk(x, self.W_enc, self.b_enc, self.k_now, self.threshold)
+                return encode_batch_topk(x, self.W_enc, self.b_enc, self.k_now, self.smallest_winner)
             case _:
                 return encode_threshold(x, self.W_enc, self.b_enc, self.deployed_threshold)
 
@@ -141,10 +142,9 @@ class SparseEncoder(nn.Module):
         self.tokens_since_fired += codes.n_rows
         self.tokens_since_fired.masked_fill_(fired, 0)
         if isinstance(self.rule, BatchTopK):
-            smallest = codes.values.detach().masked_fill(codes.values <= 0, torch.inf).amin()
-            smallest = torch.where(smallest.isfinite(), smallest, 0.0)
-            moved = self.threshold.lerp(smallest, 1 - THRESHOLD_DECAY)
-            self.threshold.copy_(torch.where(self.threshold.isfinite(), moved, smallest))
+            self.smallest_winner.copy_(smallest_positive(codes))
+            moved = self.threshold.lerp(self.smallest_winner, 1 - THRESHOLD_DECAY)
+            self.threshold.copy_(torch.where(self.threshold.isfinite(), moved, self.smallest_winner))
 
     def refresh_dead(self, dead_after: int) -> None:
         """List the latents that were silent for `dead_after` tokens (synchronises the device)."""
@@ -161,14 +161,22 @@ class SparseEncoder(nn.Module):
     def calibrate(self, batches: Iterable[Float[Tensor, "batch d_in"]]) -> None:
         """Set BatchTopK's threshold so that these (held-out, scaled) tokens have k active latents on average."""
         assert isinstance(self.rule, BatchTopK), f"{self.rule} has no threshold to calibrate"
-        k, n_tokens, largest = self.rule.k, 0, []
+        k, n_tokens, largest, smallest = self.rule.k, 0, [], torch.full_like(self.threshold, -torch.inf)
         for x in batches:  # twice k per batch leaves room for batches that hold more than their share of winners
-            codes = encode_batch_topk(x, self.W_enc, self.b_enc, min(2 * k, self.d_dict), self.threshold / 2)
+            codes = encode_batch_topk(x, self.W_enc, self.b_enc, min(2 * k, self.d_dict), smallest)
+            smallest = smallest_positive(codes)
             largest.append(codes.values)
             n_tokens += len(x)
         values = torch.cat(largest)
         assert n_tokens > 0, "calibration needs at least one batch of held-out tokens"
         self.threshold.copy_(values.topk(k * n_tokens).values[-1].clamp_min(0))
+
+
+def smallest_positive(codes: Codes) -> Float[Tensor, ""]:
+    """The smallest value above zero; 0 where there is none."""
+    values = codes.values.detach()
+    smallest = values.masked_fill(values <= 0, torch.inf).amin()
+    return torch.where(smallest.isfinite(), smallest, 0.0)
 
 
 def codes_by_layer(codes: Any) -> tuple[Codes, ...]:

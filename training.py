@@ -3,8 +3,9 @@
     loss = mean over targets of FVU + penalty of the rule + aux · min(n_dead / k_aux, 1) · AuxK
     step = project the gradient (SAE) → clip → Adam → renormalise (SAE)
 
-One forward of the target feeds all coders; each has its own optimiser, schedule, metrics and checkpoint. Nothing in a
-step synchronises the device: metrics are read, dead latents listed and NaN looked for every `metrics_every` steps.
+One forward of the target feeds all coders; each has its own optimiser, schedule, metrics and checkpoint. On a CPU they
+step side by side. Nothing in a step synchronises the device: metrics are read, dead latents listed and NaN looked for
+every `metrics_every` steps.
 k falls from 4k to k over the first `anneal` of the steps (linear). The learning rate rises over `warmup`, stays, and
 falls linearly to zero over the last `decay`. The deployed threshold is set on tokens of the stream that come after the
 last training batch, so that neither training nor evaluation has seen them.
@@ -15,7 +16,7 @@ import hashlib
 import itertools
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -42,6 +43,7 @@ from memory import keep_freed_memory
 from sae import BaseAutoencoder
 from sparsity import ActivationStats, Coder, codes_by_layer
 from target_models import TargetModel
+from threads import in_threads
 
 ANNEAL_FROM = 4  # times k; the field starts at 10k, whose first steps cost more than all the others together
 
@@ -89,7 +91,7 @@ class Student:
     variance: Float[Tensor, "*layer"]  # E‖y − ȳ‖² of its targets
     optimiser: torch.optim.Adam
     logger: Logger
-    seconds: float = 0.0
+    seconds: float = 0.0  # its share of the clock's
 
     def view(self, batch: ActivationBatch) -> tuple[Tensor, Tensor]:
         """(x, y): (batch, d) for a coder of one layer, (layer, batch, d) for a cross-layer transcoder."""
@@ -133,6 +135,29 @@ def training_step(student: Student, batch: ActivationBatch, config: TrainConfig,
     layers = codes_by_layer(codes)
     l0 = sum((own.values > 0).sum() / own.n_rows for own in layers) / len(layers)
     return torch.stack([loss.detach(), error.detach(), l0])
+
+
+def _side_by_side[A, B](function: Callable[[A], B], items: Sequence[A], device: torch.device) -> list[B]:
+    """One after another on CUDA, where there is one queue."""
+    return in_threads(function, items) if device.type == "cpu" else [function(item) for item in items]
+
+
+def group_step(
+    students: Sequence[Student], batch: ActivationBatch, config: TrainConfig, lr: float
+) -> Float[Tensor, "student 3"]:
+    """`training_step` of every student, on a CPU side by side; those that took longest so far begin first."""
+
+    def timed(student: Student) -> tuple[Tensor, float]:
+        begin = time.perf_counter()
+        return training_step(student, batch, config, lr), time.perf_counter() - begin
+
+    began = time.perf_counter()
+    order = sorted(range(len(students)), key=lambda i: -students[i].seconds)
+    done = dict(zip(order, _side_by_side(timed, [students[i] for i in order], batch.inputs.device)))
+    shared = (time.perf_counter() - began) / sum(seconds for _, seconds in done.values())
+    for i, (_, seconds) in done.items():
+        students[i].seconds += seconds * shared
+    return torch.stack([done[i][0] for i in range(len(students))])
 
 
 def train_group(
@@ -183,17 +208,14 @@ def _train(
         if batch is None:
             seen = f"{step * data.batch_tokens:,} of {config.tokens:,} training tokens"
             raise ValueError(f"dataset {target.data.path!r} ended after {seen}: ask for fewer")
-        readings = []
         for student in students:
-            begin = time.perf_counter()
             if student.coder.k is not None:
                 student.coder.set_k(annealed_k(student.coder.k, step, steps, config))
-            readings.append(training_step(student, batch, config, config.lr * schedule(step, steps, config)))
-            student.seconds += time.perf_counter() - begin
+        readings = group_step(students, batch, config, config.lr * schedule(step, steps, config))
         reads, saves = (step + 1) % config.metrics_every == 0, (step + 1) % config.checkpoint_every == 0
         if reads or saves or step + 1 == steps:
             speed = (step + 1 - start) * data.batch_tokens / (time.perf_counter() - began)
-            _read_metrics(students, torch.stack(readings), step, speed, last_good, bar, config)
+            _read_metrics(students, readings, step, speed, last_good, bar, config)
         if saves:
             _save_state(students, store, settings, step + 1, state_file)
             last_good = step + 1
@@ -201,9 +223,13 @@ def _train(
     held_out = list(itertools.islice(store, max(1, config.calibration_tokens // data.batch_tokens)))
     if not held_out:
         raise ValueError(f"dataset {target.data.path!r} leaves no tokens to calibrate on: ask for fewer")
-    for student in students:
+
+    def calibrate(student: Student) -> None:
         if isinstance(student.coder.config.rule, BatchTopK):
             student.coder.calibrate([student.view(batch)[0] for batch in held_out])
+
+    _side_by_side(calibrate, sorted(students, key=lambda student: -student.seconds), store.target.device)
+    for student in students:
         seconds = student.seconds + max(overhead, 0.0)
         record = TrainingRecord(
             student.name, target.name, target.fingerprint, config.tokens, seconds, config.seed, git_commit(),

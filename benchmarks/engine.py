@@ -17,7 +17,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, NamedTuple
@@ -32,13 +32,14 @@ from config import BatchTopK, CLTConfig, EncoderConfig, TopK, TrainConfig
 from logs import atomic_path
 from memory import keep_freed_memory
 from sparse_ops import dense_encode_batch_topk, dense_encode_topk
-from training import Student, training_step
+from training import Student, group_step
 from transcoder import build_transcoder
 
 os.environ["SPARSIFY_DISABLE_TRITON"] = "1"  # as sparsify asks for on a processor without CUDA
 RESULTS = Path(__file__).parent / "results"
 Part = Literal["peers", "memory", "clt", "clt_growth", "group", "main_job", "draw"]
 Step = Callable[[], object]
+SIDE_BY_SIDE = "ours, each of 4 side by side"
 
 
 class Size(NamedTuple):
@@ -100,15 +101,21 @@ def adam(parameters: list[Tensor], loss: Callable[[], Tensor]) -> Step:
     return step
 
 
-def our_step(coder, x: Tensor, y: Tensor) -> Step:  # type: ignore[no-untyped-def]
-    """x, y: (layer, batch, d)."""
+def student_of(coder, layer: int = 0) -> Student:  # type: ignore[no-untyped-def]
+    """A coder of `layer`, or a cross-layer transcoder of all layers, with targets of variance d."""
     coder.train()
     optimiser = torch.optim.Adam(coder.parameters(), lr=1e-4, fused=True)
-    n = len(coder.encoders)
-    variance = torch.full((n,), float(y.shape[-1])) if hasattr(coder, "decode_layer") else torch.tensor(768.0)
-    student = Student("", coder, list(range(n)), variance, optimiser, None)  # type: ignore[arg-type]
+    across, d = hasattr(coder, "decode_layer"), float(coder.config.d_in)
+    rows, variance = (
+        (list(coder.config.layers), torch.full((len(coder.encoders),), d)) if across else ([layer], torch.tensor(d))
+    )
+    return Student("", coder, rows, variance, optimiser, None)  # type: ignore[arg-type]
+
+
+def our_step(students: Sequence[Student], x: Tensor, y: Tensor) -> Step:
+    """One step of all students, side by side; x, y: (layer, batch, d)."""
     batch, config = ActivationBatch(x, y), TrainConfig(1, lr=1e-4)
-    return lambda: training_step(student, batch, config, 1e-4)
+    return lambda: group_step(students, batch, config, 1e-4)
 
 
 def coder_of(size: Size, rule: TopK | BatchTopK):  # type: ignore[no-untyped-def]
@@ -163,14 +170,16 @@ def peers(s: Settings) -> list[Row]:
                  ("", "encoder product, bf16"): lambda x=x_low, W=W_low: x @ W.T}  # fmt: skip
         for rule in (TopK(size.k), BatchTopK(size.k)):
             name = type(rule).__name__
-            steps[name, "ours"] = our_step(coder_of(size, rule), x[None], y[None])
+            steps[name, "ours"] = our_step([student_of(coder_of(size, rule))], x[None], y[None])
+            steps[name, SIDE_BY_SIDE] = our_step([student_of(coder_of(size, rule)) for _ in range(4)], x[None], y[None])
             steps[name, "dense twin"] = dense_step(size, rule, x, y)
         steps |= peer_steps(size, x, y)
         names = {f"{rule}|{what}": step for (rule, what), step in steps.items()}
         seconds = medians(names, s.repeats)
         product = seconds["|encoder product, float32"]
         for (rule, what), _ in steps.items():
-            own, ours = seconds[f"{rule}|{what}"], seconds.get(f"{rule or 'BatchTopK'}|ours", 0.0)
+            own, ours = seconds[f"{rule}|{what}"], seconds[f"{rule or 'BatchTopK'}|ours"]
+            own = own / 4 if what == SIDE_BY_SIDE else own
             rows.append(Row("step", *size, rule, what, f"{product / own:.3f}", f"{own / ours:.2f}"))
             print(*rows[-1], flush=True)
     return rows
@@ -203,7 +212,7 @@ def clt(s: Settings) -> list[Row]:
     x, y = torch.randn(2, n, size.batch, size.d, generator=torch.Generator().manual_seed(1))
     ours = clt_coder(n, size)
     product = {"product": lambda: x[0] @ ours.encoders[0].W_enc.detach().T}
-    steps = {"ours": our_step(ours, x, y), "dense twin": dense_clt_step(size, x, y)}
+    steps = {"ours": our_step([student_of(ours)], x, y), "dense twin": dense_clt_step(size, x, y)}
     seconds = medians(product | steps, s.repeats)
     return [
         Row("clt, 4 layers", *size, "BatchTopK", name, f"{seconds['product'] / seconds[name]:.3f}",
@@ -256,22 +265,23 @@ def main_job(s: Settings) -> list[Row]:
     """One step of each coder that main.py trains, and the harvest they share: with the engine and with dense twins."""
     harvest = tiny_harvest(2048)
     x, y = harvest()
-    ours, twins = [], []
+    students, twins = [], []
     for i, k in [(i, k) for i in range(len(x)) for k in (8, 32)]:
         size = Size(x.shape[-1], 1536, k, 2048)
-        ours.append(our_step(coder_of(size, BatchTopK(k)), x[i, None], y[i, None]))
+        students.append(student_of(coder_of(size, BatchTopK(k)), i))
         twins.append(dense_step(size, BatchTopK(k), x[i], y[i]))
     size = size._replace(k=16)
-    ours.append(our_step(clt_coder(len(x), size), x, y))
+    students.append(student_of(clt_coder(len(x), size)))
     twins.append(dense_clt_step(size, x, y))
+    ours = {"side by side": [our_step(students, x, y)], "one by one": [our_step([s], x, y) for s in students]}
 
     def together(steps: list[Step]) -> Step:
         return lambda: (harvest(), [step() for step in steps])
 
-    seconds = medians({"ours": together(ours), "dense twin": together(twins)}, s.repeats + 2)
+    seconds = medians({name: together(steps) for name, steps in (ours | {"dense twins": twins}).items()}, s.repeats + 2)
     return [
-        Row("main.py", *size._replace(k=0), "BatchTopK", f"one step of its {len(ours)} coders, {name}", "",
-            f"{own / seconds['ours']:.2f}") for name, own in seconds.items()
+        Row("main.py", *size._replace(k=0), "BatchTopK", f"one step of its {len(students)} coders, {name}", "",
+            f"{own / seconds['side by side']:.2f}") for name, own in seconds.items()
     ]  # fmt: skip
 
 
@@ -280,19 +290,11 @@ def group(s: Settings) -> list[Row]:
     harvest = tiny_harvest(2048)
     x, y = harvest()
     size = Size(x.shape[-1], 1536, 0, 2048)
-    steps = {
-        f"{layer} {k}": our_step(coder_of(size, BatchTopK(k)), x[layer, None], y[layer, None])
-        for layer in range(len(x))
-        for k in (4, 8, 16, 32)
-    }
-
-    def together() -> None:
-        harvest()
-        for step in steps.values():
-            step()
-
-    seconds = medians(steps | {"forward": harvest, "together": together}, s.repeats + 2)
-    apart, n = sum(seconds[name] for name in steps), len(steps)
+    students = [student_of(coder_of(size, BatchTopK(k)), i) for i in range(len(x)) for k in (4, 8, 16, 32)]
+    alone = {str(i): our_step([student], x, y) for i, student in enumerate(students)}
+    all_of_them = our_step(students, x, y)
+    seconds = medians(alone | {"forward": harvest, "together": lambda: (harvest(), all_of_them())}, s.repeats + 2)
+    apart, n = sum(seconds[name] for name in alone), len(alone)
     one = seconds["together"] / (apart + seconds["forward"])
     many = (apart + n * seconds["forward"]) / seconds["together"]
     shape = (size.d, size.d_dict, 0, size.batch, "BatchTopK")
@@ -308,7 +310,11 @@ def peak_memory(of: str) -> int:
     x, y = torch.randn(2, size.batch, size.d, generator=torch.Generator().manual_seed(1))
     rule, what = of.split("|")
     kind = {"TopK": TopK, "BatchTopK": BatchTopK}[rule](size.k)
-    step = our_step(coder_of(size, kind), x[None], y[None]) if what == "ours" else dense_step(size, kind, x, y)
+    step = (
+        our_step([student_of(coder_of(size, kind))], x[None], y[None])
+        if what == "ours"
+        else dense_step(size, kind, x, y)
+    )
     step()
     Path("/proc/self/clear_refs").write_text("5")  # forget the peak so far
     before = status("VmRSS")
@@ -346,7 +352,8 @@ def draw(rows: list[Row], path: Path) -> None:
     import matplotlib.pyplot as plt
 
     figure, panels = plt.subplots(1, 2, figsize=(10, 4.2), sharey=True, layout="constrained")
-    colours = {"ours": "#0072b2", "sparsify": "#d55e00", "SAELens": "#009e73", "dictionary_learning": "#cc79a7",
+    colours = {"ours": "#0072b2", SIDE_BY_SIDE: "#56b4e9",
+               "sparsify": "#d55e00", "SAELens": "#009e73", "dictionary_learning": "#cc79a7",
                "dense twin": "#777777", "encoder product, bf16": "#000000", "encoder product, float32": "#000000"}  # fmt: skip
     for panel, d in zip(panels, (768, 192)):
         own = [row for row in rows if row.part == "step" and int(row.d) == d]

@@ -6,10 +6,11 @@ from torch import Tensor
 
 import clt
 import config as c
+import sparse_ops
 from config import BatchTopK, CLTConfig, EncoderConfig, JumpReLU, Relu, SAEConfig, TopK
 from sae import BatchTopKSAE, VanillaSAE, build_sae
 from sparse_ops import to_dense
-from sparsity import ActivationStats, jumprelu
+from sparsity import ActivationStats, SparseEncoder, jumprelu
 from transcoder import BatchTopKTranscoder, JumpReLUTranscoder, TopKTranscoder, VanillaTranscoder, build_transcoder
 
 RULES = [Relu(l1=0.1), TopK(k=3), BatchTopK(k=3), JumpReLU(l0=0.01)]
@@ -91,6 +92,24 @@ def test_calibration_gives_the_trained_l0() -> None:
     coder.eval()
     active = (to_dense(coder.encode(x[0])) > 0).sum().item()
     assert active == 3 * B - 1, f"{active=}: all the winners but the one that is the threshold itself"
+
+
+@pytest.mark.parametrize("drift", [0.98, 1.02])
+def test_one_batch_tells_where_the_next_has_its_winners(drift: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Pre-activations that shrink or grow by 2 % a batch, as in training: hardly a batch is multiplied out twice."""
+    scans: list[int] = []
+    scan = sparse_ops._UpperBounds.scan
+
+    def counted(*args: object, **kwargs: object) -> object:
+        scans.append(1)
+        return scan(*args, **kwargs)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(sparse_ops._UpperBounds, "scan", counted)
+    encoder = SparseEncoder(16, 512, BatchTopK(8), generator()).train()
+    for step in range(60):
+        codes = encoder.encode(drift**step * torch.randn(512, 16, generator=generator(step)))
+        encoder.update_statistics(codes)
+    assert 60 <= len(scans) <= 66, f"{len(scans)} products for 60 batches"
 
 
 def test_jumprelu_gradients_are_the_published_ones() -> None:

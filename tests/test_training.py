@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+import itertools
 import json
 import os
 import signal
@@ -22,7 +23,7 @@ from config import BatchTopK, CLTConfig, EncoderConfig, JumpReLU, Relu, SAEConfi
 from sae import build_sae
 from sparse_ops import to_dense
 from target_models import TargetModel, capture
-from training import annealed_k, learning_rate, schedule, train_encoder, train_group
+from training import annealed_k, enrol, group_step, learning_rate, schedule, train_encoder, train_group
 from transcoder import build_transcoder
 
 DATA = DataConfig(layers=(0, 1), batch_tokens=32, buffer_tokens=256, model_batch=4)
@@ -168,6 +169,24 @@ def test_a_group_trains_each_coder_as_it_would_alone(small_target: TargetModel, 
     alone = train_encoder(coders()[0], small_target, DATA, TRAIN, tmp_path / "alone")
     for name, value in alone.coder.state_dict().items():
         assert torch.equal(value, together.coder.state_dict()[name]), name
+
+
+def test_coders_side_by_side_step_as_one_after_another(small_target: TargetModel, tmp_path: Path) -> None:
+    """Equal to the last bit, readings in the order of the coders; their seconds add up to what the clock showed."""
+    store, threads, runs = ActivationsStore(small_target, DATA), torch.get_num_threads(), []
+    batches = list(itertools.islice(store, 4))
+    for side_by_side in (False, True):
+        torch.set_num_threads(2 if side_by_side else 1)
+        students = [enrol(str(i), coder, store, TRAIN, tmp_path) for i, coder in enumerate(coders())]
+        began = time.perf_counter()
+        readings = torch.stack([group_step(students, batch, TRAIN, 1e-3) for batch in batches])
+        clock = time.perf_counter() - began
+        spent = sum(student.seconds for student in students)
+        assert 0.5 * clock < spent <= clock and min(student.seconds for student in students) > 0
+        runs.append((readings, [value for s in students for value in s.coder.state_dict().values()]))
+    torch.set_num_threads(threads)
+    assert torch.equal(runs[0][0], runs[1][0]) and readings.shape == (4, 5, 3)
+    assert all(torch.equal(*pair) for pair in zip(runs[0][1], runs[1][1], strict=True))
 
 
 def test_trained_coders_are_not_trained_again(small_target: TargetModel, tmp_path: Path, capsys: object) -> None:
