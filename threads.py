@@ -5,6 +5,7 @@ leaves the others idle; calls that don't depend on each other don't.
 """
 
 import functools
+import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
@@ -12,7 +13,8 @@ import torch
 
 
 @functools.cache
-def _pool(workers: int) -> ThreadPoolExecutor:
+def _pool(caller: int, workers: int) -> ThreadPoolExecutor:
+    """Of the calling thread alone: calls within calls would wait for threads that wait for them."""
     return ThreadPoolExecutor(workers)
 
 
@@ -28,6 +30,6 @@ def in_threads[A, B](function: Callable[[A], B], items: Sequence[A]) -> list[B]:
         return function(item)
 
     try:
-        return list(_pool(workers).map(call, items))
+        return list(_pool(threading.get_ident(), workers).map(call, items))
     finally:
         torch.set_num_threads(threads)  # for threads to come, too, which begin with what was set last

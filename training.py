@@ -137,27 +137,30 @@ def training_step(student: Student, batch: ActivationBatch, config: TrainConfig,
     return torch.stack([loss.detach(), error.detach(), l0])
 
 
-def _side_by_side[A, B](function: Callable[[A], B], items: Sequence[A], device: torch.device) -> list[B]:
-    """One after another on CUDA, where there is one queue."""
-    return in_threads(function, items) if device.type == "cpu" else [function(item) for item in items]
+def _side_by_side[B](function: Callable[[Student], B], students: Sequence[Student], device: torch.device) -> list[B]:
+    """[function(student) for student in students]; on a CPU at once, beginning with those that took longest so far."""
+    if device.type != "cpu":  # one queue
+        return [function(student) for student in students]
+    order = sorted(range(len(students)), key=lambda i: -students[i].seconds)
+    results = dict(zip(order, in_threads(function, [students[i] for i in order])))
+    return [results[i] for i in range(len(students))]
 
 
 def group_step(
     students: Sequence[Student], batch: ActivationBatch, config: TrainConfig, lr: float
 ) -> Float[Tensor, "student 3"]:
-    """`training_step` of every student, on a CPU side by side; those that took longest so far begin first."""
+    """`training_step` of every student, on a CPU side by side; the clock's time is divided among them."""
 
     def timed(student: Student) -> tuple[Tensor, float]:
         begin = time.perf_counter()
         return training_step(student, batch, config, lr), time.perf_counter() - begin
 
     began = time.perf_counter()
-    order = sorted(range(len(students)), key=lambda i: -students[i].seconds)
-    done = dict(zip(order, _side_by_side(timed, [students[i] for i in order], batch.inputs.device)))
-    shared = (time.perf_counter() - began) / sum(seconds for _, seconds in done.values())
-    for i, (_, seconds) in done.items():
-        students[i].seconds += seconds * shared
-    return torch.stack([done[i][0] for i in range(len(students))])
+    readings, spent = zip(*_side_by_side(timed, students, batch.inputs.device))
+    shared = (time.perf_counter() - began) / sum(spent)
+    for student, seconds in zip(students, spent):
+        student.seconds += seconds * shared
+    return torch.stack(readings)
 
 
 def train_group(
@@ -228,7 +231,7 @@ def _train(
         if isinstance(student.coder.config.rule, BatchTopK):
             student.coder.calibrate([student.view(batch)[0] for batch in held_out])
 
-    _side_by_side(calibrate, sorted(students, key=lambda student: -student.seconds), store.target.device)
+    _side_by_side(calibrate, students, store.target.device)
     for student in students:
         seconds = student.seconds + max(overhead, 0.0)
         record = TrainingRecord(

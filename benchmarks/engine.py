@@ -101,15 +101,13 @@ def adam(parameters: list[Tensor], loss: Callable[[], Tensor]) -> Step:
     return step
 
 
-def student_of(coder, layer: int = 0) -> Student:  # type: ignore[no-untyped-def]
-    """A coder of `layer`, or a cross-layer transcoder of all layers, with targets of variance d."""
+def student_of(coder) -> Student:  # type: ignore[no-untyped-def]
+    """A coder with targets of variance d."""
     coder.train()
     optimiser = torch.optim.Adam(coder.parameters(), lr=1e-4, fused=True)
-    across, d = hasattr(coder, "decode_layer"), float(coder.config.d_in)
-    rows, variance = (
-        (list(coder.config.layers), torch.full((len(coder.encoders),), d)) if across else ([layer], torch.tensor(d))
-    )
-    return Student("", coder, rows, variance, optimiser, None)  # type: ignore[arg-type]
+    layers, d = list(coder.config.layers), float(coder.config.d_in)
+    variance = torch.full((len(layers),), d) if hasattr(coder, "decode_layer") else torch.tensor(d)
+    return Student("", coder, layers, variance, optimiser, None)  # type: ignore[arg-type]
 
 
 def our_step(students: Sequence[Student], x: Tensor, y: Tensor) -> Step:
@@ -118,8 +116,8 @@ def our_step(students: Sequence[Student], x: Tensor, y: Tensor) -> Step:
     return lambda: group_step(students, batch, config, 1e-4)
 
 
-def coder_of(size: Size, rule: TopK | BatchTopK):  # type: ignore[no-untyped-def]
-    coder = build_transcoder(EncoderConfig(0, size.d, size.d, size.d_dict, rule), torch.Generator().manual_seed(0))
+def coder_of(size: Size, rule: TopK | BatchTopK, layer: int = 0):  # type: ignore[no-untyped-def]
+    coder = build_transcoder(EncoderConfig(layer, size.d, size.d, size.d_dict, rule), torch.Generator().manual_seed(0))
     torch.nn.init.normal_(coder.W_dec, std=0.01)
     return coder
 
@@ -268,7 +266,7 @@ def main_job(s: Settings) -> list[Row]:
     students, twins = [], []
     for i, k in [(i, k) for i in range(len(x)) for k in (8, 32)]:
         size = Size(x.shape[-1], 1536, k, 2048)
-        students.append(student_of(coder_of(size, BatchTopK(k)), i))
+        students.append(student_of(coder_of(size, BatchTopK(k), i)))
         twins.append(dense_step(size, BatchTopK(k), x[i], y[i]))
     size = size._replace(k=16)
     students.append(student_of(clt_coder(len(x), size)))
@@ -290,7 +288,7 @@ def group(s: Settings) -> list[Row]:
     harvest = tiny_harvest(2048)
     x, y = harvest()
     size = Size(x.shape[-1], 1536, 0, 2048)
-    students = [student_of(coder_of(size, BatchTopK(k)), i) for i in range(len(x)) for k in (4, 8, 16, 32)]
+    students = [student_of(coder_of(size, BatchTopK(k), i)) for i in range(len(x)) for k in (4, 8, 16, 32)]
     alone = {str(i): our_step([student], x, y) for i, student in enumerate(students)}
     all_of_them = our_step(students, x, y)
     seconds = medians(alone | {"forward": harvest, "together": lambda: (harvest(), all_of_them())}, s.repeats + 2)
@@ -310,11 +308,8 @@ def peak_memory(of: str) -> int:
     x, y = torch.randn(2, size.batch, size.d, generator=torch.Generator().manual_seed(1))
     rule, what = of.split("|")
     kind = {"TopK": TopK, "BatchTopK": BatchTopK}[rule](size.k)
-    step = (
-        our_step([student_of(coder_of(size, kind))], x[None], y[None])
-        if what == "ours"
-        else dense_step(size, kind, x, y)
-    )
+    ours = what == "ours"
+    step = our_step([student_of(coder_of(size, kind))], x[None], y[None]) if ours else dense_step(size, kind, x, y)
     step()
     Path("/proc/self/clear_refs").write_text("5")  # forget the peak so far
     before = status("VmRSS")

@@ -40,6 +40,15 @@ def test_calls_within_calls_add_no_threads() -> None:
     assert all(len(set(own)) == 1 for own in seen)
 
 
+def test_calls_within_calls_get_what_processors_are_left() -> None:
+    """All four inner calls run at once: a pool that both levels shared would wait for itself."""
+    before, together = torch.get_num_threads(), threading.Barrier(4, timeout=60)
+    torch.set_num_threads(4)
+    seen = in_threads(lambda i: in_threads(lambda j: (together.wait(), 2 * i + j)[1], range(2)), range(2))
+    torch.set_num_threads(before)
+    assert seen == [[0, 1], [2, 3]]
+
+
 def test_what_fails_in_a_call_fails_here(threads: int) -> None:
     with pytest.raises(ZeroDivisionError):
         in_threads(lambda i: 1 // i, range(3))
