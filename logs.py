@@ -45,7 +45,9 @@ def _remove(path: Path) -> None:
 
 
 def git_commit() -> str:
-    """The checkout's commit, with a + where the working tree differs; empty outside a git checkout."""
+    """The checkout's commit, with a + where the working tree differs; empty outside a git checkout, or without git."""
+    if shutil.which("git") is None:
+        return ""
     head = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=REPOSITORY, capture_output=True, text=True)
     changed = subprocess.run(
         ["git", "status", "--porcelain", "--untracked-files=no", "--", "*.py"],

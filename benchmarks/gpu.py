@@ -53,7 +53,7 @@ from activation_store import ActivationBatch, DataConfig
 from checkpoints import build_coder, load_spd, save_checkpoint
 from config import BatchTopK, CoderConfig, EncoderConfig, JumpReLU, Recon, Relu, SPDTrainConfig, TopK, TrainConfig
 from llama_simple_mlp import LlamaSimpleMLP, LlamaSimpleMLPConfig, initialise
-from logs import atomic_path, git_commit
+from logs import atomic_path, errors_in_one_line, git_commit
 from sparse_ops import Layout
 from spd_training import SPDTrainer, train_spd
 from target_models import ASSETS, Parts, TargetModel, load_target, load_tokenizer, make_target
@@ -69,7 +69,7 @@ def device(bench: Bench) -> None:
     versions = {"python": platform.python_version(), "torch": torch.__version__, "CUDA": torch.version.cuda,
                 "transformers": transformers.__version__, "triton": _version("triton")}  # fmt: skip
     bench.row("versions", note=", ".join(f"{name} {version}" for name, version in versions.items()))
-    bench.row("commit", note=(git_commit() if shutil.which("git") else "") or "unknown")
+    bench.row("commit", note=git_commit() or "unknown")
     if shutil.which("nvidia-smi"):
         query = ["nvidia-smi", "--query-gpu=name,driver_version,memory.total", "--format=csv,noheader"]
         bench.row("driver", note=subprocess.run(query, capture_output=True, text=True, check=True).stdout.strip())
@@ -296,11 +296,12 @@ class Rows:
         ids = np.load(Path(target.data.path) / "train.npy").astype(np.int64)
         n = len(ids) // target.context
         self.rows = torch.from_numpy(ids[: n * target.context]).view(n, target.context).to(target.device)
-        self.batch, self.generator = batch, torch.Generator().manual_seed(seed)
+        self.batch, self.generator = batch, torch.Generator(target.device).manual_seed(seed)
 
     def __next__(self) -> Tensor:
-        chosen = torch.randint(len(self.rows), (self.batch,), generator=self.generator)
-        return self.rows[chosen.to(self.rows.device)]
+        return self.rows[
+            torch.randint(len(self.rows), (self.batch,), generator=self.generator, device=self.rows.device)
+        ]
 
     def state_dict(self) -> dict[str, Any]:
         return {"generator": self.generator.get_state()}
@@ -387,6 +388,7 @@ def settings() -> argparse.Namespace:
 
 
 def main() -> None:
+    errors_in_one_line()
     args = settings()
     if args.prepare:
         return prepare(

@@ -16,7 +16,8 @@ from typing import NamedTuple
 import torch
 from floors import PEAKS, Work
 
-from logs import atomic_path, device_name
+from devices import check_device, device_name
+from logs import atomic_path
 
 Step = Callable[[], object]
 HERE = Path(__file__).parent
@@ -42,7 +43,7 @@ class Bench:
         self.args, self.scratch, self.device, self.mini, self.output = (
             args,
             scratch,
-            args.device,
+            check_device(args.device),
             args.miniature,
             args.output,
         )
