@@ -40,16 +40,11 @@ class Bench:
     """One call: its settings, the rows of gpu.csv, the log, the clock."""
 
     def __init__(self, args: argparse.Namespace, scratch: Path) -> None:
-        self.args, self.scratch, self.device, self.mini, self.output = (
-            args,
-            scratch,
-            check_device(args.device),
-            args.miniature,
-            args.output,
-        )
+        self.args, self.scratch, self.output, self.mini = args, scratch, args.output, args.miniature
+        self.device = check_device(args.device)
         self.deadline = time.monotonic() + 60 * args.minutes
         self.output.mkdir(parents=True, exist_ok=True)
-        sources = sorted([*HERE.parent.glob("*.py"), Path(__file__)])
+        sources = sorted([*HERE.parent.glob("*.py"), *HERE.glob("*.py")])
         self.code = hashlib.sha256(b"".join(file.read_bytes() for file in sources)).hexdigest()[:12]
         self.name = device_name(self.device)
         self.peak = next((peak for name, peak in PEAKS.items() if name in self.name), None)
