@@ -7,10 +7,11 @@ from torch import Tensor
 import clt
 import config as c
 import sparse_ops
+from coder import ActivationStats
 from config import BatchTopK, CLTConfig, EncoderConfig, JumpReLU, Relu, SAEConfig, TopK
 from sae import BatchTopKSAE, VanillaSAE, build_sae
 from sparse_ops import to_dense
-from sparsity import ActivationStats, SparseEncoder, jumprelu
+from sparsity import jumprelu, new_encoder
 from transcoder import BatchTopKTranscoder, JumpReLUTranscoder, TopKTranscoder, VanillaTranscoder, build_transcoder
 
 RULES = [Relu(l1=0.1), TopK(k=3), BatchTopK(k=3), JumpReLU(l0=0.01)]
@@ -39,7 +40,7 @@ def data(layers: int = 1) -> tuple[Tensor, Tensor]:
 
 
 def transcoder(rule: c.Rule, skip: bool = False) -> torch.nn.Module:
-    coder = build_transcoder(EncoderConfig(0, D, D, F, rule, skip), generator())
+    coder = build_transcoder(EncoderConfig(layer=0, d_in=D, d_out=D, d_dict=F, rule=rule, skip=skip), generator())
     coder.initialise(stats_of(*data()))
     with torch.no_grad():
         coder.W_dec.normal_(generator=generator(2))
@@ -50,7 +51,7 @@ def transcoder(rule: c.Rule, skip: bool = False) -> torch.nn.Module:
     ("rule", "cls"), list(zip(RULES, [VanillaTranscoder, TopKTranscoder, BatchTopKTranscoder, JumpReLUTranscoder]))
 )
 def test_the_class_bears_the_name_of_the_rule(rule: c.Rule, cls: type) -> None:
-    assert type(build_transcoder(EncoderConfig(0, D, D, F, rule), generator())) is cls
+    assert type(build_transcoder(EncoderConfig(layer=0, d_in=D, d_out=D, d_dict=F, rule=rule), generator())) is cls
 
 
 @pytest.mark.parametrize("rule", RULES)
@@ -105,7 +106,7 @@ def test_one_batch_tells_where_the_next_has_its_winners(drift: float, monkeypatc
         return scan(*args, **kwargs)  # type: ignore[arg-type]
 
     monkeypatch.setattr(sparse_ops._UpperBounds, "scan", counted)
-    encoder = SparseEncoder(16, 512, BatchTopK(8), generator()).train()
+    encoder = new_encoder(16, 512, rule=BatchTopK(8), generator=generator()).train()
     for step in range(60):
         codes = encoder.encode(drift**step * torch.randn(512, 16, generator=generator(step)))
         encoder.update_statistics(codes)
@@ -132,7 +133,7 @@ def test_jumprelu_codes_carry_the_gradient_of_their_dense_twin(theta: float) -> 
     x, y = data()
     rule = JumpReLU(l0=0.01, bandwidth=0.5, theta=theta)
     sparse, dense = transcoder(rule), transcoder(rule)
-    codes, penalty = sparse.encode_with_penalty(x[0])
+    codes, penalty = sparse.encode_with_penalty(x[0], y[0], torch.tensor(1.0))
     ((sparse.decode(codes) - y[0]).square().mean() + penalty).backward()
     encoder = dense.encoder
     pre = encoder.pre_activations(x[0] * dense.x_scale)
@@ -147,7 +148,7 @@ def test_jumprelu_codes_carry_the_gradient_of_their_dense_twin(theta: float) -> 
 
 def test_transcoder_starts_at_the_mean() -> None:
     x, y = data()
-    coder = build_transcoder(EncoderConfig(0, D, D, F, TopK(3), skip=True), generator())
+    coder = build_transcoder(EncoderConfig(layer=0, d_in=D, d_out=D, d_dict=F, rule=TopK(3), skip=True), generator())
     coder.initialise(stats_of(x, y))
     torch.testing.assert_close(coder(x[0]).y_hat, y.mean(1).expand(B, D))
 
@@ -155,7 +156,9 @@ def test_transcoder_starts_at_the_mean() -> None:
 def test_transcoder_sees_scaled_inputs() -> None:
     """Training on data in other units gives the same coder but for the scales."""
     x, y = data()
-    plain, scaled = (build_transcoder(EncoderConfig(0, D, D, F, TopK(3)), generator()) for _ in range(2))
+    plain, scaled = (
+        build_transcoder(EncoderConfig(layer=0, d_in=D, d_out=D, d_dict=F, rule=TopK(3)), generator()) for _ in range(2)
+    )
     plain.initialise(stats_of(x, y))
     scaled.initialise(stats_of(x * 100, y / 7))
     for coder in (plain, scaled):
@@ -176,18 +179,24 @@ def test_skip_adds_an_affine_map() -> None:
 @pytest.mark.parametrize("rule", RULES)
 def test_one_layer_clt_is_a_transcoder(rule: c.Rule) -> None:
     x, y = data()
-    one = clt.CrossLayerTranscoder(CLTConfig((5,), D, D, F, rule), generator())
+    one = clt.CrossLayerTranscoder(CLTConfig(layers=(5,), d_in=D, d_out=D, d_dict=F, rule=rule), generator())
     one.initialise(stats_of(x, y))
     with torch.no_grad():
         one.W_dec[0].normal_(generator=generator(2))
     coder = transcoder(rule)
     torch.testing.assert_close(one(x).y_hat[0], coder(x[0]).y_hat)
-    penalties = [model.encode_with_penalty(inputs)[1] for model, inputs in ((one, x), (coder, x[0]))]
+    variance = torch.full((1,), 2.0)
+    penalties = [
+        one.encode_with_penalty(x, y, variance)[1],
+        coder.encode_with_penalty(x[0], y[0], variance[0])[1],
+    ]
     torch.testing.assert_close(*penalties)
 
 
 def random_clt(rule: c.Rule, layers: int = 3) -> clt.CrossLayerTranscoder:
-    coder = clt.CrossLayerTranscoder(CLTConfig(tuple(range(layers)), D, D, F, rule), generator())
+    coder = clt.CrossLayerTranscoder(
+        CLTConfig(layers=tuple(range(layers)), d_in=D, d_out=D, d_dict=F, rule=rule), generator()
+    )
     coder.initialise(stats_of(*data(layers)))
     with torch.no_grad():
         for W in coder.W_dec:
@@ -215,7 +224,7 @@ def test_clt_never_writes_backwards() -> None:
 
 def test_constrained_sae_step_keeps_unit_rows_and_moves_tangentially() -> None:
     x, _ = data()
-    sae = build_sae(SAEConfig(0, "mlp_out", D, F, BatchTopK(3)), generator())
+    sae = build_sae(SAEConfig(layer=0, site="mlp_out", d_in=D, d_dict=F, rule=BatchTopK(3)), generator())
     assert type(sae) is BatchTopKSAE
     sae.initialise(stats_of(x, x))
     before = sae.W_dec.detach().clone()
@@ -231,7 +240,7 @@ def test_constrained_sae_step_keeps_unit_rows_and_moves_tangentially() -> None:
 
 
 def test_sae_starts_tied() -> None:
-    sae = build_sae(SAEConfig(0, "mlp_out", D, F, Relu(0.1)), generator())
+    sae = build_sae(SAEConfig(layer=0, site="mlp_out", d_in=D, d_dict=F, rule=Relu(0.1)), generator())
     assert type(sae) is VanillaSAE and torch.equal(sae.W_dec, sae.encoder.W_enc)
     torch.testing.assert_close(sae.W_dec.norm(dim=1), torch.ones(F))
 
@@ -273,22 +282,22 @@ def test_aux_reaches_dead_latents_with_negative_pre_activations(make: object) ->
 
 
 def test_l1_is_weighted_by_decoder_norms() -> None:
-    x, _ = data()
+    x, y = data()
     coder = transcoder(Relu(l1=0.1))
-    codes, penalty = coder.encode_with_penalty(x[0])
+    codes, penalty = coder.encode_with_penalty(x[0], y[0], torch.tensor(1.0))
     torch.testing.assert_close(penalty, 0.1 * (to_dense(codes) @ coder.W_dec.norm(dim=1)).mean())
 
 
 def test_k_above_the_dictionary_is_refused() -> None:
     with pytest.raises(ValueError, match=r"k=99 exceeds d_dict=24"):
-        build_transcoder(EncoderConfig(0, D, D, F, BatchTopK(k=99)), generator())
+        build_transcoder(EncoderConfig(layer=0, d_in=D, d_out=D, d_dict=F, rule=BatchTopK(k=99)), generator())
 
 
 @pytest.mark.parametrize("rule", RULES)
 def test_configurations_round_trip(rule: c.Rule) -> None:
     for config in (
-        EncoderConfig(1, D, D, F, rule),
-        SAEConfig(0, "mlp_out", D, F, rule),
-        CLTConfig((0, 1), D, D, F, rule),
+        EncoderConfig(layer=1, d_in=D, d_out=D, d_dict=F, rule=rule),
+        SAEConfig(layer=0, site="mlp_out", d_in=D, d_dict=F, rule=rule),
+        CLTConfig(layers=(0, 1), d_in=D, d_out=D, d_dict=F, rule=rule),
     ):
         assert c.from_json(c.to_json(config)) == config

@@ -33,11 +33,11 @@ from torch import Tensor
 
 import interop
 from checkpoints import build_coder, load_checkpoint
+from coder import Coder
 from config import BatchTopK, EncoderConfig, JumpReLU, Relu, Rule, SAEConfig, TopK
 from dictionary_parts import build, fold
 from foreign_formats import FORMATS, Dictionary, Place
 from sparse_ops import to_dense
-from sparsity import Coder
 
 # ----------------------------------------------------------------------------------------- the same function, both ways
 
@@ -135,7 +135,7 @@ def test_sparsify(tmp_path: Path, make: Callable[[Rule], Coder]) -> None:
 
 
 def test_sparsify_derives_the_number_of_latents_when_it_says_zero(tmp_path: Path) -> None:
-    coder = random_coder(SAEConfig(2, "mlp_out", D, 4 * D, TopK(2)))
+    coder = random_coder(SAEConfig(layer=2, site="mlp_out", d_in=D, d_dict=4 * D, rule=TopK(2)))
     folder = exported("sparsify", tmp_path, coder) / "layers.2.mlp"
     cfg = json.loads((folder / "cfg.json").read_text()) | {"num_latents": 0}
     (folder / "cfg.json").write_text(json.dumps(cfg))
@@ -420,7 +420,7 @@ def test_what_a_format_cannot_say_is_not_written(
 
 
 def test_a_batch_topk_without_threshold_is_not_exported(tmp_path: Path) -> None:
-    coder = build_coder(EncoderConfig(0, D, D, F, BatchTopK(3)), torch.Generator())
+    coder = build_coder(EncoderConfig(layer=0, d_in=D, d_out=D, d_dict=F, rule=BatchTopK(3)), torch.Generator())
     with pytest.raises(SystemExit, match="calibrate"):
         exported("saelens", tmp_path, coder)
 
@@ -445,10 +445,10 @@ def test_a_transcoder_without_a_layer_asks_for_it(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("config", "page"),
     [
-        (SAEConfig(3, "resid", D, F, TopK(3)), "3-nnd-res-20"),
-        (SAEConfig(3, "mlp_out", D, F, TopK(3)), "3-nnd-mlp-20"),
-        (SAEConfig(3, "attn_out", D, F, TopK(3)), "3-nnd-att-20"),
-        (EncoderConfig(3, D, D, F, Relu(0.0)), "3-nnd-transcoder-20"),
+        (SAEConfig(layer=3, site="resid", d_in=D, d_dict=F, rule=TopK(3)), "3-nnd-res-20"),
+        (SAEConfig(layer=3, site="mlp_out", d_in=D, d_dict=F, rule=TopK(3)), "3-nnd-mlp-20"),
+        (SAEConfig(layer=3, site="attn_out", d_in=D, d_dict=F, rule=TopK(3)), "3-nnd-att-20"),
+        (EncoderConfig(layer=3, d_in=D, d_out=D, d_dict=F, rule=Relu(0.0)), "3-nnd-transcoder-20"),
     ],
 )
 def test_neuronpedia_tells_the_coders_of_one_layer_apart(config: SAEConfig | EncoderConfig, page: str) -> None:

@@ -18,8 +18,8 @@ from interop_cases import RULES, B, D, F, N, assert_same, clt, exported, importe
 
 import interop
 from checkpoints import load_checkpoint
+from coder import Coder
 from config import BatchTopK, JumpReLU, Relu, Rule, TopK
-from sparsity import Coder
 
 os.environ.setdefault("SPARSIFY_DISABLE_TRITON", "1")  # its decoder on a CPU
 THRESHOLDED = [RULES[0], *RULES[2:]]  # every rule but TopK
