@@ -8,11 +8,12 @@ from torch import Tensor
 import interop
 from checkpoints import TrainingRecord, build_coder, load_checkpoint, save_checkpoint
 from coder import Coder
-from config import BatchTopK, CLTConfig, CoderConfig, EncoderConfig, JumpReLU, Relu, Rule, SAEConfig, TopK
+from config import BatchTopK, CLTConfig, CoderConfig, EncoderConfig, Gated, JumpReLU, Relu, Rule, SAEConfig, TopK
 from sparse_ops import to_dense
 
 D, F, B, N = 6, 20, 40, 3
 RULES = [Relu(l1=0.0), TopK(3), BatchTopK(3), JumpReLU(l0=0.0)]
+GATED = Gated(l1=0.0)  # which SAELens alone has a word for, of an SAE
 
 
 def random_coder(config: CoderConfig, seed: int = 0) -> Coder:

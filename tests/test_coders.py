@@ -1,5 +1,7 @@
 """Theorems about rules, SAEs, transcoders and cross-layer transcoders, on small random coders."""
 
+from pathlib import Path
+
 import pytest
 import torch
 from torch import Tensor
@@ -7,14 +9,26 @@ from torch import Tensor
 import clt
 import config as c
 import sparse_ops
-from coder import ActivationStats
-from config import BatchTopK, CLTConfig, EncoderConfig, JumpReLU, Relu, SAEConfig, TopK
-from sae import BatchTopKSAE, VanillaSAE, build_sae
+from activation_store import ActivationBatch
+from coder import ActivationStats, Coder, LayerCoder
+from config import BatchTopK, CLTConfig, EncoderConfig, Gated, JumpReLU, Relu, SAEConfig, TopK, TrainConfig
+from logs import Logger
+from losses import fvu
+from sae import SAES, BaseAutoencoder, BatchTopKSAE, VanillaSAE, build_sae
 from sparse_ops import to_dense
 from sparsity import jumprelu, new_encoder
-from transcoder import BatchTopKTranscoder, JumpReLUTranscoder, TopKTranscoder, VanillaTranscoder, build_transcoder
+from training import Student, training_step
+from transcoder import (
+    TRANSCODERS,
+    BatchTopKTranscoder,
+    GatedTranscoder,
+    JumpReLUTranscoder,
+    TopKTranscoder,
+    VanillaTranscoder,
+    build_transcoder,
+)
 
-RULES = [Relu(l1=0.1), TopK(k=3), BatchTopK(k=3), JumpReLU(l0=0.01)]
+RULES = [Relu(l1=0.1), TopK(k=3), BatchTopK(k=3), JumpReLU(l0=0.01), Gated(l1=0.1)]
 D, F, B = 8, 24, 32
 
 
@@ -42,16 +56,38 @@ def data(layers: int = 1) -> tuple[Tensor, Tensor]:
 def transcoder(rule: c.Rule, skip: bool = False) -> torch.nn.Module:
     coder = build_transcoder(EncoderConfig(layer=0, d_in=D, d_out=D, d_dict=F, rule=rule, skip=skip), generator())
     coder.initialise(stats_of(*data()))
-    with torch.no_grad():
-        coder.W_dec.normal_(generator=generator(2))
+    return away_from_the_start(coder)
+
+
+@torch.no_grad()
+def away_from_the_start(coder: Coder) -> Coder:
+    """Decoders that write something, gates and magnitudes that differ."""
+    for W_dec in coder.decoders:
+        W_dec.normal_(generator=generator(2))
+    for name, parameter in coder.named_parameters():
+        if name.endswith("_mag"):
+            parameter.normal_(std=0.5, generator=generator(3))
     return coder
 
 
-@pytest.mark.parametrize(
-    ("rule", "cls"), list(zip(RULES, [VanillaTranscoder, TopKTranscoder, BatchTopKTranscoder, JumpReLUTranscoder]))
-)
+NAMES = [VanillaTranscoder, TopKTranscoder, BatchTopKTranscoder, JumpReLUTranscoder, GatedTranscoder]
+
+
+@pytest.mark.parametrize(("rule", "cls"), list(zip(RULES, NAMES, strict=True)))
 def test_the_class_bears_the_name_of_the_rule(rule: c.Rule, cls: type) -> None:
     assert type(build_transcoder(EncoderConfig(layer=0, d_in=D, d_out=D, d_dict=F, rule=rule), generator())) is cls
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_a_name_takes_no_other_rule(rule: c.Rule) -> None:
+    sae = SAEConfig(layer=0, site="mlp_out", d_in=D, d_dict=F, rule=rule)
+    transcoder = EncoderConfig(layer=0, d_in=D, d_out=D, d_dict=F, rule=rule)
+    for config, classes in ((sae, SAES), (transcoder, TRANSCODERS)):
+        others = [cls for rule_type, cls in classes.items() if rule_type is not type(rule)]
+        assert len(others) == len(RULES) - 1 and issubclass(classes[type(rule)], LayerCoder)
+        for cls in others:
+            with pytest.raises(AssertionError, match=rf"{cls.__name__} is no coder of {type(rule).__name__}\("):
+                cls(config, generator())
 
 
 @pytest.mark.parametrize("rule", RULES)
@@ -72,8 +108,21 @@ def test_codes_are_what_the_rule_says(rule: c.Rule, training: bool) -> None:
         case BatchTopK(k):
             smallest = pre.flatten().topk(k * B).values[-1]
             expected = pre.relu() * ((pre >= smallest) if training else (pre > coder.encoder.threshold))
+        case Gated():
+            encoder = coder.encoder
+            W_mag = encoder.r_mag.exp()[:, None] * encoder.W_enc
+            expected = (pre > 0) * (x[0] * coder.x_scale @ W_mag.T + encoder.b_mag).relu()
+            assert ((pre > 0) != (expected > 0)).any() and not torch.equal(expected, pre.relu())
     dense = to_dense(coder.encode(x[0]))
     torch.testing.assert_close(dense, expected)
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_codes_are_the_same_with_their_penalty_and_without(rule: c.Rule) -> None:
+    x, y = data()
+    coder = transcoder(rule).train()
+    codes, _ = coder.encode_with_penalty(x[0], y[0], torch.tensor(1.0))
+    torch.testing.assert_close(to_dense(codes), to_dense(coder.encode(x[0])))
 
 
 def test_threshold_code_ignores_neighbours() -> None:
@@ -146,6 +195,82 @@ def test_jumprelu_codes_carry_the_gradient_of_their_dense_twin(theta: float) -> 
         torch.testing.assert_close(p.grad, q.grad, msg=lambda m, name=name: f"{name}: {m}")
 
 
+def random_sae(rule: c.Rule) -> BaseAutoencoder:
+    coder = build_sae(SAEConfig(layer=0, site="mlp_out", d_in=D, d_dict=F, rule=rule), generator())
+    x, _ = data()
+    coder.initialise(stats_of(x, x))
+    return away_from_the_start(coder)
+
+
+def published_gated_loss(p: dict[str, Tensor], x: Tensor, scale: Tensor, variance: float, l1: float) -> Tensor:
+    """Gated SAEs (arXiv 2404.16014), appendix's pseudo-code, with our weights: FVU, and ‖W_dec‖ inside the penalty."""
+    W_gate, b_gate, W_dec, b_dec = p["encoder.W_enc"], p["encoder.b_enc"], p["W_dec"], p["b_dec"]
+    centred = x * scale - b_dec
+    gate = centred @ W_gate.T + b_gate
+    W_mag = p["encoder.r_mag"].exp()[:, None] * W_gate
+    f = (gate > 0) * (centred @ W_mag.T + p["encoder.b_mag"]).relu()
+
+    def unexplained(x_hat: Tensor) -> Tensor:
+        return (x_hat / scale - x).square().sum(1).mean() / variance
+
+    via_gate = unexplained(gate.relu() @ W_dec.detach() + b_dec.detach())
+    sparsity = (gate.relu() * W_dec.norm(dim=1)).sum(1).mean()
+    return unexplained(f @ W_dec + b_dec) + l1 * sparsity + via_gate
+
+
+def test_a_gated_training_step_is_the_published_one(tmp_path: Path) -> None:
+    """Loss, gradients, and the weights after a step, against plain autograd in float64."""
+    x, _ = data()
+    coder = random_sae(Gated(l1=0.03)).train()
+    coder.constrain_weights()
+    twin = {name: p.detach().double().requires_grad_() for name, p in coder.named_parameters()}
+    expected = published_gated_loss(twin, x[0].double(), coder.x_scale.double(), 5.0, 0.03)
+    expected.backward()
+    codes, penalty = coder.encode_with_penalty(x[0], x[0], torch.tensor(5.0))
+    (fvu(x[0], coder.reconstruct(codes, x[0]), torch.tensor(5.0)) + penalty).backward()
+    for name, parameter in coder.named_parameters():
+        says = lambda m, name=name: f"{name}: {m}"  # noqa: E731
+        torch.testing.assert_close(parameter.grad.double(), twin[name].grad, rtol=1e-4, atol=1e-5, msg=says)
+    coder.zero_grad()
+    optimiser = torch.optim.Adam(coder.parameters(), lr=1e-2)
+    student = Student("", coder, [0], torch.tensor(5.0), optimiser, Logger("gated", tmp_path, {}))
+    loss, _, _ = training_step(student, ActivationBatch(x, x), config=TrainConfig(tokens=1, lr=1e-2), lr=1e-2)
+    torch.testing.assert_close(loss.double(), expected.detach(), rtol=1e-5, atol=0)
+    W_dec = twin["W_dec"]
+    W_dec.grad -= (W_dec.grad * W_dec).sum(1, keepdim=True) * W_dec.detach()
+    torch.nn.utils.clip_grad_norm_(twin.values(), 1.0)
+    torch.optim.Adam(twin.values(), lr=1e-2).step()
+    W_dec.data /= W_dec.data.norm(dim=1, keepdim=True)
+    for name, parameter in coder.named_parameters():
+        torch.testing.assert_close(parameter.detach().double(), twin[name].detach(), rtol=1e-4, atol=1e-5)
+
+
+def test_the_frozen_decoder_learns_nothing_from_the_gates() -> None:
+    """Nor a skip, nor magnitudes; an SAE's b_dec takes part in its input alone. What was trained is trained again after."""
+    (x, y), (x3, y3), gated = data(), data(3), Gated(l1=0.0)
+    one, three = torch.tensor(2.0), torch.full((3,), 2.0)
+    for coder, inputs, targets, variance in (
+        (transcoder(gated), x[0], y[0], one),
+        (transcoder(gated, skip=True), x[0], y[0], one),
+        (random_sae(gated), x[0], x[0], one),
+        (random_clt(gated), x3, y3, three),
+    ):
+        coder.encode_with_penalty(inputs, targets, variance)[1].backward()
+        taught = {
+            name.rpartition(".")[2] for name, p in coder.named_parameters() if p.grad is not None and p.grad.any()
+        }
+        assert taught == {"W_enc", "b_enc"} | ({"b_dec"} if coder.config.kind == "sae" else set()), f"{taught=}"
+        assert all(p.requires_grad for p in coder.parameters())
+
+
+def test_a_gates_step_passes_no_gradient() -> None:
+    x, y = data()
+    coder = transcoder(Gated(l1=0.1)).train()
+    codes, _ = coder.encode_with_penalty(x[0], y[0], torch.tensor(1.0))
+    fvu(y[0], coder.decode(codes), torch.tensor(1.0)).backward()
+    assert coder.encoder.b_enc.grad is None and coder.encoder.b_mag.grad.abs().sum() > 0
+
+
 def test_transcoder_starts_at_the_mean() -> None:
     x, y = data()
     coder = build_transcoder(EncoderConfig(layer=0, d_in=D, d_out=D, d_dict=F, rule=TopK(3), skip=True), generator())
@@ -181,8 +306,7 @@ def test_one_layer_clt_is_a_transcoder(rule: c.Rule) -> None:
     x, y = data()
     one = clt.CrossLayerTranscoder(CLTConfig(layers=(5,), d_in=D, d_out=D, d_dict=F, rule=rule), generator())
     one.initialise(stats_of(x, y))
-    with torch.no_grad():
-        one.W_dec[0].normal_(generator=generator(2))
+    away_from_the_start(one)
     coder = transcoder(rule)
     torch.testing.assert_close(one(x).y_hat[0], coder(x[0]).y_hat)
     variance = torch.full((1,), 2.0)
@@ -198,10 +322,7 @@ def random_clt(rule: c.Rule, layers: int = 3) -> clt.CrossLayerTranscoder:
         CLTConfig(layers=tuple(range(layers)), d_in=D, d_out=D, d_dict=F, rule=rule), generator()
     )
     coder.initialise(stats_of(*data(layers)))
-    with torch.no_grad():
-        for W in coder.W_dec:
-            W.normal_(generator=generator(2))
-    return coder
+    return away_from_the_start(coder)
 
 
 @pytest.mark.parametrize("rule", RULES)

@@ -12,6 +12,7 @@ import pytest
 import torch
 import yaml
 from interop_cases import (
+    GATED,
     RULES,
     B,
     D,
@@ -42,7 +43,7 @@ from sparse_ops import to_dense
 # ----------------------------------------------------------------------------------------- the same function, both ways
 
 
-@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("rule", [*RULES, GATED])
 @pytest.mark.parametrize("make", [sae, transcoder, lambda rule: transcoder(rule, skip=True), clt])
 def test_folding_the_scales_changes_neither_activations_nor_outputs(make: Callable[[Rule], Coder], rule: Rule) -> None:
     coder = make(rule)
@@ -104,6 +105,24 @@ def test_saelens(tmp_path: Path, make: Callable[[Rule], Coder], rule: Rule) -> N
     assert type(back.config) is type(coder.config) and back.config.layers == coder.config.layers
     assert type(back.config.rule) is type(rule)
     assert load_checkpoint(str(tmp_path / "back"), "cpu").record.target == "org/model"
+
+
+@pytest.mark.parametrize("centred", [True, False])
+def test_saelens_gated(tmp_path: Path, centred: bool) -> None:
+    """Also one whose encoder does not subtract b_dec from what it reads."""
+    folder = exported("saelens", tmp_path, coder := sae(GATED))
+    t, x = load_file(folder / "sae_weights.safetensors"), inputs(coder)
+    cfg = json.loads((folder / "cfg.json").read_text())
+    assert cfg["architecture"] == "gated" and cfg["apply_b_dec_to_input"]
+    assert set(t) == {"W_enc", "b_gate", "b_mag", "r_mag", "W_dec", "b_dec"}
+    (folder / "cfg.json").write_text(json.dumps(cfg | {"apply_b_dec_to_input": centred}))
+    z = x - t["b_dec"] if centred else x
+    a = (z @ t["W_enc"] + t["b_gate"] > 0) * (z @ (t["W_enc"] * t["r_mag"].exp()) + t["b_mag"]).relu()
+    back = imported("saelens", folder, tmp_path / "back")
+    assert_same((a, a @ t["W_dec"] + t["b_dec"]), ours(back))
+    assert back.config == coder.config
+    if centred:
+        assert_same(ours(back), ours(coder))
 
 
 def test_saelens_topk_that_ranks_by_decoder_norm(tmp_path: Path) -> None:
@@ -369,7 +388,7 @@ def test_bad_configurations_are_refused_in_one_line(tmp_path: Path, format: str,
         ("upstream", {"top_k": F + 1}, "exceeds d_dict"),
         ("upstream", {"top_k": "3"}, "not a positive whole number"),
         ("upstream", {"layers": "[2, 1]"}, "not ascending numbers"),
-        ("saelens", {"architecture": "gated"}, "use one of"),
+        ("saelens", {"architecture": "temporal"}, "use one of"),
         ("saelens", {"normalize_activations": "layer_norm"}, "fold its normalisation"),
         ("saelens", {"metadata": None}, "SAELens 6"),
         ("saelens", {"metadata": {"hook_name": "blocks.0.attn.hook_z"}}, "--site"),
@@ -407,6 +426,13 @@ def test_what_a_file_asks_and_no_coder_does_is_refused(
         ("dictionary_learning", lambda: transcoder(Relu(0.0)), "no Relu transcoder"),
         ("circuit-tracer", lambda: transcoder(TopK(3), layer=0), "no TopK transcoder"),
         ("circuit-tracer", lambda: transcoder(Relu(0.0), layer=1), "each layer from 0"),
+        ("upstream", lambda: transcoder(GATED), "upstream has no Gated transcoder"),
+        ("upstream", lambda: clt(GATED), "upstream has no Gated cross-layer transcoder"),
+        ("saelens", lambda: transcoder(GATED), "saelens has no Gated transcoder"),
+        ("sparsify", lambda: sae(GATED), "sparsify has no Gated SAE"),
+        ("dictionary_learning", lambda: sae(GATED), "dictionary_learning has no Gated SAE"),
+        ("circuit-tracer", lambda: transcoder(GATED, layer=0), "circuit-tracer has no Gated transcoder"),
+        ("circuit-tracer", lambda: clt(GATED), "circuit-tracer has no Gated cross-layer transcoder"),
         ("crosslayer-coding", lambda: clt(Relu(0.0)), "read, not written"),
         ("gguf", lambda: clt(Relu(0.0)), "unknown format"),
     ],

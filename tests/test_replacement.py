@@ -8,7 +8,7 @@ from torch import Tensor
 
 from clt import CrossLayerTranscoder
 from coder import Coder
-from config import BatchTopK, CLTConfig, EncoderConfig, JumpReLU, Relu, SAEConfig, TopK
+from config import BatchTopK, CLTConfig, EncoderConfig, Gated, JumpReLU, Relu, SAEConfig, TopK
 from llama_simple_mlp import LlamaSimpleMLP, LlamaSimpleMLPConfig, initialise
 from replacement import (
     CLT,
@@ -239,6 +239,18 @@ def test_top_k_override_takes_the_largest_positive_pre_activations(rule: object)
     torch.testing.assert_close(to_dense(replacement.encode(0, x, x)), expected)
     assert replacement.k == 6 and replacement.method == "transcoder-topk"
     assert coder.encoder.rule == rule and coder.training
+
+
+def test_top_k_override_opens_the_largest_gates() -> None:
+    """Of a gated coder; where all may be open, the code is its own."""
+    (coder,) = transcoders([0], Gated(0.1))
+    x = torch.randn(20, D, generator=torch.Generator().manual_seed(3))
+    pre, whole = coder.encoder.pre_activations(x * coder.x_scale), to_dense(coder.encode(x))
+    for k in (6, F):
+        opened = torch.zeros_like(pre).scatter(1, pre.topk(k).indices, 1)
+        found = to_dense(Transcoder([coder], top_k=k).encode(0, x, x))
+        torch.testing.assert_close(found, whole * opened)
+    assert torch.equal(found, whole) and (whole > 0).sum() > 20 * 6
 
 
 def test_a_replacement_never_mutates_its_coder() -> None:

@@ -18,7 +18,7 @@ import checkpoints
 from activation_store import ActivationsStore, DataConfig
 from checkpoints import TrainingRecord, check_target, coder_name, load_checkpoint, save_checkpoint
 from clt import CrossLayerTranscoder
-from config import BatchTopK, CLTConfig, EncoderConfig, JumpReLU, Relu, SAEConfig, TopK, TrainConfig
+from config import BatchTopK, CLTConfig, EncoderConfig, Gated, JumpReLU, Relu, SAEConfig, TopK, TrainConfig
 from sae import build_sae
 from sparse_ops import to_dense
 from target_models import TargetModel, capture
@@ -42,6 +42,7 @@ def coders() -> list:
         build_transcoder(EncoderConfig(layer=1, d_in=16, d_out=16, d_dict=48, rule=JumpReLU(l0=0.01)), g()),
         build_sae(SAEConfig(layer=1, site="mlp_out", d_in=16, d_dict=48, rule=Relu(l1=0.01)), g()),
         CrossLayerTranscoder(CLTConfig(layers=(0, 1), d_in=16, d_out=16, d_dict=48, rule=BatchTopK(4)), g()),
+        build_sae(SAEConfig(layer=1, site="mlp_out", d_in=16, d_dict=48, rule=Gated(l1=0.01)), g()),
     ]
 
 
@@ -173,7 +174,7 @@ def test_coders_side_by_side_step_as_one_after_another(small_target: TargetModel
         assert 0.5 * clock < spent <= clock and min(student.seconds for student in students) > 0
         runs.append((readings, [value for s in students for value in s.coder.state_dict().values()]))
     torch.set_num_threads(threads)
-    assert torch.equal(runs[0][0], runs[1][0]) and readings.shape == (4, 5, 3)
+    assert torch.equal(runs[0][0], runs[1][0]) and readings.shape == (4, 6, 3)
     assert all(torch.equal(*pair) for pair in zip(runs[0][1], runs[1][1], strict=True))
 
 
@@ -182,7 +183,7 @@ def test_trained_coders_are_not_trained_again(small_target: TargetModel, tmp_pat
     file = tmp_path / coder_name("small", coders()[0].config, 0) / "encoder.pt"
     before = file.stat().st_mtime_ns
     train_group(coders(), small_target, data=DATA, config=TRAIN, folder=tmp_path)
-    assert file.stat().st_mtime_ns == before and "5 of 5 coders are already trained" in capsys.readouterr().out
+    assert file.stat().st_mtime_ns == before and "6 of 6 coders are already trained" in capsys.readouterr().out
 
 
 def test_a_coder_of_another_recipe_is_trained_again(small_target: TargetModel, tmp_path: Path) -> None:
@@ -333,4 +334,4 @@ def test_a_full_disk_is_said_before_anything_is_written(tmp_path: Path, monkeypa
 
 def test_names_tell_coders_apart() -> None:
     names = {coder_name("hf:a/b", coder.config, seed) for coder in coders() for seed in (0, 1)}
-    assert len(names) == 10 and all("/" not in name and ":" not in name for name in names)
+    assert len(names) == 12 and all("/" not in name and ":" not in name for name in names)

@@ -14,7 +14,7 @@ import pytest
 import torch
 import yaml
 from conftest import WORDS, word_tokenizer
-from interop_cases import RULES, B, D, F, N, assert_same, clt, exported, imported, inputs, ours, sae, transcoder
+from interop_cases import GATED, RULES, B, D, F, N, assert_same, clt, exported, imported, inputs, ours, sae, transcoder
 
 import interop
 from checkpoints import load_checkpoint
@@ -31,7 +31,7 @@ def peer(name: str) -> Any:
 
 # -------------------------------------------------------------------------------------------------------------- SAELens
 
-SAELENS_CASES = [(sae, rule) for rule in RULES]
+SAELENS_CASES = [(sae, rule) for rule in (*RULES, GATED)]
 SAELENS_CASES += [(lambda rule: transcoder(rule, d_out=4), rule) for rule in THRESHOLDED]
 SAELENS_CASES += [(lambda rule: transcoder(rule, skip=True), rule) for rule in THRESHOLDED]
 
