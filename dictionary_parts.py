@@ -23,11 +23,18 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from checkpoints import build_coder, load_tensors
-from clt import CrossLayerTranscoder
-from config import BatchTopK, CoderConfig, JumpReLU
-from sparsity import Coder, SparseEncoder
+from coder import Coder
+from config import CoderConfig
+from sparsity import SparseEncoder
 
 Tensors = dict[str, Tensor]
+
+
+class Magnitude(NamedTuple):
+    """How a gated coder's active latents get their values: a = relu(e^r ⊙ (z W_encᵀ) + b)."""
+
+    r: Float[Tensor, "d_dict"]
+    b: Float[Tensor, "d_dict"]
 
 
 class Parts(NamedTuple):
@@ -37,6 +44,7 @@ class Parts(NamedTuple):
     b_dec: Float[Tensor, "d_out"]
     W_skip: Float[Tensor, "d_out d_in"] | None = None
     theta: Float[Tensor, "d_dict"] | None = None  # of BatchTopK and JumpReLU, else None
+    magnitude: Magnitude | None = None  # of Gated, else None
 
 
 # ------------------------------------------------------------------------------------------------- coders and parts
@@ -46,7 +54,7 @@ class Parts(NamedTuple):
 def fold(coder: Coder) -> tuple[Parts, ...]:
     """A coder without its scales, a Parts per layer. Raises ValueError for a BatchTopK that has no threshold yet."""
     n, d_out = len(coder.config.layers), coder.config.d_out
-    decoders, skip = _decoders(coder), getattr(coder, "W_skip", None)
+    decoders, skip = coder.decoders, coder.skip
     return tuple(
         Parts(
             W_enc=encoder.W_enc * coder.x_scale[i],
@@ -55,6 +63,7 @@ def fold(coder: Coder) -> tuple[Parts, ...]:
             b_dec=coder.b_dec.view(n, d_out)[i] / coder.y_scale[i],
             W_skip=None if skip is None else skip * coder.x_scale / coder.y_scale,
             theta=_threshold(encoder),
+            magnitude=_magnitude(encoder),
         )
         for i, encoder in enumerate(coder.encoders)
     )
@@ -64,37 +73,33 @@ def fold(coder: Coder) -> tuple[Parts, ...]:
 def build(config: CoderConfig, parts: Sequence[Parts]) -> Coder:
     """Inverse of `fold`: a coder in eval mode with scales of one."""
     coder = build_coder(config, torch.Generator())
-    for i, (part, encoder, W_dec) in enumerate(zip(parts, coder.encoders, _decoders(coder), strict=True)):
+    for i, (part, encoder, W_dec) in enumerate(zip(parts, coder.encoders, coder.decoders, strict=True)):
         encoder.W_enc.copy_(part.W_enc)
         encoder.b_enc.copy_(part.b_enc)
         W_dec.copy_(part.W_dec)
         coder.b_dec.view(len(parts), -1)[i].copy_(part.b_dec)
         if part.W_skip is not None:
-            coder.W_skip.copy_(part.W_skip)
-        if part.theta is not None and isinstance(config.rule, BatchTopK):
-            encoder.threshold.copy_(part.theta[0])
-        if part.theta is not None and isinstance(config.rule, JumpReLU):
-            encoder.log_theta.copy_(log_threshold(part.theta))
+            assert coder.skip is not None, f"{config} has no skip to put W_skip into"
+            coder.skip.copy_(part.W_skip)
+        if part.theta is not None:
+            encoder.load_threshold(part.theta)
+        if part.magnitude is not None:
+            encoder.load_magnitude(*part.magnitude)
     return coder.eval()
 
 
-def _decoders(coder: Coder) -> Sequence[Tensor]:
-    return list(coder.W_dec) if isinstance(coder, CrossLayerTranscoder) else [coder.W_dec]
-
-
-def _threshold(encoder: SparseEncoder) -> Tensor | None:
+def _threshold(encoder: SparseEncoder[Any]) -> Float[Tensor, "d_dict"] | None:
     """θ of a threshold rule, one per latent; what is negative acts as zero."""
-    if not isinstance(encoder.rule, BatchTopK | JumpReLU):
+    theta = encoder.deployed_threshold
+    if theta is None:
         return None
-    theta = encoder.deployed_threshold.detach()
     if not theta.isfinite().all():
         raise ValueError("this BatchTopK coder has no threshold yet: calibrate it (training does at its end)")
     return theta.clamp_min(0).expand(encoder.d_dict).clone()
 
 
-def log_threshold(theta: Tensor) -> Tensor:
-    """log θ; zero and below become the smallest normal number, which lets the same pre-activations through."""
-    return theta.clamp_min(torch.finfo(torch.float32).tiny).log()
+def _magnitude(encoder: SparseEncoder[Any]) -> Magnitude | None:
+    return None if encoder.magnitude is None else Magnitude(*(value.clone() for value in encoder.magnitude))
 
 
 # ------------------------------------------------------------------------------------------------- untrusted files
@@ -149,7 +154,7 @@ def size(source: Path, blob: dict[str, Any], name: str) -> int:
     return value
 
 
-def only(source: Path, blob: dict[str, Any], name: str, allowed: Sequence[Any], remedy: str) -> Any:
+def only(source: Path, blob: dict[str, Any], name: str, *, allowed: Sequence[Any], remedy: str) -> Any:
     """The value of `name`, which must be one of `allowed`."""
     if blob.get(name) not in allowed:
         raise ValueError(f"{source}: {name} is {blob.get(name)!r}: {remedy}")

@@ -225,7 +225,7 @@ def evaluate(
             give_back_memory()
     reference = torch.cat(ce_original)
     draws = torch.randint(len(reference), (RESAMPLES, len(reference)), generator=torch.Generator().manual_seed(seed))
-    original, commit = reference.mean().item(), git_commit()
+    original, commit = reference.mean().item(), git_commit() or ""
     points: list[ParetoPoint] = []
     details: list[LayerPoint] = []
     for (replacement, protocol, layers), run in zip(rows, wanted):
@@ -263,7 +263,7 @@ def evaluate(
                 fvu=_mean([d.fvu for d in summary.details if d.fvu is not None]),
                 mse=_mean([d.mse for d in summary.details if d.mse is not None]),
                 dead=summary.dead,
-                train_tokens=replacement.origin.train_tokens or None,
+                train_tokens=replacement.origin.train_tokens,
                 gate_params=replacement.gate_parameters(layers),
                 train_seconds=replacement.origin.train_seconds or None,
                 commit=commit,
@@ -442,7 +442,7 @@ def _load(reference: str, target: TargetModel, form: str, layer: int | None, sit
     if form:
         from interop import Place, import_dictionaries
 
-        record = TrainingRecord(reference, target.name, "", 0, 0.0, 0, "")
+        record = TrainingRecord.imported(reference, target.name)
         coders = [entry.coder for entry in import_dictionaries(form, reference, Place(layer, site))]
         loaded = [Checkpoint(coder.to(target.device).eval(), record, reference) for coder in coders]
     else:
@@ -500,7 +500,7 @@ def main(
             replacements += [SPD(model, components, top_k=k, origin=origin) for k in top_k]
         else:
             coders += _load(reference, model, format, layer, site)
-    sites = {getattr(checkpoint.coder.config, "site", "mlp_out") for checkpoint in coders} or {"mlp_out"}
+    sites = {checkpoint.coder.config.site for checkpoint in coders} or {"mlp_out"}
     if len(sites) > 1 or (replacements and sites != {"mlp_out"}):
         raise ValueError(
             f"these dictionaries stand at several sites ({', '.join(sorted(sites))}): measure each by itself"

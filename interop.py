@@ -111,7 +111,7 @@ def import_(
         raise ValueError(f"{destination} is not empty: choose another destination")
     for name, model, coder in found:
         folder = destination if len(found) == 1 else destination / name
-        save_checkpoint(folder, coder, TrainingRecord(name, target or model, "", 0, 0.0, 0, ""))
+        save_checkpoint(folder, coder, TrainingRecord.imported(name, target or model))
         print(folder)
 
 

@@ -44,16 +44,16 @@ def _remove(path: Path) -> None:
     path.unlink(missing_ok=True)
 
 
-def git_commit() -> str:
-    """The checkout's commit, with a + where the working tree differs; empty outside a git checkout, or without git."""
+def git_commit() -> str | None:
+    """The checkout's commit, with a + where the working tree differs; None outside a git checkout, or without git."""
     if shutil.which("git") is None:
-        return ""
+        return None
     head = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=REPOSITORY, capture_output=True, text=True)
     changed = subprocess.run(
         ["git", "status", "--porcelain", "--untracked-files=no", "--", "*.py"],
         cwd=REPOSITORY, capture_output=True, text=True,
     )  # fmt: skip
-    return head.stdout.strip() + ("+" if changed.stdout.strip() else "")
+    return head.stdout.strip() + ("+" if changed.stdout.strip() else "") or None
 
 
 def errors_in_one_line() -> None:

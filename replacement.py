@@ -26,10 +26,11 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from clt import CrossLayerTranscoder
-from config import Site, TopK, check_rule
+from coder import Coder, LayerCoder
+from config import Site
 from sae import BaseAutoencoder
 from sparse_ops import Codes, Layout, decode
-from sparsity import Coder
+from sparsity import SparseEncoder
 from spd_model import ComponentModel, weight_map
 from target_models import Captured, TargetModel, patched
 from transcoder import BaseTranscoder
@@ -192,16 +193,16 @@ def replaced(
 # ---------------------------------------------------------------------------------------------------------- coders
 
 
-def deployed(coder: Coder, top_k: int | None) -> Any:
+def deployed[K: Coder](coder: K, top_k: int | None) -> K:
     """The coder's deployed face as a view that shares its tensors; `top_k` puts TopK(top_k) in place of its rule.
 
     The view's codes are then the top_k largest positive pre-activations of each token, whatever the threshold.
     """
     shared = {id(t): t for t in chain(coder.parameters(), coder.buffers())}
     view = copy.deepcopy(coder, shared).eval()
-    for encoder in view.encoders if top_k is not None else ():
-        check_rule(TopK(top_k), encoder.d_dict)
-        encoder.rule = TopK(top_k)
+    encoders = [(path, module) for path, module in view.named_modules() if isinstance(module, SparseEncoder)]
+    for path, encoder in encoders if top_k is not None else ():
+        view.set_submodule(path, encoder.with_top_k(top_k))
     return view
 
 
@@ -221,7 +222,7 @@ def _dead(coders: Sequence[Coder], origin: Origin) -> float | None:
     return sum(coder.dead_fraction(1_000_000) for coder in coders) / len(coders)
 
 
-def by_layer(coders: Iterable[Any]) -> dict[int, Any]:
+def by_layer[K: LayerCoder](coders: Iterable[K]) -> dict[int, K]:
     """Layer → coder, in order. Raises ValueError where two coders stand for one layer."""
     ordered = sorted(coders, key=lambda coder: coder.config.layer)
     layers = [coder.config.layer for coder in ordered]
@@ -230,10 +231,10 @@ def by_layer(coders: Iterable[Any]) -> dict[int, Any]:
     return dict(zip(layers, ordered))
 
 
-class _PerLayer(Replacement):
+class _PerLayer[K: LayerCoder](Replacement):
     """One coder per layer."""
 
-    def __init__(self, method: str, coders: Iterable[Coder], top_k: int | None, variant: str, origin: Origin) -> None:
+    def __init__(self, method: str, coders: Iterable[K], top_k: int | None, variant: str, origin: Origin) -> None:
         originals = by_layer(coders)
         self.method = _name(method, top_k, variant)
         self.layers = tuple(originals)
@@ -248,7 +249,7 @@ class _PerLayer(Replacement):
         return _dead(list(self.coders.values()), self.origin)
 
 
-class SAE(_PerLayer):
+class SAE(_PerLayer[BaseAutoencoder]):
     """Sparse autoencoders of one site, MLP outputs or another: what was written there, rebuilt from latents that read it."""
 
     reads_y = True
@@ -265,17 +266,17 @@ class SAE(_PerLayer):
         super().__init__("sae", saes, top_k, "-".join(filter(None, [place, variant])), origin)
 
     def encode(self, layer: int, x: Tensor, y: Tensor) -> Codes:
-        return self.coders[layer].encode(y)  # type: ignore[no-any-return]
+        return self.coders[layer].encode(y)
 
     def write(self, pass_: Pass, layer: int, x: Tensor, y: Tensor) -> Tensor:
-        return self.coders[layer].decode(pass_.encode(layer, x, y))  # type: ignore[no-any-return]
+        return self.coders[layer].decode(pass_.encode(layer, x, y))
 
     def modules(self, layers: Sequence[int]) -> list[Module]:
         configs = [self.coders[layer].config for layer in layers]
         return [Module(c.layer, "latents", c.d_dict, 1, c.d_in + c.d_out) for c in configs]
 
 
-class Transcoder(_PerLayer):
+class Transcoder(_PerLayer[BaseTranscoder]):
     """Per-layer transcoders, each in place of its MLP."""
 
     def __init__(
@@ -286,10 +287,10 @@ class Transcoder(_PerLayer):
         super().__init__("transcoder", coders, top_k, "-".join(filter(None, [skip, variant])), origin)
 
     def encode(self, layer: int, x: Tensor, y: Tensor) -> Codes:
-        return self.coders[layer].encode(x)  # type: ignore[no-any-return]
+        return self.coders[layer].encode(x)
 
     def write(self, pass_: Pass, layer: int, x: Tensor, y: Tensor) -> Tensor:
-        return self.coders[layer].reconstruct(pass_.encode(layer, x, y), x)  # type: ignore[no-any-return]
+        return self.coders[layer].reconstruct(pass_.encode(layer, x, y), x)
 
     def modules(self, layers: Sequence[int]) -> list[Module]:
         configs = [self.coders[layer].config for layer in layers]
@@ -310,7 +311,7 @@ class CLT(Replacement):
         self.layers = coder.config.layers
         self.k = _common_k([coder], top_k)
         self.origin = origin
-        self.coder: CrossLayerTranscoder = deployed(coder, top_k)
+        self.coder = deployed(coder, top_k)
 
     def gate_parameters(self, layers: Sequence[int]) -> int:
         """Of every layer that writes to one of `layers`."""

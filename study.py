@@ -3,7 +3,7 @@
 import itertools
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -24,7 +24,19 @@ from checkpoints import (
     save_checkpoint,
 )
 from clt import CrossLayerTranscoder
-from config import CLTConfig, EncoderConfig, GateConfig, Recon, Rule, SAEConfig, SPDConfig, SPDTrainConfig, TrainConfig
+from coder import Coder
+from config import (
+    CLTConfig,
+    CoderConfig,
+    EncoderConfig,
+    GateConfig,
+    Recon,
+    Rule,
+    SAEConfig,
+    SPDConfig,
+    SPDTrainConfig,
+    TrainConfig,
+)
 from devices import bf16_is_fast
 from evaluation import Measurement
 from logs import REPOSITORY, errors_in_one_line, git_commit, write_settings
@@ -43,8 +55,6 @@ from replacement import (
     Zero,
     fit_affine,
 )
-from sae import BaseAutoencoder
-from sparsity import Coder
 from spd_model import ComponentModel
 from spd_training import train_spd
 from target_models import ASSETS, TargetModel, mlp_matrices
@@ -55,7 +65,7 @@ FIGURE = "![Pareto curves](pareto.png)"  # in a report, the table follows it
 BASELINE_TOKENS = 131_072  # training tokens that fit the affine maps and the means
 
 
-def new_coder(config: SAEConfig | EncoderConfig | CLTConfig, seed: int) -> Coder:
+def new_coder(config: CoderConfig, seed: int) -> Coder:
     """A coder whose initial weights depend on its configuration and the seed alone."""
     offset = sum(ord(c) * (i + 1) for i, c in enumerate(repr(config)))
     return build_coder(config, torch.Generator().manual_seed(seed + offset))
@@ -66,17 +76,28 @@ def transcoder_configs(
 ) -> list[EncoderConfig]:
     """One transcoder per rule and layer."""
     d = target.d_model
-    return [EncoderConfig(layer, d, d, d_dict, rule, skip) for rule in rules for layer in layers]
+    return [
+        EncoderConfig(layer=layer, d_in=d, d_out=d, d_dict=d_dict, rule=rule, skip=skip)
+        for rule in rules
+        for layer in layers
+    ]
 
 
 def sae_configs(target: TargetModel, layers: Sequence[int], rules: Sequence[Rule], d_dict: int) -> list[SAEConfig]:
     """One SAE per rule and layer, of the site the target is read at."""
-    return [SAEConfig(layer, target.site, target.d_model, d_dict, rule) for rule in rules for layer in layers]
+    return [
+        SAEConfig(layer=layer, site=target.site, d_in=target.d_model, d_dict=d_dict, rule=rule)
+        for rule in rules
+        for layer in layers
+    ]
 
 
 def clt_configs(target: TargetModel, layers: Sequence[int], rules: Sequence[Rule], d_dict: int) -> list[CLTConfig]:
     """One cross-layer transcoder per rule."""
-    return [CLTConfig(tuple(layers), target.d_model, target.d_model, d_dict, rule) for rule in rules]
+    return [
+        CLTConfig(layers=tuple(layers), d_in=target.d_model, d_out=target.d_model, d_dict=d_dict, rule=rule)
+        for rule in rules
+    ]
 
 
 def checkpoint_folder(target: str) -> Path:
@@ -96,28 +117,32 @@ def as_replacement(group: Sequence[Checkpoint], top_k: int | None = None) -> Rep
     seconds, paths = sum(record.train_seconds for record in records), " ".join(c.path for c in group)
     paths = paths.replace(f"{REPOSITORY}/", "")  # a table means the same on every machine
     origin = Origin(records[0].seed, records[0].train_tokens, seconds, paths)
-    if isinstance(coders[0], CrossLayerTranscoder):
-        assert len(coders) == 1, f"{len(coders)} cross-layer transcoders cannot stand in one replacement"
-        return CLT(coders[0], top_k, origin=origin)
-    kind = SAE if isinstance(coders[0], BaseAutoencoder) else Transcoder
-    return kind(coders, top_k, origin=origin)  # type: ignore[arg-type]
+    return REPLACEMENTS[type(coders[0].config)](coders, top_k, origin)
+
+
+def _one_clt(coders: Sequence[CrossLayerTranscoder], top_k: int | None, origin: Origin) -> CLT:
+    assert len(coders) == 1, f"{len(coders)} cross-layer transcoders cannot stand in one replacement"
+    return CLT(coders[0], top_k, origin=origin)
+
+
+REPLACEMENTS: dict[type[CoderConfig], Callable[..., Replacement]] = {
+    SAEConfig: lambda coders, top_k, origin: SAE(coders, top_k, origin=origin),
+    EncoderConfig: lambda coders, top_k, origin: Transcoder(coders, top_k, origin=origin),
+    CLTConfig: _one_clt,
+}
 
 
 def as_replacements(checkpoints: Sequence[Checkpoint], top_k: int | None = None) -> list[Replacement]:
-    """One replacement per CLT, and one per set of per-layer coders of the same kind, rule, skip, size and seed."""
+    """One replacement per CLT, and one per set of per-layer coders that differ in their layer alone, of equal seeds."""
     groups: dict[object, list[Checkpoint]] = {}
     for checkpoint in checkpoints:
-        config = checkpoint.coder.config
-        own = config.layers if isinstance(config, CLTConfig) else getattr(config, "skip", getattr(config, "site", None))
-        groups.setdefault((type(config), config.rule, own, config.d_dict, checkpoint.record.seed), []).append(
-            checkpoint
-        )
+        groups.setdefault((checkpoint.coder.config.family, checkpoint.record.seed), []).append(checkpoint)
     return [as_replacement(group, top_k) for group in groups.values()]
 
 
 def baselines(target: TargetModel, layers: Sequence[int], neurons: Sequence[int]) -> list[Replacement]:
     """Neurons at each k, the least-squares affine map, and identity, zero and mean ablation; the last three at any site."""
-    data = DataConfig(tuple(layers), batch_tokens=8192, buffer_tokens=16_384, model_batch=32)
+    data = DataConfig(layers=tuple(layers), batch_tokens=8192, buffer_tokens=16_384, model_batch=32)
     store = ActivationsStore(target, data)
     batches = itertools.islice(store, max(1, BASELINE_TOKENS // data.batch_tokens))
     maps = fit_affine((batch.inputs, batch.targets) for batch in batches)
@@ -157,7 +182,7 @@ def settings_for[S](presets: dict[str, S], doc: str | None) -> S:
 
 
 def train_coders(
-    configs: Sequence[SAEConfig | EncoderConfig | CLTConfig],
+    configs: Sequence[CoderConfig],
     target: TargetModel,
     tokens: int,
     batch: int,
@@ -166,10 +191,10 @@ def train_coders(
 ) -> list[Checkpoint]:
     """Train what is not yet in `folder`, all on one stream over all the layers, with the project's default recipe."""
     layers = tuple(sorted({layer for config in configs for layer in config.layers}))
-    data = DataConfig(layers, batch, seed=seed)
+    data = DataConfig(layers=layers, batch_tokens=batch, seed=seed)
     dead_after = min(10_000_000, tokens // 5)  # the field's number where the run is long enough for it
-    train = TrainConfig(tokens, learning_rate(tokens, configs[0].d_dict), dead_after=dead_after, seed=seed)
-    return train_group([new_coder(config, seed) for config in configs], target, data, train, folder)
+    train = TrainConfig(tokens=tokens, lr=learning_rate(tokens, configs[0].d_dict), dead_after=dead_after, seed=seed)
+    return train_group([new_coder(config, seed) for config in configs], target, data=data, config=train, folder=folder)
 
 
 class Decomposition(NamedTuple):
@@ -215,9 +240,11 @@ def train_decomposition(
     """
     assert batch >= 2, f"{batch=} sequences: each of the two terms needs one"
     patterns = tuple((path, components) for layer in layers for path in mlp_matrices(target, layer))
-    config = SPDConfig(patterns, GateConfig("shared_mlp", (gate_hidden,)))
+    config = SPDConfig(components=patterns, gate=GateConfig(kind="shared_mlp", hidden=(gate_hidden,)))
+    random_masks = Recon(coefficient=0.5, source="stochastic", routing="subset")
+    the_rulers = Recon(coefficient=0.5, source="deployed", routing="all")
     train = SPDTrainConfig(
-        steps, lr, (Recon(0.5, "stochastic", "subset"), Recon(0.5, "deployed", "all")), minimality, "kl", p=(2.0, 0.4),
+        steps=steps, lr=lr, recon=(random_masks, the_rulers), minimality=minimality, distance="kl", p=(2.0, 0.4),
         split=True, faithfulness=1e4, final=0.1, warmup=0.02, faithful_steps=0, clip=1.0, metrics_every=20,
         checkpoint_every=100, seed=seed,
     )  # fmt: skip
@@ -233,7 +260,10 @@ def train_decomposition(
     stream = _OnDevice(target, batch, seed)
     seconds = train_spd(model, stream, train, folder / name, name, autocast=bf16_is_fast(target.device))
     tokens = steps * batch * target.context
-    record = TrainingRecord(name, target.name, target.fingerprint, tokens, seconds, seed, git_commit(), recipe)
+    record = TrainingRecord(
+        name=name, target=target.name, target_fingerprint=target.fingerprint, train_tokens=tokens,
+        train_seconds=seconds, seed=seed, commit=git_commit(), recipe=recipe,
+    )  # fmt: skip
     save_checkpoint(folder / name, model, record)
     return Decomposition(model, record)
 

@@ -28,6 +28,7 @@ from torch import Tensor
 
 from activation_store import ActivationBatch
 from clt import CrossLayerTranscoder
+from coder import ActivationStats
 from config import BatchTopK, CLTConfig, EncoderConfig, TopK, TrainConfig
 from logs import atomic_path
 from memory import keep_freed_memory
@@ -105,19 +106,24 @@ def student_of(coder) -> Student:  # type: ignore[no-untyped-def]
     """A coder with targets of variance d."""
     coder.train()
     optimiser = torch.optim.Adam(coder.parameters(), lr=1e-4, fused=True)
-    layers, d = list(coder.config.layers), float(coder.config.d_in)
-    variance = torch.full((len(layers),), d) if hasattr(coder, "decode_layer") else torch.tensor(d)
-    return Student("", coder, layers, variance, optimiser, None)  # type: ignore[arg-type]
+    rows, d = list(coder.config.layers), coder.config.d_in
+    n = len(rows)
+    means, ones = torch.zeros(n, d), torch.ones(n)
+    variance = coder.variance(ActivationStats(means, ones, means, ones, d * ones, n_tokens=1))
+    return Student("", coder, rows, variance, optimiser, None)  # type: ignore[arg-type]
 
 
 def our_step(students: Sequence[Student], x: Tensor, y: Tensor) -> Step:
     """One step of all students, side by side; x, y: (layer, batch, d)."""
-    batch, config = ActivationBatch(x, y), TrainConfig(1, lr=1e-4)
-    return lambda: group_step(students, batch, config, 1e-4)
+    batch, config = ActivationBatch(x, y), TrainConfig(tokens=1, lr=1e-4)
+    return lambda: group_step(students, batch, config=config, lr=1e-4)
 
 
 def coder_of(size: Size, rule: TopK | BatchTopK, layer: int = 0):  # type: ignore[no-untyped-def]
-    coder = build_transcoder(EncoderConfig(layer, size.d, size.d, size.d_dict, rule), torch.Generator().manual_seed(0))
+    coder = build_transcoder(
+        EncoderConfig(layer=layer, d_in=size.d, d_out=size.d, d_dict=size.d_dict, rule=rule),
+        torch.Generator().manual_seed(0),
+    )
     torch.nn.init.normal_(coder.W_dec, std=0.01)
     return coder
 
@@ -185,7 +191,8 @@ def peers(s: Settings) -> list[Row]:
 
 def clt_coder(n: int, size: Size) -> CrossLayerTranscoder:
     coder = CrossLayerTranscoder(
-        CLTConfig(tuple(range(n)), size.d, size.d, size.d_dict, BatchTopK(size.k)), torch.Generator().manual_seed(0)
+        CLTConfig(layers=tuple(range(n)), d_in=size.d, d_out=size.d, d_dict=size.d_dict, rule=BatchTopK(size.k)),
+        torch.Generator().manual_seed(0),
     )
     for W in coder.W_dec:
         torch.nn.init.normal_(W, std=0.01)

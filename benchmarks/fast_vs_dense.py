@@ -50,7 +50,7 @@ class DenseTranscoder(BatchTopKTranscoder):
         a = dense_encode_batch_topk(x * self.x_scale, e.W_enc, e.b_enc, e.k_now)
         return from_dense(a, a.detach() > 0)
 
-    def encode_with_penalty(self, x: Tensor) -> tuple[Codes, Tensor]:
+    def encode_with_penalty(self, x: Tensor, y: Tensor, variance: Tensor) -> tuple[Codes, Tensor]:
         return self.encode(x), x.new_zeros(())
 
     def decode(self, codes: Codes) -> Tensor:
@@ -69,22 +69,28 @@ def missed_by_bf16(coder: BatchTopKTranscoder, x: Tensor) -> float:
 
 def main(s: Settings) -> None:
     target = load_target("tiny", "cpu")
-    store = ActivationsStore(target, DataConfig((s.layer,), s.batch, seed=s.seed))
+    store = ActivationsStore(target, DataConfig(layers=(s.layer,), batch_tokens=s.batch, seed=s.seed))
     tokens = s.steps * s.batch
-    config = TrainConfig(tokens, lr=learning_rate(tokens, s.d_dict), seed=s.seed)
+    config = TrainConfig(tokens=tokens, lr=learning_rate(tokens, s.d_dict), seed=s.seed)
     students = []
     for cls in (BatchTopKTranscoder, DenseTranscoder):
-        shape = EncoderConfig(s.layer, target.d_model, target.d_model, s.d_dict, BatchTopK(s.k))
+        shape = EncoderConfig(
+            layer=s.layer, d_in=target.d_model, d_out=target.d_model, d_dict=s.d_dict, rule=BatchTopK(s.k)
+        )
         coder = cls(shape, torch.Generator().manual_seed(s.seed))
-        students.append(enrol("", coder, store, config, Path(tempfile.mkdtemp())))
+        students.append(enrol("", coder, store=store, config=config, folder=Path(tempfile.mkdtemp())))
     rows: list[tuple[object, ...]] = []
     for step in range(s.steps):
         batch, lr, fvus = next(store), config.lr * schedule(step, s.steps, config), []
         for student in students:
-            student.coder.set_k(annealed_k(s.k, step, s.steps, config))
-            fvus.append(training_step(student, batch, config, lr)[1].item())
+            student.coder.set_k(annealed_k(s.k, step, steps=s.steps, config=config))
+            fvus.append(training_step(student, batch, config=config, lr=lr)[1].item())
         last = step % 50 == 0 or step + 1 == s.steps
-        missed = f"{missed_by_bf16(students[0].coder, students[0].view(batch)[0]):.5f}" if last else ""
+        missed = (
+            f"{missed_by_bf16(students[0].coder, students[0].coder.view(*batch, students[0].rows)[0]):.5f}"
+            if last
+            else ""
+        )
         rows.append((step, f"{fvus[0]:.6f}", f"{fvus[1]:.6f}", missed))
         if last:
             print(*rows[-1], flush=True)

@@ -20,9 +20,9 @@ from tqdm import tqdm
 
 from activation_store import ActivationsStore, DataConfig
 from clt import CrossLayerTranscoder
+from coder import Coder
 from config import BatchTopK, CLTConfig, EncoderConfig, TrainConfig
 from losses import fvu
-from sparsity import Coder
 from target_models import TargetModel, load_target
 from training import Student, annealed_k, enrol, schedule, training_step
 from transcoder import BaseTranscoder, build_transcoder
@@ -78,29 +78,38 @@ def new_coders(s: Settings, target: TargetModel, kind: str) -> list[Coder]:
     layers, d = tuple(range(target.n_layers)), target.d_model
     generator = torch.Generator().manual_seed(s.seed)
     if kind == "clt":
-        return [CrossLayerTranscoder(CLTConfig(layers, d, d, s.d_dict, BatchTopK(s.k)), generator)]
-    return [build_transcoder(EncoderConfig(i, d, d, s.d_dict, BatchTopK(s.k)), generator) for i in layers]
+        return [
+            CrossLayerTranscoder(
+                CLTConfig(layers=layers, d_in=d, d_out=d, d_dict=s.d_dict, rule=BatchTopK(s.k)), generator
+            )
+        ]
+    return [
+        build_transcoder(EncoderConfig(layer=i, d_in=d, d_out=d, d_dict=s.d_dict, rule=BatchTopK(s.k)), generator)
+        for i in layers
+    ]
 
 
 def main(s: Settings) -> None:
     target = load_target(s.target, s.device)
-    data = DataConfig(tuple(range(target.n_layers)), s.batch, seed=s.seed)
+    data = DataConfig(layers=tuple(range(target.n_layers)), batch_tokens=s.batch, seed=s.seed)
     store = ActivationsStore(target, data)
-    config = TrainConfig(s.tokens, lr=0.0, seed=s.seed)
+    config = TrainConfig(tokens=s.tokens, lr=0.0, seed=s.seed)
     unused = tempfile.mkdtemp()
     groups: list[tuple[str, Initial, float, list[Student]]] = []
     for kind, initial, lr in itertools.product(s.kinds, s.initials, s.lrs):
-        students = [enrol("", coder, store, config, Path(unused)) for coder in new_coders(s, target, kind)]
+        students = [
+            enrol("", coder, store=store, config=config, folder=Path(unused)) for coder in new_coders(s, target, kind)
+        ]
         for student in students:
             set_decoder(student.coder, initial, target, store.stats.x_mean[student.rows[0]])
         groups.append((kind, initial, lr, students))
     steps = s.tokens // s.batch
     for step in tqdm(range(steps), mininterval=10):
-        batch, k = next(store), annealed_k(s.k, step, steps, config)
+        batch, k = next(store), annealed_k(s.k, step, steps=steps, config=config)
         for _, _, lr, students in groups:
             for student in students:
                 student.coder.set_k(k)
-                training_step(student, batch, config, lr * schedule(step, steps, config))
+                training_step(student, batch, config=config, lr=lr * schedule(step, steps, config))
     calibration = list(itertools.islice(store, 32))
     held_out = list(itertools.islice(ActivationsStore(target, data, split="val"), s.held_out // s.batch))
     rows = []
@@ -108,12 +117,12 @@ def main(s: Settings) -> None:
         by_layer: list[float] = []
         l0 = 0.0
         for student in students:
-            student.coder.calibrate([student.view(batch)[0] for batch in calibration])
+            student.coder.calibrate([student.coder.view(*batch, student.rows)[0] for batch in calibration])
             student.coder.eval()
             errors = []
             with torch.no_grad():
                 for batch in held_out:
-                    x, y = student.view(batch)
+                    x, y = student.coder.view(*batch, student.rows)
                     y_hat, codes = student.coder(x)
                     errors.append(fvu(y, y_hat, student.variance))
                     parts = (codes,) if kind == "transcoder" else codes

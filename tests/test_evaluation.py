@@ -31,7 +31,9 @@ def dictionary_of(target: TargetModel, tokens: Tensor, layer: int, active: int) 
     unit, norm = x / x.norm(dim=1, keepdim=True), x.norm(dim=1)
     gap = norm - (x @ unit.T - 1e9 * torch.eye(len(x))).amax(0)  # by how much it beats the next along its direction
     assert (gap > 1e-3).all(), f"the inputs must be distinct: {gap.min()=}"
-    coder = build_transcoder(EncoderConfig(layer, D, D, active * len(x), Relu(0.0)), torch.Generator())
+    coder = build_transcoder(
+        EncoderConfig(layer=layer, d_in=D, d_out=D, d_dict=active * len(x), rule=Relu(0.0)), torch.Generator()
+    )
     with torch.no_grad():  # pre = 1 − 2 (norm − x·unit) / gap: 1 at its own input, at most −1 at every other
         coder.encoder.W_enc.copy_((2 * unit / gap[:, None]).repeat_interleave(active, 0))
         coder.encoder.b_enc.copy_((1 - 2 * norm / gap).repeat_interleave(active))

@@ -18,7 +18,15 @@ from transcoder import build_transcoder
 
 
 def record(target: TargetModel, fingerprint: str | None = None) -> TrainingRecord:
-    return TrainingRecord("n", target.name, fingerprint or target.fingerprint, 512, 1.0, 3, "c")
+    return TrainingRecord(
+        name="n",
+        target=target.name,
+        target_fingerprint=fingerprint or target.fingerprint,
+        train_tokens=512,
+        train_seconds=1.0,
+        seed=3,
+        commit="c",
+    )
 
 
 @pytest.fixture
@@ -35,7 +43,7 @@ def checkpoints(small_target: TargetModel, tmp_path: Path, monkeypatch: pytest.M
     folders = {name: str(tmp_path / "checkpoints" / name) for name in ("plt0", "plt1", "clt", "spd")}
     for name, coder in zip(folders, [*transcoders(range(2), BatchTopK(4)), clt(range(2))]):
         save_checkpoint(Path(folders[name]), coder, record(small_target))
-    config = SPDConfig((("h.*.mlp.*", 12),), GateConfig("shared_mlp", (8,)))
+    config = SPDConfig(components=(("h.*.mlp.*", 12),), gate=GateConfig(kind="shared_mlp", hidden=(8,)))
     model = ComponentModel(small_target.model, config, torch.Generator().manual_seed(0))
     save_checkpoint(Path(folders["spd"]), model, record(small_target))
     return folders
@@ -90,8 +98,10 @@ def test_foreign_dictionaries_are_measured_by_one_command_and_equal_ours(
 def test_what_does_not_fit_is_refused_in_one_line(
     checkpoints: dict[str, str], small_target: TargetModel, tmp_path: Path
 ) -> None:
-    deep = build_transcoder(EncoderConfig(7, D, D, 32, BatchTopK(4)), torch.Generator())
-    wide = build_transcoder(EncoderConfig(0, D + 1, D + 1, 32, BatchTopK(4)), torch.Generator())
+    deep = build_transcoder(EncoderConfig(layer=7, d_in=D, d_out=D, d_dict=32, rule=BatchTopK(4)), torch.Generator())
+    wide = build_transcoder(
+        EncoderConfig(layer=0, d_in=D + 1, d_out=D + 1, d_dict=32, rule=BatchTopK(4)), torch.Generator()
+    )
     for name, coder, fingerprint in (("deep", deep, None), ("wide", wide, None), ("other", deep, "elsewhere")):
         save_checkpoint(tmp_path / name, coder, record(small_target, fingerprint))
     for name, message in (

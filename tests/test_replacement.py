@@ -7,7 +7,8 @@ import torch
 from torch import Tensor
 
 from clt import CrossLayerTranscoder
-from config import BatchTopK, CLTConfig, EncoderConfig, JumpReLU, Relu, SAEConfig, TopK
+from coder import Coder
+from config import BatchTopK, CLTConfig, EncoderConfig, Gated, JumpReLU, Relu, SAEConfig, TopK
 from llama_simple_mlp import LlamaSimpleMLP, LlamaSimpleMLPConfig, initialise
 from replacement import (
     CLT,
@@ -25,7 +26,6 @@ from replacement import (
 )
 from sae import build_sae
 from sparse_ops import to_dense
-from sparsity import Coder
 from target_models import Captured, Parts, TargetModel, capture, make_target
 from token_stream import DatasetSpec
 from transcoder import BaseTranscoder, build_transcoder
@@ -62,17 +62,22 @@ def randomise(coder: Coder, seed: int = 2) -> Coder:
 
 def transcoders(layers: Sequence[int], rule: object = BatchTopK(4), skip: bool = False) -> list[BaseTranscoder]:
     g = torch.Generator().manual_seed(5)
-    return [randomise(build_transcoder(EncoderConfig(i, D, D, F, rule, skip), g), i) for i in layers]  # type: ignore
+    return [
+        randomise(build_transcoder(EncoderConfig(layer=i, d_in=D, d_out=D, d_dict=F, rule=rule, skip=skip), g), i)
+        for i in layers
+    ]  # type: ignore
 
 
 def saes(layers: Sequence[int]) -> list[Coder]:
     g = torch.Generator().manual_seed(6)
-    return [randomise(build_sae(SAEConfig(i, "mlp_out", D, F, TopK(3)), g), i) for i in layers]
+    return [
+        randomise(build_sae(SAEConfig(layer=i, site="mlp_out", d_in=D, d_dict=F, rule=TopK(3)), g), i) for i in layers
+    ]
 
 
 def clt(layers: Sequence[int], rule: object = BatchTopK(4)) -> CrossLayerTranscoder:
     g = torch.Generator().manual_seed(7)
-    return randomise(CrossLayerTranscoder(CLTConfig(tuple(layers), D, D, F, rule), g))  # type: ignore
+    return randomise(CrossLayerTranscoder(CLTConfig(layers=tuple(layers), d_in=D, d_out=D, d_dict=F, rule=rule), g))  # type: ignore
 
 
 def run(target: TargetModel, tokens: Tensor, pass_: Pass, layers: Sequence[int]) -> Tensor:
@@ -153,7 +158,12 @@ def test_a_failure_inside_a_patched_forward_leaves_the_model_unpatched() -> None
 def test_an_mlp_that_nobody_reads_is_computed_at_first_positions_alone() -> None:
     """The logits are those of a replacement for which every MLP is computed in full."""
     target, tokens = make_tiny(), some_tokens()
-    coders = [randomise(build_transcoder(EncoderConfig(i, D, D, F, TopK(4)), torch.Generator()), i) for i in range(3)]
+    coders = [
+        randomise(
+            build_transcoder(EncoderConfig(layer=i, d_in=D, d_out=D, d_dict=F, rule=TopK(4)), torch.Generator()), i
+        )
+        for i in range(3)
+    ]
     skims, reads = Transcoder(coders), Transcoder(coders)
     reads.reads_y = True
     seen: list[int] = []
@@ -229,6 +239,18 @@ def test_top_k_override_takes_the_largest_positive_pre_activations(rule: object)
     torch.testing.assert_close(to_dense(replacement.encode(0, x, x)), expected)
     assert replacement.k == 6 and replacement.method == "transcoder-topk"
     assert coder.encoder.rule == rule and coder.training
+
+
+def test_top_k_override_opens_the_largest_gates() -> None:
+    """Of a gated coder; where all may be open, the code is its own."""
+    (coder,) = transcoders([0], Gated(0.1))
+    x = torch.randn(20, D, generator=torch.Generator().manual_seed(3))
+    pre, whole = coder.encoder.pre_activations(x * coder.x_scale), to_dense(coder.encode(x))
+    for k in (6, F):
+        opened = torch.zeros_like(pre).scatter(1, pre.topk(k).indices, 1)
+        found = to_dense(Transcoder([coder], top_k=k).encode(0, x, x))
+        torch.testing.assert_close(found, whole * opened)
+    assert torch.equal(found, whole) and (whole > 0).sum() > 20 * 6
 
 
 def test_a_replacement_never_mutates_its_coder() -> None:

@@ -18,7 +18,7 @@ from target_models import TargetModel, at_site
 from training import train_group
 
 SITES: tuple[Site, ...] = ("mlp_out", "attn_out", "resid")
-DATA = DataConfig((0, 1), batch_tokens=64, buffer_tokens=256, model_batch=4)
+DATA = DataConfig(layers=(0, 1), batch_tokens=64, buffer_tokens=256, model_batch=4)
 TOKENS = torch.arange(2, 34).view(2, 16)
 
 
@@ -31,7 +31,9 @@ def small_target(tmp_path: Path) -> TargetModel:
 
 def exact_sae(layer: int, site: Site) -> BaseAutoencoder:
     """x = relu(x) − relu(−x): two latents per dimension rebuild everything."""
-    sae = build_sae(SAEConfig(layer, site, 16, 32, Relu(0.0)), torch.Generator().manual_seed(0))
+    sae = build_sae(
+        SAEConfig(layer=layer, site=site, d_in=16, d_dict=32, rule=Relu(0.0)), torch.Generator().manual_seed(0)
+    )
     both = torch.cat([torch.eye(16), -torch.eye(16)])
     with torch.no_grad():
         sae.encoder.W_enc.copy_(both)
@@ -70,7 +72,13 @@ def test_saes_of_a_site_are_trained_and_measured_by_the_command_line(
     for site in SITES:
         view = at_site(small_target, site)
         coders = [new_coder(c, 0) for c in sae_configs(view, (0, 1), [BatchTopK(4)], 32)]
-        train_group(coders, view, DATA, TrainConfig(640, 1e-2, calibration_tokens=64), tmp_path / "checkpoints")
+        train_group(
+            coders,
+            view,
+            data=DATA,
+            config=TrainConfig(tokens=640, lr=1e-2, calibration_tokens=64),
+            folder=tmp_path / "checkpoints",
+        )
     names = sorted(path.name for path in (tmp_path / "checkpoints").iterdir() if path.is_dir())
     assert len(names) == 6, f"{names=}"  # no two sites share a name
     paths = [str(tmp_path / "checkpoints" / name) for name in names]
@@ -87,11 +95,17 @@ def test_saes_of_a_site_are_trained_and_measured_by_the_command_line(
 def test_a_site_is_never_mistaken_for_another(small_target: TargetModel, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="sae-resid writes resid, the target is read at mlp_out.*at_site"):
         evaluation.evaluate(small_target, [SAE([exact_sae(0, "resid")])], TOKENS)
-    transcoder = new_coder(EncoderConfig(0, 16, 16, 32, BatchTopK(4)), 0)
+    transcoder = new_coder(EncoderConfig(layer=0, d_in=16, d_out=16, d_dict=32, rule=BatchTopK(4)), 0)
     with pytest.raises(ValueError, match="transcoder writes mlp_out, the target is read at resid"):
         evaluation.evaluate(at_site(small_target, "resid"), [Transcoder([transcoder])], TOKENS)  # type: ignore[list-item]
     with pytest.raises(ValueError, match="is of attn_out, the target is read at mlp_out"):
-        train_group([exact_sae(0, "attn_out")], small_target, DATA, TrainConfig(640, 1e-2), tmp_path)
+        train_group(
+            [exact_sae(0, "attn_out")],
+            small_target,
+            data=DATA,
+            config=TrainConfig(tokens=640, lr=1e-2),
+            folder=tmp_path,
+        )
     with pytest.raises(ValueError, match="SAEs read"):
         SAE([exact_sae(0, "resid"), exact_sae(1, "attn_out")])
     assert [r.method for r in baselines(at_site(small_target, "resid"), (0, 1), (4,))] == ["identity", "zero", "mean"]

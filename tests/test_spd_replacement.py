@@ -12,15 +12,15 @@ from spd_model import ComponentModel
 from target_models import TargetModel
 
 C_FC, C_DOWN = 20, 24
-LOCAL = GateConfig("shared_mlp", (8,))
-SCALAR = GateConfig("mlp", (4,))
-GLOBAL = GateConfig("global_shared_mlp", (16,))
-ATTENDING = GateConfig("global_shared_transformer", (16,), d_model=16, blocks=1, heads=2, causal=True)
+LOCAL = GateConfig(kind="shared_mlp", hidden=(8,))
+SCALAR = GateConfig(kind="mlp", hidden=(4,))
+GLOBAL = GateConfig(kind="global_shared_mlp", hidden=(16,))
+ATTENDING = GateConfig(kind="global_shared_transformer", hidden=(16,), d_model=16, blocks=1, heads=2, causal=True)
 GATES = [LOCAL, SCALAR, GLOBAL, ATTENDING]
 
 
 def decomposition(target: TargetModel, gate: GateConfig = LOCAL) -> ComponentModel:
-    config = SPDConfig((("h.*.mlp.c_fc", C_FC), ("h.*.mlp.down_proj", C_DOWN)), gate)
+    config = SPDConfig(components=(("h.*.mlp.c_fc", C_FC), ("h.*.mlp.down_proj", C_DOWN)), gate=gate)
     return ComponentModel(target.model, config, torch.Generator().manual_seed(0)).requires_grad_(False)
 
 
@@ -124,7 +124,7 @@ def test_bad_requests_are_refused() -> None:
         SPD(other, model)
     with pytest.raises(ValueError, match="no matrix named"):
         SPD(target, model, matrices=["gate_proj"])
-    config = SPDConfig((("h.*.mlp.c_fc", 4), ("h.*.attn.q_proj", 4)), GLOBAL)
+    config = SPDConfig(components=(("h.*.mlp.c_fc", 4), ("h.*.attn.q_proj", 4)), gate=GLOBAL)
     beyond = ComponentModel(target.model, config, torch.Generator().manual_seed(0))
     with pytest.raises(ValueError, match="q_proj"):
         SPD(target, beyond)

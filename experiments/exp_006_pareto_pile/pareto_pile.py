@@ -56,7 +56,9 @@ def main(s: Settings) -> None:
         return replot(s.output)
     began = time.perf_counter()
     target = load_target(s.target, s.device)
-    config = EncoderConfig(s.layer, target.d_model, target.d_model, s.d_dict, BatchTopK(s.trained_k))
+    config = EncoderConfig(
+        layer=s.layer, d_in=target.d_model, d_out=target.d_model, d_dict=s.d_dict, rule=BatchTopK(s.trained_k)
+    )
     trained = train_coders([config], target, s.tokens, s.batch, s.seed, checkpoint_folder(s.target))
     replacements = [
         as_replacement(trained),
