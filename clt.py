@@ -66,7 +66,7 @@ class CrossLayerTranscoder(Coder[tuple[Codes, ...]]):
         ]
         penalty = torch.stack([of_layer.penalty for of_layer in trained]).mean()
         gates = tuple(of_layer.gates for of_layer in trained if of_layer.gates is not None)
-        penalty = penalty + self.frozen_error(gates, x, y, variance) if gates else penalty
+        penalty = penalty + self.frozen_error(gates, x, y=y, variance=variance) if gates else penalty
         return tuple(of_layer.codes for of_layer in trained), penalty
 
     def decode_layer(self, j: int, codes: Sequence[Codes]) -> Float[Tensor, "batch d_out"]:

@@ -1,6 +1,9 @@
-"""What SAEs, transcoders and cross-layer transcoders share: encoders with statistics, scales, and a training loop's questions.
+"""What SAEs, transcoders and cross-layer transcoders have in common, and all that training and measuring ask of them.
 
-A coder takes and returns raw activations; inside, x · x_scale and y · y_scale have mean norm √d.
+    codes = encode(x),   ŷ = reconstruct(codes, x),   loss = FVU(y, ŷ) + what encode_with_penalty adds
+
+A coder takes and returns raw activations; inside, x · x_scale and y · y_scale have mean norm √d. A new kind of coder
+defines the abstract methods of `Coder`, or of `LayerCoder` where it has one encoder and one decoder.
 """
 
 from abc import ABC, abstractmethod
@@ -64,9 +67,10 @@ class Coder[C: (Codes, tuple[Codes, ...])](nn.Module, ABC):
 
     @abstractmethod
     def encode_with_penalty(
-        self, x: Float[Tensor, "*layer batch d_in"], y: Float[Tensor, "*layer batch d_out"], variance: Tensor
-    ) -> tuple[C, Float[Tensor, ""]]:
-        """Codes, and all that the rule adds to a loss of FVU; `variance` is that of the targets y, from `variance`."""
+        self, x: Float[Tensor, "*layer batch d_in"], y: Float[Tensor, "*layer batch d_out"],
+        variance: Float[Tensor, "*layer"],
+    ) -> tuple[C, Float[Tensor, ""]]:  # fmt: skip
+        """Codes, and all that the rule adds to a loss of FVU; `variance` is E‖y − ȳ‖² of the targets, as the method says."""
 
     @abstractmethod
     def decode(self, codes: C) -> Float[Tensor, "*layer batch d_out"]:
@@ -110,9 +114,10 @@ class Coder[C: (Codes, tuple[Codes, ...])](nn.Module, ABC):
         return self.decode(codes)
 
     def frozen_error(
-        self, codes: C, x: Float[Tensor, "*layer batch d_in"], y: Float[Tensor, "*layer batch d_out"], variance: Tensor
-    ) -> Float[Tensor, ""]:
-        """FVU of ŷ from these codes, mean over targets; only the codes get a gradient, not the decoder that it passes."""
+        self, codes: C, x: Float[Tensor, "*layer batch d_in"], *, y: Float[Tensor, "*layer batch d_out"],
+        variance: Float[Tensor, "*layer"],
+    ) -> Float[Tensor, ""]:  # fmt: skip
+        """Mean FVU of ŷ from these codes, whose gradient reaches the codes alone and not the decoder that it passes."""
         with frozen(self):
             return fvu(y, self.reconstruct(codes, x), variance).mean()
 
@@ -182,7 +187,7 @@ class LayerCoder(Coder[Codes]):
         self, x: Float[Tensor, "batch d_in"], y: Float[Tensor, "batch d_out"], variance: Float[Tensor, ""]
     ) -> tuple[Codes, Float[Tensor, ""]]:
         codes, penalty, gates = self.encoder.encode_with_penalty(self.encoder_input(x), self.W_dec)
-        return codes, penalty if gates is None else penalty + self.frozen_error(gates, x, y, variance)
+        return codes, penalty if gates is None else penalty + self.frozen_error(gates, x, y=y, variance=variance)
 
     def decode(self, codes: Codes) -> Float[Tensor, "batch d_out"]:
         return unscaled(decode(codes, self.W_dec), self.b_dec, self.y_scale)

@@ -6,6 +6,7 @@ Our scales x̃ = s x, y = ỹ / t (an SAE has t = s) fold into the tensors, whic
 
     W_enc ← s W_enc,   W_dec ← W_dec / t,   b_dec ← b_dec / t,   W_skip ← (s / t) W_skip
 
+A gated coder's values, relu(e^r ⊙ (z W_encᵀ) + b), need no more: r and b stay as they are.
 Beside `fold` and its inverse `build` stand the checks of files that others wrote: every name, shape and value is looked
 at, only safetensors and torch files of plain tensors are opened, and what is wrong is said in one line.
 """

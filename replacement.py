@@ -18,7 +18,7 @@ import functools
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import chain
-from typing import Any, ClassVar, NamedTuple
+from typing import ClassVar, NamedTuple
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -77,7 +77,7 @@ class Pass:
     def __init__(self, replacement: "Replacement", clean: Captured | None) -> None:
         self.replacement = replacement
         self.clean = clean
-        self.codes: dict[int, Any] = {}
+        self.codes: dict[int, Codes] = {}
         self.active: dict[tuple[int, str], Active] = {}
 
     def __call__(
@@ -86,7 +86,7 @@ class Pass:
         flat_x, flat_y = x.flatten(0, 1).float(), y.flatten(0, 1).float()
         return self.replacement.write(self, layer, flat_x, flat_y).view(*x.shape[:-1], -1).to(y.dtype)
 
-    def encode(self, layer: int, x: Tensor | None = None, y: Tensor | None = None) -> Any:
+    def encode(self, layer: int, x: Tensor | None = None, y: Tensor | None = None) -> Codes:
         """The codes of `layer`; x and y are the running stream's, and go unread where a clean pass is given."""
         if layer not in self.codes:
             if self.clean is not None:
@@ -128,10 +128,10 @@ class Replacement(ABC):
         """`begin()`, except for gates that read layers which the stream has not reached: they need a first `run`."""
         return self.begin()
 
-    def encode(self, layer: int, x: Float[Tensor, "token d_in"], y: Float[Tensor, "own d_out"]) -> Any:
+    def encode(self, layer: int, x: Float[Tensor, "token d_in"], y: Float[Tensor, "own d_out"]) -> Codes:
         raise AssertionError(f"{self.method} has no codes")
 
-    def active(self, layer: int, codes: Any) -> dict[str, Active]:
+    def active(self, layer: int, codes: Codes) -> dict[str, Active]:
         """What is active in each module of `layer`."""
         return {name: Active.of(codes) for name in self.module_names}
 

@@ -10,7 +10,8 @@ import clt
 import config as c
 import sparse_ops
 from activation_store import ActivationBatch
-from coder import ActivationStats, Coder, LayerCoder
+from checkpoints import build_coder
+from coder import ActivationStats, Coder, LayerCoder, codes_by_layer
 from config import BatchTopK, CLTConfig, EncoderConfig, Gated, JumpReLU, Relu, SAEConfig, TopK, TrainConfig
 from logs import Logger
 from losses import fvu
@@ -200,6 +201,25 @@ def random_sae(rule: c.Rule) -> BaseAutoencoder:
     x, _ = data()
     coder.initialise(stats_of(x, x))
     return away_from_the_start(coder)
+
+
+@pytest.mark.parametrize("kind", ["sae", "transcoder", "clt"])
+def test_a_gated_coder_starts_as_a_relu_coder(kind: str) -> None:
+    """Where magnitudes are the gates, a gated code is a rectified one."""
+    outputs = []
+    for rule in (Gated(l1=0.1), Relu(l1=0.1)):
+        x, y = data(2 if kind == "clt" else 1)
+        shape = {"d_in": D, "d_dict": F, "rule": rule}
+        configs = {
+            "sae": SAEConfig(layer=0, site="mlp_out", **shape),
+            "transcoder": EncoderConfig(layer=0, d_out=D, **shape),
+            "clt": CLTConfig(layers=(0, 1), d_out=D, **shape),
+        }
+        coder = build_coder(configs[kind], generator())
+        coder.initialise(stats_of(x, y))
+        outputs.append([to_dense(own) for own in codes_by_layer(coder.encode(x if kind == "clt" else x[0]))])
+    assert all((a > 0).any() for a in outputs[0])
+    torch.testing.assert_close(*outputs)
 
 
 def published_gated_loss(p: dict[str, Tensor], x: Tensor, scale: Tensor, variance: float, l1: float) -> Tensor:

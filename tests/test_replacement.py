@@ -21,6 +21,7 @@ from replacement import (
     Replacement,
     Transcoder,
     Zero,
+    deployed,
     fit_affine,
     replaced,
 )
@@ -239,6 +240,19 @@ def test_top_k_override_takes_the_largest_positive_pre_activations(rule: object)
     torch.testing.assert_close(to_dense(replacement.encode(0, x, x)), expected)
     assert replacement.k == 6 and replacement.method == "transcoder-topk"
     assert coder.encoder.rule == rule and coder.training
+
+
+@pytest.mark.parametrize("rule", [Relu(0.1), TopK(3), BatchTopK(3), JumpReLU(0.01), Gated(0.1)])
+@pytest.mark.parametrize("top_k", [None, 2])
+def test_a_deployed_view_holds_the_coders_own_tensors(rule: object, top_k: int | None) -> None:
+    for coder in (transcoders([0], rule)[0], clt(range(2), rule)):
+        own = dict([*coder.named_parameters(), *coder.named_buffers()])
+        view = deployed(coder, top_k)
+        shared = dict([*view.named_parameters(), *view.named_buffers()])
+        assert shared.keys() <= own.keys() and all(value is own[name] for name, value in shared.items())
+        assert not any(module.training for module in view.modules()) and all(e.training for e in coder.encoders)
+    with pytest.raises(ValueError, match="k=99 exceeds d_dict"):
+        deployed(coder, 99)
 
 
 def test_top_k_override_opens_the_largest_gates() -> None:
