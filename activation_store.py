@@ -21,8 +21,10 @@ from torch import Tensor
 
 from coder import ActivationStats
 from devices import sent
-from target_models import Captured, TargetModel, capture
-from token_stream import Split, TokenStream, text_fingerprint
+from patching import Captured, capture
+from python_corpus import Split
+from target_models import TargetModel
+from token_stream import TokenStream, text_fingerprint
 
 MAX_FP16 = 65_504.0
 

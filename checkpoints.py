@@ -10,9 +10,10 @@ import os
 import pickle
 import shutil
 import zipfile
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -21,11 +22,10 @@ from torch.utils._pytree import tree_leaves
 from clt import CrossLayerTranscoder
 from coder import Coder
 from config import CLTConfig, CoderConfig, EncoderConfig, SAEConfig, from_json, to_json
-from logs import atomic_path, download_artifact, write_json
+from logs import atomic_path, cache_folder, download_artifact, write_json
 from sae import build_sae
 from spd_model import ComponentModel
-from target_models import TargetModel
-from token_stream import cache_folder
+from target_models import ASSETS, TargetModel, mlp_matrices
 from transcoder import build_transcoder
 
 # of experiments and the main job; $NN_CHECKPOINTS puts them on another disk
@@ -184,3 +184,32 @@ def check_target(checkpoint: Checkpoint, target: TargetModel) -> None:
             f"{checkpoint.path} was trained on {checkpoint.record.target!r} with weights "
             f"{checkpoint.record.target_fingerprint}, not on {target.name!r} ({target.fingerprint})"
         )
+
+
+def checkpoint_folder(target: str) -> Path:
+    """Where the experiments keep what they train on a target; they share it, so that nothing is trained twice."""
+    return CHECKPOINTS / target.replace("/", "--").replace(":", "-")
+
+
+class Decomposition(NamedTuple):
+    model: ComponentModel
+    record: TrainingRecord
+
+
+def find_spd(target: TargetModel, layers: Sequence[int]) -> Decomposition:
+    """The decomposition of these layers: the shipped one of `tiny`, else the one that exp_004 left among the checkpoints.
+
+    Raises ValueError where there is none, or more than one.
+    """
+    shipped = ASSETS / f"spd_{target.name}"
+    if shipped.exists():
+        return Decomposition(*load_spd(str(shipped), target))
+    wanted = {path for layer in layers for path in mlp_matrices(target, layer)}
+    folders = sorted(file.parent for file in checkpoint_folder(target.name).glob(f"*_spd_*/{CONFIG}"))
+    found = [folder for folder in folders if wanted <= dict(read_config(folder)[0].components).keys()]
+    if len(found) != 1:
+        names = ", ".join(folder.name for folder in found) or "none"
+        raise ValueError(
+            f"one SPD of layers {list(layers)} of {target.name!r} is needed, there is {names}: see exp_004"
+        )
+    return Decomposition(*load_spd(str(found[0]), target))

@@ -181,3 +181,8 @@ def download_run_files(run: str, names: tuple[str, ...], folder: Path) -> Path:
                 if Path(file.name).name.startswith(names):
                     file.download(root=str(temporary))
     return destination
+
+
+def cache_folder() -> Path:
+    """Where caches live: $NN_CACHE_HOME or ~/.cache/nn_decompositions."""
+    return Path(os.environ.get("NN_CACHE_HOME", Path.home() / ".cache" / "nn_decompositions"))

@@ -28,7 +28,8 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from config import BatchTopK, Gated, JumpReLU, Relu, Rule, TopK
-from sparse_ops import Codes, encode_batch_topk, encode_threshold, encode_topk, fire_counts, from_dense
+from sparse_encode import encode_batch_topk, encode_threshold, encode_topk
+from sparse_ops import Codes, fire_counts, from_dense
 
 THRESHOLD_DECAY = 0.99  # per training batch
 

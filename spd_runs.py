@@ -18,9 +18,8 @@ from torch import Tensor, nn
 
 from checkpoints import load_state, load_tensors
 from config import GateConfig, SPDConfig
-from logs import download_run_files
+from logs import cache_folder, download_run_files
 from spd_model import ComponentModel
-from token_stream import cache_folder
 
 RENAMED = (
     (r"^patched_model\.", "target_model."),
@@ -125,7 +124,7 @@ def _paths(state: dict[str, Tensor], model: nn.Module) -> dict[str, str]:
     return {name: modules[name] for name in names}
 
 
-def load_run(reference: str, target_model: nn.Module) -> ComponentModel:
+def load_spd_run(reference: str, target_model: nn.Module) -> ComponentModel:
     """The decomposition of a Goodfire run, in eval mode, on the target given (whose weights the run's must equal).
 
     Raises ValueError in one line for a folder that is no run, a truncated checkpoint, an unknown kind of gate, a target

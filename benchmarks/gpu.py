@@ -56,9 +56,9 @@ from llama_simple_mlp import LlamaSimpleMLP, LlamaSimpleMLPConfig, initialise
 from logs import atomic_path, errors_in_one_line, git_commit
 from sparse_ops import Layout
 from spd_training import SPDTrainer, train_spd
-from target_models import ASSETS, Parts, TargetModel, load_target, load_tokenizer, make_target
+from target_models import ASSETS, Loaded, TargetModel, load_target, load_tokenizer, make_target
 from token_stream import DatasetSpec, TokenStream
-from training import learning_rate, train_group
+from training import default_learning_rate, train_group
 
 HERE = Path(__file__).parent
 ROW = 2**12  # tokens that are written at a time
@@ -236,7 +236,7 @@ def random_target(bench: Bench, d: int) -> TargetModel:
     heads = max(2, d // 64)
     model = LlamaSimpleMLP(LlamaSimpleMLPConfig(tiny.context, tiny.vocab_size, 4, heads, d, 4 * d, heads))
     initialise(model, torch.Generator().manual_seed(0))
-    return make_target("random", Parts(model, tiny.tokenizer, tiny.context, tiny.data), bench.device)
+    return make_target("random", Loaded(model, tiny.tokenizer, tiny.context, tiny.data), bench.device)
 
 
 def training(bench: Bench) -> None:
@@ -251,7 +251,10 @@ def training(bench: Bench) -> None:
             tokens = size.batch * (4 if bench.mini else 100)
             data = DataConfig((0, 1, 2, 3), size.batch, *((256, 4) if bench.mini else ()))
             train = TrainConfig(
-                tokens, learning_rate(tokens, size.d_dict), dead_after=tokens // 5, calibration_tokens=size.batch
+                tokens,
+                default_learning_rate(tokens, size.d_dict),
+                dead_after=tokens // 5,
+                calibration_tokens=size.batch,
             )
             folder = bench.scratch / str(size)
             built = [build_coder(config, torch.Generator().manual_seed(0)) for config in configs]

@@ -13,12 +13,12 @@ from checkpoints import build_coder
 from config import BatchTopK, CLTConfig, CoderConfig, EncoderConfig, JumpReLU, Relu, Rule, SAEConfig, TopK, TrainConfig
 from losses import fvu
 from sae import BaseAutoencoder
-from sparse_ops import dense_encode_batch_topk, dense_encode_topk
+from sparse_encode import dense_encode_batch_topk, dense_encode_topk
 from sparsity import Coder, SparseEncoder, jumprelu
-from training import Student, group_step
+from training import CoderRun, group_step
 
 
-def student_of(config: CoderConfig, device: str) -> Student:
+def student_of(config: CoderConfig, device: str) -> CoderRun:
     """A coder with decoders and scales that are neither zero nor one."""
     coder = build_coder(config, torch.Generator().manual_seed(0)).to(device).train()
     generator = torch.Generator(device).manual_seed(1)
@@ -31,7 +31,7 @@ def student_of(config: CoderConfig, device: str) -> Student:
     variance = torch.full((len(config.layers),), float(config.d_in), device=device)
     variance = variance if isinstance(config, CLTConfig) else variance[0]
     optimiser = torch.optim.Adam(coder.parameters(), lr=1e-4, fused=True)
-    return Student("", coder, list(range(len(config.layers))), variance, optimiser, None)  # type: ignore[arg-type]
+    return CoderRun("", coder, list(range(len(config.layers))), variance, optimiser, None)  # type: ignore[arg-type]
 
 
 def decoders(coder: Coder) -> list[Tensor]:
@@ -45,7 +45,7 @@ def batches(size: Size, layers: int, device: str) -> Iterator[ActivationBatch]:
     return itertools.cycle([ActivationBatch(*pair) for pair in made])
 
 
-def our_loss(student: Student, batch: ActivationBatch) -> Tensor:
+def our_loss(student: CoderRun, batch: ActivationBatch) -> Tensor:
     x, y = student.view(batch)
     codes, penalty = student.coder.encode_with_penalty(x)
     return fvu(y, student.coder.reconstruct(codes, x), student.variance).mean() + penalty
@@ -69,7 +69,7 @@ def dense_codes(encoder: SparseEncoder, z: Tensor, W_dec: Tensor) -> tuple[Tenso
     raise AssertionError(f"{encoder.rule} has no dense twin here")
 
 
-def dense_loss(student: Student, batch: ActivationBatch) -> Tensor:
+def dense_loss(student: CoderRun, batch: ActivationBatch) -> Tensor:
     coder, (x, y) = student.coder, student.view(batch)
     across, shift = isinstance(coder.config, CLTConfig), coder.b_dec if isinstance(coder, BaseAutoencoder) else 0.0
     wide, penalties = [], []

@@ -22,9 +22,10 @@ import tyro
 from torch import Tensor
 
 from config import GateConfig, Recon, SPDConfig, SPDTrainConfig
+from devices import keep_freed_memory
 from logs import atomic_path
-from memory import keep_freed_memory
-from spd_model import ComponentModel, lower, upper
+from spd_gates import lower, upper
+from spd_model import ComponentModel
 from spd_training import SPDTrainer
 from toy_models import TMS, TOYS, Toy, ToyBatches
 

@@ -8,7 +8,7 @@ from torch import Tensor
 
 import clt
 import config as c
-import sparse_ops
+import sparse_encode
 from activation_store import ActivationBatch
 from checkpoints import build_coder
 from coder import ActivationStats, Coder, LayerCoder, codes_by_layer
@@ -18,7 +18,7 @@ from losses import fvu
 from sae import SAES, BaseAutoencoder, BatchTopKSAE, VanillaSAE, build_sae
 from sparse_ops import to_dense
 from sparsity import jumprelu, new_encoder
-from training import Student, training_step
+from training import CoderRun, training_step
 from transcoder import (
     TRANSCODERS,
     BatchTopKTranscoder,
@@ -149,13 +149,13 @@ def test_calibration_gives_the_trained_l0() -> None:
 def test_one_batch_tells_where_the_next_has_its_winners(drift: float, monkeypatch: pytest.MonkeyPatch) -> None:
     """Pre-activations that shrink or grow by 2 % a batch, as in training: hardly a batch is multiplied out twice."""
     scans: list[int] = []
-    scan = sparse_ops._UpperBounds.scan
+    scan = sparse_encode._UpperBounds.scan
 
     def counted(*args: object, **kwargs: object) -> object:
         scans.append(1)
         return scan(*args, **kwargs)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(sparse_ops._UpperBounds, "scan", counted)
+    monkeypatch.setattr(sparse_encode._UpperBounds, "scan", counted)
     encoder = new_encoder(16, 512, rule=BatchTopK(8), generator=generator()).train()
     for step in range(60):
         codes = encoder.encode(drift**step * torch.randn(512, 16, generator=generator(step)))
@@ -253,7 +253,7 @@ def test_a_gated_training_step_is_the_published_one(tmp_path: Path) -> None:
         torch.testing.assert_close(parameter.grad.double(), twin[name].grad, rtol=1e-4, atol=1e-5, msg=says)
     coder.zero_grad()
     optimiser = torch.optim.Adam(coder.parameters(), lr=1e-2)
-    student = Student("", coder, [0], torch.tensor(5.0), optimiser, Logger("gated", tmp_path, {}))
+    student = CoderRun("", coder, [0], torch.tensor(5.0), optimiser, Logger("gated", tmp_path, {}))
     loss, _, _ = training_step(student, ActivationBatch(x, x), config=TrainConfig(tokens=1, lr=1e-2), lr=1e-2)
     torch.testing.assert_close(loss.double(), expected.detach(), rtol=1e-5, atol=0)
     W_dec = twin["W_dec"]

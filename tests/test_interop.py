@@ -36,8 +36,9 @@ import interop
 from checkpoints import build_coder, load_checkpoint
 from coder import Coder
 from config import BatchTopK, EncoderConfig, JumpReLU, Relu, Rule, SAEConfig, TopK
-from dictionary_parts import build, fold
-from foreign_formats import FORMATS, Dictionary, Place
+from folding import build, fold
+from foreign_files import Place
+from foreign_formats import FORMATS, Dictionary
 from sparse_ops import to_dense
 
 # ----------------------------------------------------------------------------------------- the same function, both ways
@@ -490,7 +491,7 @@ def test_neuronpedia_tells_the_coders_of_one_layer_apart(config: SAEConfig | Enc
      ("h.1.attn", (1, "attn_out")), ("blocks.2.hook_attn_out", (2, "attn_out")), ("transformer.h.5", (5, "resid"))],
 )  # fmt: skip
 def test_places(hook: str, place: tuple[int, str]) -> None:
-    from foreign_formats import find_place
+    from foreign_files import find_place
 
     assert find_place(Path("cfg.json"), hook, Place()) == place
 

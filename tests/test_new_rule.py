@@ -14,12 +14,13 @@ import sae
 import sparsity
 import transcoder
 from activation_store import DataConfig
+from coder_replacements import as_replacements
 from config import CLTConfig, CoderConfig, EncoderConfig, Gated, Rule, SAEConfig, TrainConfig
-from evaluation import evaluate
+from evaluation import evaluate, held_out_tokens
 from foreign_formats import FORMATS, Dictionary
+from recipes import new_coder
 from sparse_ops import Codes, from_dense, to_dense
 from sparsity import SparseEncoder
-from study import as_replacements, held_out_tokens, new_coder
 from target_models import TargetModel
 from training import train_group
 

@@ -9,15 +9,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pareto import (
-    BASELINES,
-    STYLES,
     LayerPoint,
     ParetoPoint,
-    _spread,
-    base,
     dominates,
-    draw,
-    family,
     front,
     markdown_table,
     read_layers,
@@ -25,6 +19,7 @@ from pareto import (
     write_layers,
     write_points,
 )
+from pareto_figure import BASELINES, STYLES, _spread, base, draw, family
 
 DESIGN = (
     "target, method, layers, k, seed, protocol, tokens, l0, l0_p95, l0_per_mlp, active_params, bits_per_token, ce, "

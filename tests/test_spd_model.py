@@ -5,35 +5,26 @@ from collections import Counter
 
 import pytest
 import torch
+from recovered import dense_error, identity_error, importance_errors, permute_to_identity, recovery
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-import spd_model
+import spd_gates
 from config import GateConfig, Recon, SPDConfig, SPDTrainConfig, from_json, to_json
 from losses import annealed_p, faithfulness, importance_minimality, kl_divergence, mean_kl
-from spd_model import (
-    ComponentModel,
+from spd_gates import lower, upper  # fmt: skip
+from spd_masks import (  # fmt: skip
     Mask,
     PersistentSources,
-    lower,
     pgd_sources,
     route_subset,
     routed,
     source_masks,
     stochastic_masks,
-    upper,
-)  # fmt: skip
-from spd_training import SPDTrainer, train_spd
-from toy_models import (
-    TMS,
-    TOYS,
-    ToyBatches,
-    dense_error,
-    identity_error,
-    importance_errors,
-    permute_to_identity,
-    recovery,
 )
+from spd_model import ComponentModel  # fmt: skip
+from spd_training import SPDTrainer, train_spd
+from toy_models import TMS, TOYS, ToyBatches
 
 C = 12
 KINDS = [
@@ -260,15 +251,15 @@ def test_rational_gelu_and_its_slope() -> None:
     u = torch.linspace(-20, 20, 40_001, dtype=torch.float64).requires_grad_()
     exact = torch.nn.functional.gelu(u)
     (exact_slope,) = torch.autograd.grad(exact.sum(), u)
-    gelu, slope = spd_model._gelu_and_slope(u.detach().float())
+    gelu, slope = spd_gates._gelu_and_slope(u.detach().float())
     assert ((gelu - exact).abs() / (1 + u.abs())).max() < 3e-7  # a few roundings of u
     assert (slope - exact_slope).abs().max() < 5e-7
 
 
 def test_compiled_gate_is_the_eager_one_with_its_gradients(monkeypatch) -> None:  # type: ignore[no-untyped-def]
     """Its two passes, uncompiled here to save the compiler's seconds, on a stack and on (batch, position)."""
-    monkeypatch.setattr(spd_model, "_compiled_forward", spd_model._scalar_forward)
-    monkeypatch.setattr(spd_model, "_compiled_backward", spd_model._scalar_backward)
+    monkeypatch.setattr(spd_gates, "_compiled_forward", spd_gates._scalar_forward)
+    monkeypatch.setattr(spd_gates, "_compiled_backward", spd_gates._scalar_backward)
     for model, inputs in ((toy_model(), (torch.randn(2, 7, 5),)), (small(KINDS[0]), (TOKENS,))):
         grads = []
         for compiled in (False, True):

@@ -9,7 +9,7 @@ import yaml
 from config import GateConfig, SPDConfig
 from llama_simple_mlp import LlamaSimpleMLP, LlamaSimpleMLPConfig, initialise
 from spd_model import ComponentModel
-from spd_runs import latest_checkpoint, load_run
+from spd_runs import latest_checkpoint, load_spd_run
 
 GATES = [
     GateConfig(kind="mlp", hidden=(5,)),
@@ -54,7 +54,7 @@ def write_run(folder: Path, state: dict[str, torch.Tensor], gate: GateConfig, st
 def test_every_gate_and_layout_is_read_back(tmp_path: Path, gate: GateConfig, layout: str) -> None:
     model = ComponentModel(target(), SPDConfig(components=PATTERNS, gate=gate), torch.Generator().manual_seed(2))
     state = legacy(model) if layout == "legacy" else current(model, "ci_fn." if layout == "dev" else "")
-    loaded = load_run(str(write_run(tmp_path / "run", state, gate)), target())
+    loaded = load_spd_run(str(write_run(tmp_path / "run", state, gate)), target())
     assert loaded.config.gate == gate and loaded.sizes == model.sizes
     ours, theirs = (m.importance_logits(m.inputs_capture(TOKENS)[0]) for m in (model, loaded))
     for path in ours:
@@ -71,17 +71,17 @@ def test_latest_checkpoint_is_that_of_the_largest_number(tmp_path: Path) -> None
 def test_bad_runs_are_refused_in_one_line(tmp_path: Path) -> None:
     model = ComponentModel(target(), SPDConfig(components=PATTERNS, gate=GATES[0]), torch.Generator().manual_seed(2))
     with pytest.raises(ValueError, match="not an SPD run"):
-        load_run(str(tmp_path), target())
+        load_spd_run(str(tmp_path), target())
     run = write_run(tmp_path / "run", current(model), GATES[0])
     other = target()
     other.h[0].mlp.c_fc.weight.add_(1)
     with pytest.raises(ValueError, match="c_fc.weight' differs"):
-        load_run(str(run), other)
+        load_spd_run(str(run), other)
     with pytest.raises(ValueError, match="does not have"):
-        load_run(str(run), torch.nn.Sequential(torch.nn.Linear(2, 2)))
+        load_spd_run(str(run), torch.nn.Sequential(torch.nn.Linear(2, 2)))
     (run / "model_500.pth").write_bytes((run / "model_400.pth").read_bytes()[:200])
     with pytest.raises(ValueError, match="truncated"):
-        load_run(str(run), target())
+        load_spd_run(str(run), target())
     odd = {k.replace("_ci_fns.", "_global_ci_fn._reader."): v for k, v in current(model).items()}
     with pytest.raises(ValueError, match="kind of gate"):
-        load_run(str(write_run(tmp_path / "odd", odd, GATES[0])), target())
+        load_spd_run(str(write_run(tmp_path / "odd", odd, GATES[0])), target())

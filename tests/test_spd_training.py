@@ -1,11 +1,10 @@
 """Theorems about one training step of an SPD of a language model."""
 
 import torch
-from test_replacement import clean, make_tiny, some_tokens
-from test_spd_replacement import decomposition
+from small import clean, decomposition, make_tiny, some_tokens
 
 from config import Recon, SPDTrainConfig
-from replacement import SPD
+from spd_replacement import SPDReplacement
 from spd_training import SPDTrainer
 
 
@@ -41,7 +40,7 @@ def test_terms_that_split_a_batch_add_up_to_one_term_over_it() -> None:
 
 
 def test_deployed_masks_are_those_of_the_ruler_at_threshold_zero() -> None:
-    """The masks trained under are what `SPD(threshold=0)` runs with in a frozen pass."""
+    """The masks trained under are what `SPDReplacement(threshold=0)` runs with in a frozen pass."""
     target, tokens = make_tiny(2), some_tokens()
     model = decomposition(target)
     own = SPDTrainer(
@@ -57,7 +56,7 @@ def test_deployed_masks_are_those_of_the_ruler_at_threshold_zero() -> None:
         output,
         tokens,
     )
-    ruler = SPD(target, model, threshold=0.0)
+    ruler = SPDReplacement(target, model, threshold=0.0)
     frozen = ruler.frozen(clean(target, tokens, range(2)))
     for path, mask in masks.items():
         assert mask.delta is None

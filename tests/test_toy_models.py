@@ -4,11 +4,13 @@ import dataclasses
 
 import pytest
 import torch
+from folded import FoldedDecomposition
 
 from config import GateConfig, Recon, SPDConfig, SPDTrainConfig
-from spd_model import ComponentModel, stochastic_masks
+from spd_masks import stochastic_masks
+from spd_model import ComponentModel
 from spd_training import SPDTrainer
-from toy_models import TOYS, FoldedDecomposition, ToyBatches, train_target
+from toy_models import TOYS, ToyBatches, train_target
 
 
 @pytest.fixture(autouse=True)

@@ -19,10 +19,11 @@ from activation_store import ActivationsStore, DataConfig
 from checkpoints import TrainingRecord, check_target, coder_name, load_checkpoint, save_checkpoint
 from clt import CrossLayerTranscoder
 from config import BatchTopK, CLTConfig, EncoderConfig, Gated, JumpReLU, Relu, SAEConfig, TopK, TrainConfig
+from patching import capture
 from sae import build_sae
 from sparse_ops import to_dense
-from target_models import TargetModel, capture
-from training import annealed_k, enrol, group_step, learning_rate, schedule, train_encoder, train_group
+from target_models import TargetModel
+from training import annealed_k, default_learning_rate, group_step, schedule, start_run, train_encoder, train_group
 from transcoder import build_transcoder
 
 DATA = DataConfig(layers=(0, 1), batch_tokens=32, buffer_tokens=256, model_batch=4)
@@ -135,7 +136,7 @@ def test_k_anneals_from_four_k_to_k() -> None:
 
 
 def test_learning_rate_is_the_fields_rule_in_long_runs() -> None:
-    assert learning_rate(10**9, 2**14) == 2e-4 and learning_rate(10**6, 2**14) > 1e-3
+    assert default_learning_rate(10**9, 2**14) == 2e-4 and default_learning_rate(10**6, 2**14) > 1e-3
 
 
 # ------------------------------------------------------------------------------------------------------------ training
@@ -164,15 +165,15 @@ def test_coders_side_by_side_step_as_one_after_another(small_target: TargetModel
     batches = list(itertools.islice(store, 4))
     for side_by_side in (False, True):
         torch.set_num_threads(2 if side_by_side else 1)
-        students = [
-            enrol(str(i), coder, store=store, config=TRAIN, folder=tmp_path) for i, coder in enumerate(coders())
+        coder_runs = [
+            start_run(str(i), coder, store=store, config=TRAIN, folder=tmp_path) for i, coder in enumerate(coders())
         ]
         began = time.perf_counter()
-        readings = torch.stack([group_step(students, batch, config=TRAIN, lr=1e-3) for batch in batches])
+        readings = torch.stack([group_step(coder_runs, batch, config=TRAIN, lr=1e-3) for batch in batches])
         clock = time.perf_counter() - began
-        spent = sum(student.seconds for student in students)
-        assert 0.5 * clock < spent <= clock and min(student.seconds for student in students) > 0
-        runs.append((readings, [value for s in students for value in s.coder.state_dict().values()]))
+        spent = sum(coder_run.seconds for coder_run in coder_runs)
+        assert 0.5 * clock < spent <= clock and min(coder_run.seconds for coder_run in coder_runs) > 0
+        runs.append((readings, [value for s in coder_runs for value in s.coder.state_dict().values()]))
     torch.set_num_threads(threads)
     assert torch.equal(runs[0][0], runs[1][0]) and readings.shape == (4, 6, 3)
     assert all(torch.equal(*pair) for pair in zip(runs[0][1], runs[1][1], strict=True))
@@ -224,7 +225,7 @@ KILLED = """
 import sys
 from pathlib import Path
 sys.path.insert(0, {tests!r})
-from conftest import make_small_target
+from small import make_small_target
 from test_training import DATA, TRAIN, coders
 from training import train_group
 train_group(coders(), make_small_target(Path({corpus!r})), data=DATA, config=TRAIN, folder=Path({folder!r}))
@@ -255,14 +256,14 @@ def test_a_killed_run_ends_bit_identical(small_target: TargetModel, tmp_path: Pa
 
 def test_a_state_of_other_settings_is_refused(small_target: TargetModel, tmp_path: Path) -> None:
     file = tmp_path / "group.pt"
-    from training import _resume, _save_state, enrol
+    from training import _resume, _save_state, start_run
 
     store = ActivationsStore(small_target, DATA)
-    students = [enrol("a", coders()[0], store=store, config=TRAIN, folder=tmp_path)]
-    _save_state(students, store, settings=["these"], step=3, file=file)
-    assert _resume(students, store, settings=["these"], dead_after=100, file=file) == 3
+    coder_runs = [start_run("a", coders()[0], store=store, config=TRAIN, folder=tmp_path)]
+    _save_state(coder_runs, store, settings=["these"], step=3, file=file)
+    assert _resume(coder_runs, store, settings=["these"], dead_after=100, file=file) == 3
     with pytest.raises(ValueError, match="a run with other settings"):
-        _resume(students, store, settings=["those"], dead_after=100, file=file)
+        _resume(coder_runs, store, settings=["those"], dead_after=100, file=file)
 
 
 # --------------------------------------------------------------------------------------------------------- checkpoints

@@ -14,18 +14,13 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
+from baselines import baselines
+from checkpoints import checkpoint_folder
+from coder_replacements import as_replacement
 from config import BatchTopK, EncoderConfig
-from evaluation import evaluate
-from study import (
-    as_replacement,
-    baselines,
-    checkpoint_folder,
-    held_out_tokens,
-    replot,
-    settings_for,
-    train_coders,
-    write_report,
-)
+from evaluation import evaluate, held_out_tokens
+from recipes import train_coders
+from study import replot, settings_for, write_report
 from target_models import load_target
 
 

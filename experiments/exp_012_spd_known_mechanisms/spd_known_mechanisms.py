@@ -16,22 +16,15 @@ from pathlib import Path
 
 import torch
 import tyro
+from folded import FoldedDecomposition
+from recovered import importance_errors, importance_matrix, recovery
 from toy_figures import draw_directions, draw_importance
 
 from config import GateConfig, Recon, SPDConfig, SPDTrainConfig
 from logs import REPOSITORY, atomic_path, write_settings
 from spd_model import ComponentModel
 from spd_training import train_spd
-from toy_models import (
-    TOYS,
-    FoldedDecomposition,
-    Toy,
-    ToyBatches,
-    importance_errors,
-    importance_matrix,
-    recovery,
-    train_target,
-)
+from toy_models import TOYS, Toy, ToyBatches, train_target
 
 COLUMNS = ["toy", "seed", "mmcs", "ml2r", "ci_error_01", "ci_error_02", "l0", "steps", "seconds"]
 

@@ -26,13 +26,13 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from tqdm import trange
 
-from checkpoints import load_spd
+from checkpoints import find_spd, load_spd
 from config import GateConfig, Recon, SPDConfig, SPDTrainConfig
 from devices import bf16_is_fast
 from logs import atomic_path, write_settings
 from spd_model import ComponentModel
 from spd_training import SPDTrainer
-from study import find_spd, settings_for
+from study import settings_for
 from target_models import TargetModel, load_target
 from token_stream import TokenStream, take_tokens
 

@@ -13,8 +13,8 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from conftest import WORDS, word_tokenizer
 from interop_cases import GATED, RULES, B, D, F, N, assert_same, clt, exported, imported, inputs, ours, sae, transcoder
+from small import WORDS, word_tokenizer
 
 import interop
 from checkpoints import load_checkpoint
