@@ -21,7 +21,7 @@ from config import Site
 from evaluation import PROTOCOLS, Measurement, Protocol, evaluate, held_out_tokens
 from foreign_files import Place
 from foreign_formats import import_dictionaries
-from pareto import LayerPoint, ParetoPoint, markdown_table, read_layers, read_points, write_layers, write_points
+from pareto import markdown_table, read_layers, read_points, row_key, write_layers, write_points
 from replacement import Origin, Replacement
 from spd_replacement import SPDReplacement
 from target_models import TargetModel, at_site, load_target
@@ -107,16 +107,12 @@ def main(
 
 def _append(path: Path, measured: Measurement) -> None:
     """Add rows to points.csv and layers.csv, in place of older ones of the same name."""
-
-    def key(row: ParetoPoint | LayerPoint) -> tuple[object, ...]:
-        return row.target, row.method, row.layers, row.k, row.seed, row.protocol, row.checkpoint
-
-    new = {key(p) for p in measured.points}
+    new = {row_key(p) for p in measured.points}
     detail = path.with_name("layers.csv")
     old_points = read_points(path) if path.exists() else []
     old_layers = read_layers(detail) if detail.exists() else []
-    write_points(path, [p for p in old_points if key(p) not in new] + measured.points)
-    write_layers(detail, [d for d in old_layers if key(d) not in new] + measured.layers)
+    write_points(path, [p for p in old_points if row_key(p) not in new] + measured.points)
+    write_layers(detail, [d for d in old_layers if row_key(d) not in new] + measured.layers)
 
 
 def command_line(arguments: Sequence[str] | None = None) -> None:

@@ -9,13 +9,15 @@ bootstraps over sequences.
 """
 
 from collections.abc import Sequence
+from functools import cached_property
 from typing import NamedTuple
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from replacement import Active, PartGroup, Replacement
+from pareto import Identity, LayerPoint, ParetoPoint
+from replacement import Active, Replacement
 
 VALUE_BITS = 8  # stands for an active value until a measured quantisation replaces it
 
@@ -28,7 +30,7 @@ class _Error(NamedTuple):
 
 
 class _Count(NamedTuple):
-    """One module's activity, summed over tokens."""
+    """One part group's activity, summed over tokens."""
 
     histogram: Int[Tensor, "l0"]  # tokens by their number of active parts
     fired: Int[Tensor, "part"]  # tokens on which each part was active
@@ -41,113 +43,183 @@ def _zeros(n: int, device: torch.device) -> Int[Tensor, "n"]:
 class Tally:
     """What one run adds up over the batches."""
 
-    def __init__(self, groups: Sequence[PartGroup], layers: Sequence[int], device: torch.device) -> None:
-        self.part_groups = groups
-        self.ce: list[Float[Tensor, "sequence"]] = []
-        self.kl: list[Float[Tensor, "sequence"]] = []
-        self.errors = {layer: _Error([], []) for layer in layers}
-        self.counts = {
-            (m.layer, m.name): _Count(_zeros(m.n_parts + 1, device), _zeros(m.n_parts, device)) for m in groups
+    def __init__(self, replacement: Replacement, layers: Sequence[int], device: torch.device) -> None:
+        self.replacement, self.layers = replacement, tuple(layers)
+        self.part_groups = replacement.part_groups(layers)
+        self._ce: list[Float[Tensor, "sequence"]] = []
+        self._kl: list[Float[Tensor, "sequence"]] = []
+        self._errors = {layer: _Error([], []) for layer in layers}
+        self._counts = {
+            (g.layer, g.name): _Count(_zeros(g.n_parts + 1, device), _zeros(g.n_parts, device))
+            for g in self.part_groups
         }
+
+    def add_losses(self, ce: Float[Tensor, "batch"], kl: Float[Tensor, "batch"]) -> None:
+        self._ce.append(ce.cpu())
+        self._kl.append(kl.cpu())
 
     def add_error(self, layer: int, y: Float[Tensor, "batch seq d"], y_hat: Float[Tensor, "batch seq d"]) -> None:
         y = y[:, 1:].float()
         e = (y - y_hat[:, 1:].float()).square().sum(-1)
-        self.errors[layer].squared.append(e.sum(dtype=torch.float64))
-        self.errors[layer].ratio.append((e / y.square().sum(-1).clamp_min(1e-30)).sqrt().flatten().cpu())
+        self._errors[layer].squared.append(e.sum(dtype=torch.float64))
+        self._errors[layer].ratio.append((e / y.square().sum(-1).clamp_min(1e-30)).sqrt().flatten().cpu())
 
     def add_activity(self, active: dict[tuple[int, str], Active], batch: int, seq: int) -> None:
-        for key, count in self.counts.items():
+        for key, count in self._counts.items():
             rows, cols = active[key]
             cols = cols[rows % seq != 0]
             l0 = torch.bincount(rows, minlength=batch * seq).view(batch, seq)[:, 1:].flatten()
             count.histogram.add_(torch.bincount(l0, minlength=len(count.histogram)))
             count.fired.add_(torch.bincount(cols, minlength=len(count.fired)))
 
+    @property
+    def ce(self) -> Float[Tensor, "sequence"]:
+        return torch.cat(self._ce)
 
-class Moments:
-    """Σ y and Σ‖y‖² of what the original's MLPs wrote, first positions left out."""
+    @property
+    def kl(self) -> Float[Tensor, "sequence"]:
+        return torch.cat(self._kl)
+
+    @cached_property
+    def histograms(self) -> dict[tuple[int, str], Int[Tensor, "l0"]]:
+        return {key: count.histogram.cpu() for key, count in self._counts.items()}
+
+    def l0(self, n: int) -> dict[tuple[int, str], float]:
+        """Active parts per token of each part group, over n tokens."""
+        return {key: (h * torch.arange(len(h))).sum().item() / n for key, h in self.histograms.items()}
+
+    def firing(self, n: int) -> dict[tuple[int, str], Float[Tensor, "part"]]:
+        """Each part's share of n tokens on which it was active."""
+        return {key: count.fired.cpu().double() / n for key, count in self._counts.items()}
+
+    def squared_error(self, layer: int) -> float:
+        return torch.stack(self._errors[layer].squared).sum().item()
+
+    def error_ratios(self, layer: int) -> Float[Tensor, "token"]:
+        return torch.cat(self._errors[layer].ratio)
+
+
+class OriginalTally:
+    """What the original model adds up over the batches: its cross-entropy, and the moments of what its MLPs wrote."""
 
     def __init__(self, layers: Sequence[int]) -> None:
-        self.layers = list(layers)
-        self.n = 0
-        self.total: Tensor | float = 0.0
-        self.squared: Tensor | float = 0.0
+        self._layers = list(layers)
+        self._ce: list[Float[Tensor, "sequence"]] = []
+        self.n = 0  # tokens, first positions left out
+        self._total: Tensor | float = 0.0
+        self._squared: Tensor | float = 0.0
 
-    def add(self, y: Float[Tensor, "layer batch seq d"]) -> None:
+    def add(self, ce: Float[Tensor, "batch"], y: Float[Tensor, "layer batch seq d"]) -> None:
+        self._ce.append(ce.cpu())
         kept = y[:, :, 1:].flatten(1, 2).double()
         self.n += kept.shape[1]
-        self.total = self.total + kept.sum(1)
-        self.squared = self.squared + kept.square().sum((1, 2))
+        self._total = self._total + kept.sum(1)
+        self._squared = self._squared + kept.square().sum((1, 2))
         self.d = y.shape[-1]
 
+    @property
+    def ce(self) -> Float[Tensor, "sequence"]:
+        return torch.cat(self._ce)
+
     def variance(self, layer: int) -> float:
-        i = self.layers.index(layer)
-        return (self.squared[i] / self.n - (self.total[i] / self.n).square().sum()).item()  # type: ignore[index]
+        """E‖y − E y‖² of one layer."""
+        i = self._layers.index(layer)
+        return (self._squared[i] / self.n - (self._total[i] / self.n).square().sum()).item()  # type: ignore[index]
 
 
-class _Detail(NamedTuple):
-    layer: int
-    module: str
-    l0: float | None
-    l0_median: int | None
-    l0_p95: int | None
-    fired: float | None
-    fvu: float | None
-    mse: float | None
-    tail_p999: float | None
-    tail_max: float | None
+def layer_points(identity: Identity, tally: Tally, original: OriginalTally) -> list[LayerPoint]:
+    """A row per part group, or per layer where nothing is sparse; errors are void where a layer is read but not replaced."""
+    l0, firing, rows = tally.l0(original.n), tally.firing(original.n), []
+    for layer, name in [(g.layer, g.name) for g in tally.part_groups] or [(layer, "") for layer in tally.layers]:
+        key = (layer, name)
+        rows.append(
+            LayerPoint(
+                **vars(identity),
+                checkpoint=tally.replacement.origin.checkpoint,
+                layer=layer,
+                module=name,
+                l0=l0.get(key),
+                l0_median=_quantile(tally.histograms[key], 0.5) if key in l0 else None,
+                l0_p95=_quantile(tally.histograms[key], 0.95) if key in l0 else None,
+                fired=(firing[key] > 0).double().mean().item() if key in l0 else None,
+                **_reconstruction(tally, original, layer)._asdict(),
+            )
+        )
+    return rows
 
 
-class _Summary(NamedTuple):
-    l0: float | None
-    l0_p95: float | None
-    l0_per_mlp: float | None
-    active_params: float | None
-    bits_per_token: float | None
-    dead: float | None
-    details: list[_Detail]
+class _Reconstruction(NamedTuple):
+    fvu: float | None = None
+    mse: float | None = None
+    tail_p999: float | None = None
+    tail_max: float | None = None
 
 
-def summarise(tally: Tally, moments: Moments, replacement: Replacement, layers: Sequence[int]) -> _Summary:
-    n = moments.n
-    histograms = {key: count.histogram.cpu() for key, count in tally.counts.items()}
-    l0 = {key: (h * torch.arange(len(h))).sum().item() / n for key, h in histograms.items()}
-    fired = {key: count.fired.cpu().double() / n for key, count in tally.counts.items()}
-    details: list[_Detail] = []
-    for m in tally.part_groups or [PartGroup(layer, "", 0, 1, 0) for layer in layers]:
-        key, activity = (m.layer, m.name), (None, None, None, None)
-        if key in l0:
-            median, p95 = (_quantile(histograms[key], q) for q in (0.5, 0.95))
-            activity = (l0[key], median, p95, (fired[key] > 0).double().mean().item())
-        details.append(_Detail(m.layer, m.name, *activity, *_reconstruction(tally, moments, m.layer)))
-    if not tally.part_groups:
-        dense = replacement.dense_parameters(layers)
-        return _Summary(None, None, None, float(dense) if dense else None, None, None, details)
-    bits = sum(binary_entropy(p).sum().item() for p in fired.values()) + VALUE_BITS * sum(l0.values())
-    silent = torch.cat([p == 0 for p in fired.values()]).double().mean().item()
-    return _Summary(
-        l0=average(list(l0.values())),
-        l0_p95=average([float(_quantile(h, 0.95)) for h in histograms.values()]),
-        l0_per_mlp=sum(l0[m.layer, m.name] * m.writes for m in tally.part_groups) / len(layers),
-        active_params=replacement.active_parameters(l0, layers),
-        bits_per_token=bits,
-        dead=silent if n >= 1_000_000 else replacement.dead(),
-        details=details,
+def _reconstruction(tally: Tally, original: OriginalTally, layer: int) -> _Reconstruction:
+    if layer not in tally.layers:
+        return _Reconstruction()
+    squared, ratios = tally.squared_error(layer) / original.n, tally.error_ratios(layer)
+    rank = max(1, -(-len(ratios) * 999 // 1000))  # the smallest value that 99.9 % of the tokens do not exceed
+    tail = ratios.kthvalue(rank).values.item(), ratios.max().item()
+    return _Reconstruction(squared / original.variance(layer), squared / original.d, *tail)
+
+
+def point(
+    identity: Identity,
+    tally: Tally,
+    original: OriginalTally,
+    *,
+    ablated: Sequence[Tally | None],
+    draws: Int[Tensor, "resample sequence"],
+    commit: str | None,
+) -> ParetoPoint:
+    """The row of one run. `ablated`: the same layers at zero and at their mean (or None); `draws`: the bootstrap's sequences."""
+    replacement, ce, n = tally.replacement, tally.ce, original.n
+    l0, firing = tally.l0(n), tally.firing(n)
+    errors = [_reconstruction(tally, original, layer) for layer in tally.layers]
+    difference = ce - original.ce
+    low, high = bootstrap_interval(difference, draws)
+    recovered = [None if tally is None else ce_recovered(ce, original.ce, tally.ce) for tally in ablated]
+    sparse, parameters = bool(tally.part_groups), replacement.active_parameters(l0, tally.layers)
+    return ParetoPoint(
+        **vars(identity),
+        tokens=n,
+        l0=average(list(l0.values())) if sparse else None,
+        l0_p95=average([float(_quantile(h, 0.95)) for h in tally.histograms.values()]) if sparse else None,
+        l0_per_mlp=sum(l0[g.layer, g.name] * g.writes for g in tally.part_groups) / len(tally.layers)
+        if sparse
+        else None,
+        active_params=parameters if sparse or parameters else None,
+        bits_per_token=_bits(l0, firing) if sparse else None,
+        ce=ce.mean().item(),
+        ce_degradation=difference.mean().item(),
+        ce_low=low,
+        ce_high=high,
+        ce_recovered_zero=recovered[0],
+        ce_recovered_mean=recovered[1],
+        kl=tally.kl.mean().item(),
+        fvu=average([e.fvu for e in errors]),
+        mse=average([e.mse for e in errors]),
+        dead=_dead(replacement, firing, n) if sparse else None,
+        train_tokens=replacement.origin.train_tokens,
+        gate_params=replacement.gate_parameters(tally.layers),
+        train_seconds=replacement.origin.train_seconds,
+        checkpoint=replacement.origin.checkpoint,
+        commit=commit,
+        tail_p999=max(e.tail_p999 for e in errors),
+        tail_max=max(e.tail_max for e in errors),
     )
 
 
-def _reconstruction(
-    tally: Tally, moments: Moments, layer: int
-) -> tuple[float, float, float, float] | tuple[None, None, None, None]:
-    """FVU, MSE and the residual's tail of one layer; void where it is read but not replaced."""
-    if layer not in tally.errors:
-        return None, None, None, None
-    squared = torch.stack(tally.errors[layer].squared).sum().item() / moments.n
-    ratio = torch.cat(tally.errors[layer].ratio)
-    rank = max(1, -(-len(ratio) * 999 // 1000))  # the smallest value that 99.9 % of the tokens do not exceed
-    variance = moments.variance(layer)
-    return squared / variance, squared / moments.d, ratio.kthvalue(rank).values.item(), ratio.max().item()
+def _bits(l0: dict[tuple[int, str], float], firing: dict[tuple[int, str], Float[Tensor, "part"]]) -> float:
+    return sum(binary_entropy(p).sum().item() for p in firing.values()) + VALUE_BITS * sum(l0.values())
+
+
+def _dead(replacement: Replacement, firing: dict[tuple[int, str], Float[Tensor, "part"]], n: int) -> float | None:
+    """Silent on these tokens where they are a million; else what training saw last."""
+    if n < 1_000_000:
+        return replacement.dead()
+    return torch.cat([p == 0 for p in firing.values()]).double().mean().item()
 
 
 def _quantile(histogram: Int[Tensor, "value"], q: float) -> int:
@@ -159,9 +231,12 @@ def average(values: Sequence[float]) -> float:
     return sum(values) / len(values)
 
 
-def ce_recovered(ce: float, original: float, ablated: float) -> float | None:
+def ce_recovered(
+    ce: Float[Tensor, "sequence"], original: Float[Tensor, "sequence"], ablated: Float[Tensor, "sequence"]
+) -> float | None:
     """None where the ablation costs nothing, so that there is nothing to recover."""
-    return (ablated - ce) / (ablated - original) if ablated != original else None
+    most, least, own = ablated.mean().item(), original.mean().item(), ce.mean().item()
+    return (most - own) / (most - least) if most != least else None
 
 
 def binary_entropy(p: Float[Tensor, "part"]) -> Float[Tensor, "part"]:

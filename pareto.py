@@ -1,13 +1,12 @@
-"""Points of the trade-off between sparsity and damage: their columns, their CSV, dominance, and the table.
+"""Points of the trade-off between sparsity and damage: their columns, their CSV and the table.
 
-A point dominates another where it is no worse on both axes and better on one; both axes are costs (less is better).
 Imports nothing of the project but the file writer, so that tables can be written again from `points.csv` alone.
 """
 
 import csv
 import dataclasses
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import UnionType
 from typing import Any, get_args, get_type_hints
@@ -15,9 +14,14 @@ from typing import Any, get_args, get_type_hints
 from logs import atomic_path
 
 
-@dataclass(frozen=True)
-class ParetoPoint:
-    """One row of points.csv: one method at one sparsity under one protocol. None (empty) where a column is void."""
+def column(heading: str, **options: Any) -> Any:
+    """A field of a row with the heading that it bears in a printed table."""
+    return field(metadata={"heading": heading}, **options)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Identity:
+    """What tells one measured row from another, beside its checkpoint."""
 
     target: str
     method: str  # sae, transcoder, clt, spd, neurons, affine, identity, zero, mean, with a suffix for a variant
@@ -25,41 +29,45 @@ class ParetoPoint:
     k: int | None  # parts per token and layer by construction
     seed: int | None
     protocol: str  # single, frozen, free
+
+
+@dataclass(frozen=True, kw_only=True)
+class ParetoPoint(Identity):
+    """One row of points.csv: one method at one sparsity under one protocol. None (empty) where a column is void."""
+
     tokens: int  # predicted tokens
-    l0: float | None  # active parts per module
-    l0_p95: float | None  # 95th percentile over tokens, mean over modules
-    l0_per_mlp: float | None  # active parts that one replaced MLP's output is made of
-    active_params: float | None  # parameters at work per token, all replaced layers together
-    bits_per_token: float | None  # Σ_parts H(firing frequency) + 8 · L0, all replaced layers together
-    ce: float  # nats per predicted token
-    ce_degradation: float  # ce − the original's, nats
+    l0: float | None = column("L0")  # active parts per module
+    l0_p95: float | None = column("L0 p95")  # 95th percentile over tokens, mean over modules
+    l0_per_mlp: float | None = column("active per MLP")  # active parts that one replaced MLP's output is made of
+    active_params: float | None = column("active parameters")  # at work per token, all replaced layers together
+    bits_per_token: float | None = column(
+        "bits/token"
+    )  # Σ_parts H(firing frequency) + 8 · L0, all replaced layers together
+    ce: float = column("CE")  # nats per predicted token
+    ce_degradation: float = column("ΔCE [95 %]")  # ce − the original's, nats
     ce_low: float  # 95 % bootstrap interval of ce_degradation, over sequences
     ce_high: float
-    ce_recovered_zero: float | None  # 1: the original, 0: the same layers zero-ablated
-    ce_recovered_mean: float | None
-    kl: float  # KL(original ‖ replaced), nats per position
-    fvu: float | None  # mean over replaced layers, against what the original wrote there
-    mse: float | None  # per coordinate, mean over replaced layers
+    ce_recovered_zero: float | None = column("CE recovered (zero)")  # 1: the original, 0: the same layers zero-ablated
+    ce_recovered_mean: float | None = column("CE recovered (mean)")
+    kl: float = column("KL")  # KL(original ‖ replaced), nats per position
+    fvu: float | None = column("FVU")  # mean over replaced layers, against what the original wrote there
+    mse: float | None = column("MSE")  # per coordinate, mean over replaced layers
     dead: float | None  # share of parts silent for ≥ 1M tokens
-    train_tokens: int | None
-    gate_params: int | None  # parameters that decide what is active
-    train_seconds: float | None
+    train_tokens: int | None = column("training tokens")
+    gate_params: int | None = column("gate parameters")  # parameters that decide what is active
+    train_seconds: float | None = column("training s")
     checkpoint: str
-    commit: str
-    tail_p999: float | None = None  # 99.9th percentile over tokens of ‖y − ŷ‖ / ‖y‖, worst replaced layer
-    tail_max: float | None = None
+    commit: str | None
+    tail_p999: float | None = column(
+        "‖e‖/‖y‖ p99.9", default=None
+    )  # 99.9th percentile over tokens, worst replaced layer
+    tail_max: float | None = column("‖e‖/‖y‖ max", default=None)
 
 
-@dataclass(frozen=True)
-class LayerPoint:
+@dataclass(frozen=True, kw_only=True)
+class LayerPoint(Identity):
     """One row of layers.csv: one module of one layer in the point named by the first columns."""
 
-    target: str
-    method: str
-    layers: tuple[int, ...]
-    k: int | None
-    seed: int | None
-    protocol: str
     checkpoint: str
     layer: int
     module: str  # latents, neurons, a weight matrix; empty where nothing is sparse
@@ -71,6 +79,11 @@ class LayerPoint:
     mse: float | None
     tail_p999: float | None
     tail_max: float | None
+
+
+def row_key(row: ParetoPoint | LayerPoint) -> tuple[object, ...]:
+    """What two rows share that say the same of the same thing: the identity and the checkpoint."""
+    return (*(getattr(row, f.name) for f in dataclasses.fields(Identity)), row.checkpoint)
 
 
 # -------------------------------------------------------------------------------------------------------------- CSV
@@ -101,12 +114,18 @@ def _write[Row: (ParetoPoint, LayerPoint)](path: Path, rows: Iterable[Row], kind
 
 
 def _read[Row: (ParetoPoint, LayerPoint)](path: Path, kind: type[Row]) -> list[Row]:
+    """Rows with the columns of `kind`; one that has a default may be absent. Raises ValueError naming a column that is not so."""
     parsers = {name: _parser(hint) for name, hint in get_type_hints(kind).items()}
+    needed = {f.name for f in dataclasses.fields(kind) if f.default is dataclasses.MISSING}
     with Path(path).open(newline="") as file:
         reader = csv.DictReader(file)
-        if reader.fieldnames is None or list(reader.fieldnames) != list(parsers):
-            raise ValueError(f"{path} does not have the columns of a {kind.__name__}: write it anew with evaluate")
-        return [kind(**{name: parsers[name](row[name]) for name in parsers}) for row in reader]
+        names = set(reader.fieldnames or ())
+        if wrong := sorted((names - parsers.keys()) | (needed - names)):
+            state = "unknown" if wrong[0] in names else "missing"
+            raise ValueError(
+                f"{path}: column {wrong[0]!r} of a {kind.__name__} is {state}: write it anew with measure.py"
+            )
+        return [kind(**{name: parsers[name](row[name]) for name in names}) for row in reader]
 
 
 def write_points(path: Path, points: Iterable[ParetoPoint]) -> None:
@@ -127,33 +146,11 @@ def read_layers(path: Path) -> list[LayerPoint]:
     return _read(path, LayerPoint)
 
 
-# -------------------------------------------------------------------------------------------------------- dominance
-
-
-def dominates(a: ParetoPoint, b: ParetoPoint, x: str, y: str = "ce_degradation") -> bool:
-    """a is no worse than b on both axes and better on one."""
-    ax, ay, bx, by = getattr(a, x), getattr(a, y), getattr(b, x), getattr(b, y)
-    return ax <= bx and ay <= by and (ax < bx or ay < by)
-
-
-def front(points: Iterable[ParetoPoint], x: str, y: str = "ce_degradation") -> list[ParetoPoint]:
-    """The points of one protocol that no other dominates, by rising x; points without the axis are left out."""
-    points = [p for p in points if getattr(p, x) is not None]
-    assert len({p.protocol for p in points}) <= 1, "a front compares points of one protocol"
-    return sorted((p for p in points if not any(dominates(q, p, x, y) for q in points)), key=lambda p: getattr(p, x))
-
-
 # ------------------------------------------------------------------------------------------------------------ table
 
 TABLE = ("method", "k", "protocol", "layers", "l0", "l0_per_mlp", "active_params", "bits_per_token", "ce_degradation",
          "ce_recovered_mean", "kl", "fvu", "dead", "train_tokens", "gate_params")  # fmt: skip
-HEADINGS = {
-    "l0": "L0", "l0_p95": "L0 p95", "l0_per_mlp": "active per MLP", "active_params": "active parameters",
-    "bits_per_token": "bits/token", "ce": "CE", "ce_degradation": "ΔCE [95 %]", "kl": "KL", "fvu": "FVU", "mse": "MSE",
-    "ce_recovered_mean": "CE recovered (mean)", "ce_recovered_zero": "CE recovered (zero)",
-    "train_tokens": "training tokens", "gate_params": "gate parameters", "train_seconds": "training s",
-    "tail_p999": "‖e‖/‖y‖ p99.9", "tail_max": "‖e‖/‖y‖ max",
-}  # fmt: skip
+HEADINGS = {f.name: f.metadata["heading"] for f in dataclasses.fields(ParetoPoint) if f.metadata}
 
 
 def markdown_table(points: Iterable[ParetoPoint], columns: Sequence[str] = TABLE) -> str:

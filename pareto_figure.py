@@ -1,7 +1,8 @@
 """The figure of every study: damage against sparsity, one curve per method, drawn from the rows of `points.csv`.
 
 One panel per axis of sparsity, one row per protocol, both axes logarithmic. Curves and baselines are labelled directly, in
-colours and markers that can be told apart in grey.
+colours and markers that can be told apart in grey. The grey steps behind them are the Pareto front: the least damage that
+any method does at so many parts or fewer.
 """
 
 import math
@@ -80,6 +81,15 @@ def _marks(points: Sequence[ParetoPoint], x: str, y: str) -> list[_Mark]:
         columns = (x, y, "ce_low", "ce_high") if y == "ce_degradation" else (x, y, y, y)
         marks.append(_Mark(*(sum(getattr(p, c) for p in group) / len(group) for c in columns)))
     return sorted(marks)
+
+
+def front(marks: Iterable[_Mark]) -> list[_Mark]:
+    """The marks that no other dominates, by rising x: none is as sparse or sparser and does as little damage or less."""
+    best: list[_Mark] = []
+    for mark in sorted(marks):
+        if not best or mark.y < best[-1].y:
+            best.append(mark)
+    return best
 
 
 def _settings(point: ParetoPoint) -> tuple[object, ...]:
@@ -207,13 +217,14 @@ def _draw_baselines(panel: Any, points: Sequence[ParetoPoint], y: str) -> list[_
 
 
 def _draw_curves(panel: Any, points: Sequence[ParetoPoint], x: str, y: str, floor: float) -> list[_Label]:
-    labels = []
+    labels, seen = [], []
     families = sorted({family(p.method) for p in points if base(p.method) not in BASELINES}, key=_order)
     for name in families:
         style = STYLES[base(name)]
         marks = _marks([p for p in points if family(p.method) == name], x, y)
         if not marks:
             continue
+        seen += marks
         xs, ys = [m.x for m in marks], [max(m.y, floor) for m in marks]
         panel.plot(xs, ys, color=style.colour, linestyle=style.line, linewidth=1.6, zorder=3)
         panel.plot(xs, ys, color=style.colour, linestyle="", zorder=4, **_marker(style.marker, fill(name)))
@@ -223,6 +234,9 @@ def _draw_curves(panel: Any, points: Sequence[ParetoPoint], x: str, y: str, floo
         below = [m.x for m in marks if m.y <= 0]
         panel.plot(below, [floor] * len(below), linestyle="", marker="v", color=style.colour, markersize=8, zorder=4)
         labels.append(_Label(name, style.colour, style.marker, fill(name), xs[-1], ys[-1]))
+    best = front(seen)
+    steps = [max(mark.y, floor) for mark in best]
+    panel.step([m.x for m in best], steps, where="post", color="#000000", alpha=0.13, linewidth=4, zorder=1)
     return labels
 
 
