@@ -5,6 +5,8 @@
 Our scales x̃ = s x, y = ỹ / t (an SAE has t = s) fold into the tensors, which leaves activations and outputs alike:
 
     W_enc ← s W_enc,   W_dec ← W_dec / t,   b_dec ← b_dec / t,   W_skip ← (s / t) W_skip
+
+A gated coder's values, relu(e^r ⊙ (z W_encᵀ) + b), need no more: r and b stay as they are.
 """
 
 from collections.abc import Sequence
