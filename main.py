@@ -1,6 +1,6 @@
 """The main job: train transcoders and cross-layer transcoders on one stream, measure everything with one ruler.
 
-    python main.py                      # the embedded model, offline, minutes on two cores
+    python main.py                      # the embedded model, offline
     python main.py --tokens 50000 --eval-tokens 4096   # to see that it runs
     python main.py --target pile --device cuda --tokens 500000000 --d-dict 4096 --transcoder-k 16 32 64
 
