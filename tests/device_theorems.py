@@ -1,0 +1,401 @@
+"""What must hold on every device: `test_emulated_cuda.py` proves it without a GPU, `test_cuda.py` on a real one.
+
+Both import these tests and give them three fixtures:
+
+    device        the device's name; tensors, generators and modules of another one are refused there
+    waiting       a context manager that gives a Counter of what made the host wait for the device inside it
+    same_draws    makes random numbers drawn on the device those that a CPU's generator of the same seed draws
+
+On every device the values are the CPU's: the same target, text and seeds, compared at float32's precision.
+"""
+
+import contextlib
+import copy
+import dataclasses
+import itertools
+import json
+from collections import Counter
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import make_small_target, write_corpus
+from test_replacement import clt, saes, transcoders
+from torch import Tensor
+from torch.utils._pytree import tree_map_only
+
+import evaluation
+import interop
+import main
+import study
+import training
+from activation_store import ActivationsStore, DataConfig
+from checkpoints import TrainingRecord, build_coder, save_checkpoint
+from config import (
+    BatchTopK,
+    CLTConfig,
+    EncoderConfig,
+    GateConfig,
+    JumpReLU,
+    Recon,
+    Relu,
+    Rule,
+    SAEConfig,
+    SPDConfig,
+    SPDTrainConfig,
+    TopK,
+    TrainConfig,
+)
+from evaluation import PROTOCOLS, evaluate
+from pareto import read_points
+from replacement import CLT, SAE, SPD, Affine, Identity, Mean, Neurons, Replacement, Transcoder, Zero, fit_affine
+from sparsity import Coder, codes_by_layer
+from spd_model import ComponentModel
+from spd_training import SPDTrainer
+from target_models import Parts, TargetModel, capture, make_target
+from training import Student, enrol, group_step, train_group
+
+Waiting = Callable[[], contextlib.AbstractContextManager[Counter[str]]]
+D, LATENTS, K, SILENT = 16, 48, 4, 10
+RULES = {"relu": Relu(0.01), "topk": TopK(K), "batchtopk": BatchTopK(K), "jumprelu": JumpReLU(0.01)}
+KINDS: dict[str, Callable[[Rule], Any]] = {
+    "sae": lambda rule: SAEConfig(1, "mlp_out", D, LATENTS, rule),
+    "transcoder": lambda rule: EncoderConfig(0, D, D, LATENTS, rule),
+    "transcoder-skip": lambda rule: EncoderConfig(1, D, D, LATENTS, rule, skip=True),
+    "clt": lambda rule: CLTConfig((0, 1), D, D, LATENTS, rule),
+}
+every_kind = pytest.mark.parametrize("kind", KINDS)
+every_rule = pytest.mark.parametrize("rule", RULES)
+DATA = DataConfig((0, 1), batch_tokens=32, buffer_tokens=256, model_batch=4)
+TRAIN = TrainConfig(32 * 12, 3e-3, metrics_every=4, checkpoint_every=5, calibration_tokens=128, dead_after=64)
+
+
+@pytest.fixture(scope="module")
+def cpu(tmp_path_factory: pytest.TempPathFactory) -> TargetModel:
+    """A random model of two layers, on the CPU."""
+    return make_small_target(write_corpus(tmp_path_factory.mktemp("corpus"), documents=1200))
+
+
+@pytest.fixture(autouse=True)
+def float32_everywhere(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where a device may choose between bf16 and float32, it takes float32."""
+    monkeypatch.setenv("NN_BF16", "off")
+
+
+def on(target: TargetModel, device: str) -> TargetModel:
+    """A copy of the target on another device."""
+    return make_target(target.name, Parts(copy.deepcopy(target.model), *_rest(target)), device)
+
+
+def _rest(target: TargetModel) -> tuple[Any, ...]:
+    return target.tokenizer, target.context, target.data
+
+
+def coder_of(kind: str, rule: str) -> Coder:
+    return build_coder(KINDS[kind](RULES[rule]), torch.Generator().manual_seed(0))
+
+
+def assert_close(found: Any, expected: Any, rtol: float = 1e-4) -> None:
+    """Tensors in any nest agree, wherever they lie, to `rtol` of the largest entry of each."""
+    found, expected = (tree_map_only(Tensor, lambda x: x.detach().cpu(), tree) for tree in (found, expected))
+    torch.testing.assert_close(
+        found, expected, rtol=rtol, atol=rtol, msg=lambda told: f"on the device (left), on the CPU (right):\n{told}"
+    )
+
+
+# ---------------------------------------------------------------------------------------------------------- one step
+
+
+def enrolled(target: TargetModel, kind: str, rule: str, folder: Path, store: ActivationsStore) -> Student:
+    """A student some of whose latents cannot fire, so that AuxK has work."""
+    student = enrol(kind, coder_of(kind, rule), store, TRAIN, folder / str(target.device))
+    with torch.no_grad():
+        for encoder in student.coder.encoders:
+            encoder.b_enc[:SILENT] = -8.0
+    if student.coder.k is not None:
+        student.coder.set_k(K)
+    return student
+
+
+def stepped(
+    target: TargetModel, kind: str, rule: str, folder: Path, state: dict[str, Any] | None = None
+) -> tuple[list[Tensor], Student]:
+    """Readings of four steps, AuxK on from the second, and the student after them."""
+    store = ActivationsStore(target, DATA)
+    if state is not None:
+        store.load_state_dict(tree_map_only(Tensor, lambda x: x.to(target.device), state))
+    student = enrolled(target, kind, rule, folder, store)
+    readings = []
+    for batch in itertools.islice(store, 4):
+        readings.append(group_step([student], batch, TRAIN, 1e-3))
+        student.coder.refresh_dead(1)
+        assert student.coder.n_dead >= SILENT * len(student.coder.encoders)
+    return readings, student
+
+
+@every_kind
+@every_rule
+def test_a_step_on_the_device_is_the_cpus(kind: str, rule: str, cpu: TargetModel, device: str, tmp_path: Path) -> None:
+    """Loss, FVU and L0 of four steps, all weights and counters after them, and Adam's means of the gradients."""
+    state = ActivationsStore(cpu, DATA).state_dict()
+    (theirs, there), (ours, here) = (stepped(t, kind, rule, tmp_path, state) for t in (on(cpu, device), cpu))
+    assert {p.device for p in there.coder.parameters()} == {torch.device(device)}
+    assert_close(theirs, ours)
+    assert_close(there.coder.state_dict(), here.coder.state_dict(), 1e-3)
+    assert_close(there.optimiser.state_dict(), here.optimiser.state_dict(), 1e-3)
+
+
+@every_kind
+@every_rule
+def test_a_step_never_waits_for_the_device(
+    kind: str, rule: str, cpu: TargetModel, device: str, waiting: Waiting, tmp_path: Path
+) -> None:
+    target = on(cpu, device)
+    store = ActivationsStore(target, DATA)
+    student = enrolled(target, kind, rule, tmp_path, store)
+    group_step([student], next(store), TRAIN, 1e-3)
+    student.coder.refresh_dead(1)
+    group_step([student], next(store), TRAIN, 1e-3)
+    with waiting() as waits:
+        group_step([student], next(store), TRAIN, 1e-3)
+    assert not waits, waits
+
+
+# ---------------------------------------------------------------------------------------------------- whole trainings
+
+GROUP = [("transcoder", "batchtopk"), ("transcoder-skip", "topk"), ("transcoder", "jumprelu"), ("sae", "relu"),
+         ("sae", "batchtopk"), ("clt", "batchtopk")]  # fmt: skip
+
+
+def group() -> list[Coder]:
+    return [coder_of(*pair) for pair in GROUP]
+
+
+def trained(target: TargetModel, folder: Path) -> dict[str, dict[str, Tensor]]:
+    """Name → tensors of a group trained together."""
+    return {c.record.name: c.coder.state_dict() for c in train_group(group(), target, DATA, TRAIN, folder)}
+
+
+def test_a_group_trains_on_the_device_as_on_the_cpu(cpu: TargetModel, device: str, tmp_path: Path) -> None:
+    """Annealing, AuxK and calibration included: every tensor of every coder, and every metric but the time."""
+    here, there = (trained(target, tmp_path / str(target.device)) for target in (cpu, on(cpu, device)))
+    assert_close(there, here, 5e-3)
+    for name in here:
+        ours, theirs = (
+            [json.loads(line) for line in (tmp_path / place / name / "metrics.jsonl").read_text().splitlines()]
+            for place in ("cpu", str(torch.device(device)))
+        )
+        for one, two in zip(ours, theirs, strict=True):
+            assert two | {"tokens_per_second": 0} == pytest.approx(one | {"tokens_per_second": 0}, rel=5e-3)
+
+
+def test_an_interrupted_run_ends_on_the_device_as_if_it_had_not_been(
+    cpu: TargetModel, device: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Bit-identical: a step is deterministic, and the state holds all that decides the steps to come."""
+    target, step = on(cpu, device), training.group_step
+    straight = trained(target, tmp_path / "straight")
+
+    def interrupted(students: Any, batch: Any, config: Any, lr: float) -> Tensor:
+        if len(steps) == 8:
+            raise KeyboardInterrupt
+        steps.append(lr)
+        return step(students, batch, config, lr)
+
+    steps: list[float] = []
+    monkeypatch.setattr(training, "group_step", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        trained(target, tmp_path / "interrupted")
+    monkeypatch.setattr(training, "group_step", step)
+    assert list((tmp_path / "interrupted").glob("group_*.pt"))
+    resumed = trained(target, tmp_path / "interrupted")
+    for name, tensors in straight.items():
+        for key, value in tensors.items():
+            assert torch.equal(resumed[name][key], value), f"{name} {key}"
+
+
+@every_kind
+def test_a_calibrated_threshold_is_the_cpus(kind: str, cpu: TargetModel, device: str, tmp_path: Path) -> None:
+    state = ActivationsStore(cpu, DATA).state_dict()
+    found = []
+    for target in (on(cpu, device), cpu):
+        _, student = stepped(target, kind, "batchtopk", tmp_path, state)
+        batches = [student.view(batch)[0] for batch in itertools.islice(ActivationsStore(target, DATA, "val"), 4)]
+        student.coder.calibrate(batches)
+        deployed = student.coder.eval()
+        active = sum((codes.values > 0).sum().item() for x in batches for codes in codes_by_layer(deployed.encode(x)))
+        assert active == pytest.approx(K * 4 * DATA.batch_tokens * len(deployed.encoders), abs=len(deployed.encoders))
+        found.append([encoder.threshold for encoder in deployed.encoders])
+    assert_close(*found)
+
+
+# ----------------------------------------------------------------------------------- stochastic parameter decomposition
+
+SOURCES = ("stochastic", "pgd", "persistent", "importance", "deployed", "ones")
+ROUTINGS = ("all", "layerwise", "subset")
+GATES = {
+    "mlp": GateConfig("mlp", (5,)),
+    "deep-mlp": GateConfig("mlp", (5, 4)),
+    "vector_mlp": GateConfig("vector_mlp", (5,)),
+    "shared_mlp": GateConfig("shared_mlp", (5,)),
+    "global_mlp": GateConfig("global_shared_mlp", (5,)),
+    "causal_transformer": GateConfig("global_shared_transformer", (16,), 8, 2, 2, True),
+    "transformer": GateConfig("global_shared_transformer", (16,), 8, 2, 2, False),
+}
+TOKENS = torch.randint(60, (4, 12), generator=torch.Generator().manual_seed(1))
+
+
+def decomposition_of(target: TargetModel, gate: str) -> ComponentModel:
+    config = SPDConfig((("h.*.mlp.c_fc", 12), ("h.*.mlp.down_proj", 14)), GATES[gate])
+    return ComponentModel(target.model, config, torch.Generator().manual_seed(0)).to(target.device)
+
+
+def trainer_of(target: TargetModel, gate: str, *recon: Recon, autocast: bool = False) -> SPDTrainer:
+    """After its warm-up."""
+    config = SPDTrainConfig(
+        10, 1e-3, recon, 1e-3, "kl", p=(2.0, 1.0), frequency=0.1, faithfulness=1.0, faithful_steps=3, clip=1.0
+    )
+    trainer = SPDTrainer(decomposition_of(target, gate), config, autocast)
+    trainer.warm_up()
+    return trainer
+
+
+def spd_steps(trainer: SPDTrainer, device: str) -> tuple[list[Tensor], dict[str, Any]]:
+    """Readings of two steps, and the state after them without the generator's, of which each device has its own kind."""
+    readings = [trainer.step(TOKENS.to(device)) for _ in range(2)]
+    state = trainer.state_dict()
+    return readings, {key: state[key] for key in ("model", "optimiser", "adversaries")}
+
+
+def compare_spd(cpu: TargetModel, device: str, gate: str, recon: Recon) -> None:
+    theirs, ours = (spd_steps(trainer_of(on(cpu, place), gate, recon), place) for place in (device, "cpu"))
+    assert_close(theirs, ours, 1e-3)
+
+
+@pytest.mark.parametrize("routing", ROUTINGS)
+@pytest.mark.parametrize("source", SOURCES)
+def test_an_spd_step_on_the_device_is_the_cpus(
+    source: str, routing: str, cpu: TargetModel, device: str, same_draws: None
+) -> None:
+    """Every source of masks, under every routing: losses, weights, gates and adversaries."""
+    steps = {"pgd": 3, "persistent": 2}.get(source, 1)
+    compare_spd(cpu, device, "shared_mlp", Recon(1.0, source, routing, steps=steps, step_size=0.1))  # type: ignore
+
+
+@pytest.mark.parametrize("gate", GATES)
+def test_every_gate_steps_on_the_device_as_on_the_cpu(
+    gate: str, cpu: TargetModel, device: str, same_draws: None
+) -> None:
+    compare_spd(cpu, device, gate, Recon(1.0, "stochastic", "subset"))
+
+
+def test_a_least_squares_start_on_the_device_is_the_cpus(cpu: TargetModel, device: str) -> None:
+    """V U = W as far as the components suffice: the products agree, though their factors need not."""
+    products = []
+    for target in (on(cpu, device), cpu):
+        model = decomposition_of(target, "shared_mlp")
+        model.start_faithful()
+        products.append({path: part.V @ part.U for path, part in model.components.items()})
+    assert_close(*products, rtol=1e-3)
+
+
+# ------------------------------------------------------------------------------------------------------------ the ruler
+
+
+def every_replacement(target: TargetModel) -> list[Replacement]:
+    """Every method with each of its variants, and every baseline."""
+    layers, device = range(target.n_layers), target.device
+    clean = capture(target, TOKENS, layers)
+    x, y = (kept.flatten(1, 2) for kept in clean)
+    local, scalar, wide, attending = (
+        decomposition_of(target, gate).requires_grad_(False)
+        for gate in ("shared_mlp", "mlp", "global_mlp", "causal_transformer")
+    )
+    plain = [coder.to(device) for coder in transcoders(layers)]
+    return [
+        SAE([coder.to(device) for coder in saes(layers)]),
+        Transcoder(plain),
+        Transcoder(plain, top_k=2),
+        Transcoder([coder.to(device) for coder in transcoders(layers, Relu(0.01), skip=True)]),
+        Transcoder([coder.to(device) for coder in transcoders(layers, JumpReLU(0.01))], variant="jumprelu"),
+        CLT(clt(layers).to(device)),
+        CLT(clt(layers, TopK(3)).to(device), variant="topk3"),
+        SPD(target, local),
+        SPD(target, local, threshold=0.5, delta=True),
+        SPD(target, local, top_k=3, matrices=["c_fc"]),
+        SPD(target, scalar, top_k=3),
+        SPD(target, wide, top_k=4),
+        SPD(target, attending, delta=True),
+        Neurons(target, layers, 5),
+        Affine(layers, fit_affine([(x, y)])),
+        Identity(layers),
+        Zero(layers),
+        Mean(layers, y.mean(1)),
+    ]
+
+
+def assert_rows_agree(theirs: Sequence[Any], ours: Sequence[Any], rel: float = 1e-3) -> None:
+    assert len(theirs) == len(ours) > 0
+    for one, two in zip(theirs, ours):
+        for column, expected in dataclasses.asdict(two).items():
+            found, told = getattr(one, column), f"{column} of {two.method}, {two.protocol}, {two.layers}"
+            if isinstance(expected, float):
+                assert column == "train_seconds" or found == pytest.approx(expected, rel=rel, abs=1e-4), told
+            else:
+                assert column == "checkpoint" or found == expected, told
+
+
+def test_the_ruler_on_the_device_reads_what_it_reads_on_the_cpu(cpu: TargetModel, device: str) -> None:
+    """Every replacement and baseline under every protocol, every column."""
+    measured = [
+        evaluate(target, every_replacement(target), TOKENS.to(target.device), batch=3)
+        for target in (on(cpu, device), cpu)
+    ]
+    assert {p.protocol for p in measured[0].points} == set(PROTOCOLS)
+    for rows in zip(*measured):
+        assert_rows_agree(*rows)
+
+
+# ------------------------------------------------------------------------------------------------------- command lines
+
+
+def test_a_foreign_dictionary_is_measured_on_the_device_as_on_the_cpu(
+    cpu: TargetModel, device: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`evaluation.main`: an imported transcoder beside all baselines."""
+    monkeypatch.setattr(study, "BASELINE_TOKENS", 8192)
+    monkeypatch.setattr(evaluation, "load_target", lambda name, place: on(cpu, place))
+    record = TrainingRecord("n", cpu.name, cpu.fingerprint, 512, 1.0, 3, "c")
+    save_checkpoint(tmp_path / "ours", transcoders(range(2))[1], record)
+    interop.export("saelens", (str(tmp_path / "ours"),), tmp_path / "foreign")
+    for place in (device, "cpu"):
+        evaluation.main(
+            (str(tmp_path / "foreign"),), tokens=320, top_k=(2,), neurons=(4,), format="saelens", device=place,
+            points=tmp_path / place / "points.csv",
+        )  # fmt: skip
+    assert_rows_agree(*(read_points(tmp_path / place / "points.csv") for place in (device, "cpu")))
+
+
+def test_the_main_job_on_the_device_gives_the_cpus_table(
+    cpu: TargetModel, device: str, same_draws: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """From loading the target to the report: transcoders and a CLT trained, SPD trained, all measured."""
+    monkeypatch.setattr(study, "BASELINE_TOKENS", 8192)
+    monkeypatch.setattr(main, "load_target", lambda name, place: on(cpu, place))
+    for place in (device, "cpu"):
+        main.main(
+            main.Settings(
+                layers=(0, 1), transcoder_k=(8,), clt_k=(8,), neuron_k=(4,), d_dict=64, tokens=8192, batch=2048,
+                retrain_spd=True, spd_steps=2, eval_tokens=1024, device=place, output=tmp_path / place,
+                checkpoints=tmp_path / "checkpoints" / place,
+            )
+        )  # fmt: skip
+    tables = [read_points(tmp_path / place / "points.csv") for place in (device, "cpu")]
+    assert {"transcoder", "clt", "spd", "spd-0.5", "neurons", "affine", "identity", "zero", "mean"} == {
+        row.method for row in tables[0]
+    }
+    assert_rows_agree(*tables, rel=1e-2)
+    settings = json.loads((tmp_path / device / "settings.json").read_text())
+    assert settings["device"] == torch.cuda.get_device_name(device)
