@@ -27,7 +27,7 @@ import pytest
 import torch
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode, return_and_correct_aliasing
-from torch.utils._pytree import tree_leaves, tree_map_only
+from torch.utils._pytree import tree_map_only
 
 PROJECT = Path(__file__).parents[1]
 N_DEVICES = 2
@@ -126,6 +126,29 @@ def _place() -> str:
     return "elsewhere"
 
 
+def _tensors(tree: Any) -> Iterator[torch.Tensor]:
+    """The tensors in the arguments of an operation."""
+    for x in tree:
+        if isinstance(x, torch.Tensor):
+            yield x
+        elif isinstance(x, list | tuple):
+            yield from _tensors(x)
+
+
+def _values(tree: Any) -> Any:
+    """Arguments with the values of emulated tensors in their places."""
+    if isinstance(tree, Cuda):
+        return tree.value
+    return type(tree)(map(_values, tree)) if isinstance(tree, list | tuple) else tree
+
+
+def _wrapped(tree: Any, device: torch.device) -> Any:
+    """What an operation gave, said to lie on a device."""
+    if isinstance(tree, torch.Tensor):
+        return Cuda(tree, device)
+    return type(tree)(_wrapped(x, device) for x in tree) if isinstance(tree, list | tuple) else tree
+
+
 class _Devices(TorchDispatchMode):
     """Every operation: on the values, after its devices were looked at, and what it makes said to lie where CUDA puts it."""
 
@@ -134,28 +157,28 @@ class _Devices(TorchDispatchMode):
         self.waits: Counter[str] = Counter()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs, name = dict(kwargs or {}), func.overloadpacket.__name__
-        inputs = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)]
-        here = {x.device for x in inputs if isinstance(x, Cuda)}
+        kwargs = kwargs or {}
+        inputs = list(_tensors((*args, *kwargs.values())))
+        here = {x.place for x in inputs if isinstance(x, Cuda)}
         asked = kwargs.get("device")
         if not here and (asked is None or asked.type == "cpu"):
             return func(*args, **kwargs)
+        name = func.overloadpacket.__name__
         to = self.check(func, name, inputs, here) if here else SOMEWHERE
         if asked is not None:
             to = to if asked.type == "meta" else _named(asked)
-            kwargs["device"] = torch.device("cpu")
-        if name in COPIES and asked is None:
-            to = args[0].device if isinstance(args[0], torch.Tensor) else args[0][0].device
+            kwargs = kwargs | {"device": torch.device("cpu")}
+        elif name in COPIES:
+            to = inputs[0].device
         if self.waits_for(name, args, kwargs, to):
             self.waits[f"{name} in {_place()}"] += 1
-        values, named = tree_map_only(Cuda, lambda x: x.value, (args, kwargs))
-        out = func(*values, **named)
+        out = func(*_values(args), **{key: _values(value) for key, value in kwargs.items()})
         if name in EMPTY:  # nobody may count on what was in memory
             out.fill_(torch.nan if out.is_floating_point() else True if out.dtype == torch.bool else -(2**6))
         if to.type == "cpu":
-            return args[0] if name in ("copy_", "_foreach_copy_") else out
-        out = tree_map_only(torch.Tensor, lambda x: Cuda(x, to), out)
-        return return_and_correct_aliasing(func, args, kwargs, out)
+            return args[0] if name == "copy_" else out
+        out = _wrapped(out, to)
+        return return_and_correct_aliasing(func, args, kwargs, out) if func._schema.is_mutable else out
 
     def check(self, func: Any, name: str, inputs: list[torch.Tensor], here: set[torch.device]) -> torch.device:
         """The one device that all inputs lie on; raises RuntimeError where there are several."""

@@ -1,34 +1,235 @@
-import pytest, torch
-from emulated_cuda import emulated_cuda
+"""The project on emulated CUDA devices: what holds on every device, how often the host waits, and the emulation itself."""
+
+import contextlib
+import itertools
+from collections import Counter
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from device_theorems import (  # noqa: F401  # fixtures and tests: collected here, with this file's devices
+    DATA,
+    TOKENS,
+    TRAIN,
+    Waiting,
+    assert_close,
+    coder_of,
+    cpu,
+    every_kind,
+    every_replacement,
+    every_rule,
+    float32_everywhere,
+    no_collection,
+    on,
+    test_a_calibrated_threshold_is_the_cpus,
+    test_a_foreign_dictionary_is_measured_on_the_device_as_on_the_cpu,
+    test_a_group_trains_on_the_device_as_on_the_cpu,
+    test_a_least_squares_start_on_the_device_is_the_cpus,
+    test_a_step_never_waits_for_the_device,
+    test_a_step_on_the_device_is_the_cpus,
+    test_an_interrupted_run_ends_on_the_device_as_if_it_had_not_been,
+    test_an_spd_step_on_the_device_is_the_cpus,
+    test_every_gate_steps_on_the_device_as_on_the_cpu,
+    test_the_main_job_on_the_device_gives_the_cpus_table,
+    test_the_ruler_on_the_device_reads_what_it_reads_on_the_cpu,
+    trainer_of,
+)
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from config import Recon
+from evaluation import evaluate
+from losses import fvu
+from sparsity import ActivationStats
+from target_models import TargetModel, capture
+from training import enrol
+
+pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="a real device is here: test_cuda.py proves the same")
+sparse_triton = pytest.importorskip("sparse_triton", reason="Triton is not installed: there is no CUDA path to emulate")
+REAL_KERNELS = {name: getattr(sparse_triton, name) for name in ("_segment_sums", "_pair_dots")}
+
+from emulated_cuda import Emulation, _Kernel, emulated_cuda  # noqa: E402
+
 
 @pytest.fixture
-def cuda():
-    with emulated_cuda() as own: yield own
+def emulation() -> Iterator[Emulation]:
+    with emulated_cuda() as own:
+        yield own
 
-def test_refuses(cuda):
+
+@pytest.fixture
+def device(emulation: Emulation) -> str:
+    """Not the current device, which is cuda:0: what is put on "cuda" without an index is refused here."""
+    return "cuda:1"
+
+
+@pytest.fixture
+def waiting(emulation: Emulation) -> Waiting:
+    return emulation.counted
+
+
+@pytest.fixture
+def same_draws() -> None:
+    """The emulated generator is the CPU's."""
+
+
+# ---------------------------------------------------------------------------------------------------------- waiting
+
+
+@pytest.mark.parametrize(("source", "waits"), [("stochastic", 0), ("pgd", 0), ("persistent", 0), ("deployed", 0)])
+def test_an_spd_step_waits_for_the_device_this_often(
+    source: str, waits: int, cpu: TargetModel, device: str, waiting: Waiting
+) -> None:
+    """Never, whatever the source of its masks."""
+    trainer = trainer_of(on(cpu, device), "causal_transformer", Recon(1.0, source, "subset", steps=3))  # type: ignore
+    tokens = TOKENS.to(device)
+    trainer.step(tokens)
+    with waiting() as found:
+        trainer.step(tokens)
+    assert found.total() == waits, found
+
+
+def test_the_ruler_waits_for_the_device_this_often(cpu: TargetModel, device: str, waiting: Waiting) -> None:
+    """By protocol, for one more batch of two layers."""
+    target = on(cpu, device)
+    counts: dict[str, Counter[str]] = {}
+    for replacement in every_replacement(target):
+        for protocol in ("single", "frozen", "free"):
+            found = []
+            for n in (2, 4):
+                with waiting() as waits:
+                    evaluate(target, [replacement], TOKENS[:n].to(device), [protocol], batch=2)  # type: ignore
+                found.append(waits)
+            counts[f"{replacement.method} {protocol}"] = found[1] - found[0]
+    for k, v in counts.items():
+        print(k, v.total(), dict(v))
+    assert 0
+
+
+# --------------------------------------------------------------------------------------------------------- fake tensors
+
+
+@every_kind
+@every_rule
+def test_a_coder_begins_on_the_device_of_its_statistics(kind: str, rule: str, tmp_path: Path) -> None:
+    """Fake tensors have no values, but CUDA's shapes and devices: enrolment, codes, penalty, reconstruction and loss."""
+    with FakeTensorMode():
+        coder = coder_of(kind, rule)
+        d, n = coder.config.d_in, 2
+        ones: Callable[..., torch.Tensor] = lambda *shape: torch.ones(shape, device="cuda")  # noqa: E731
+        stats = ActivationStats(ones(n, d), ones(n), ones(n, d), ones(n), ones(n), 100)
+        target = SimpleNamespace(site="mlp_out", device=torch.device("cuda"))
+        student = enrol(kind, coder, SimpleNamespace(target=target, stats=stats, config=DATA), TRAIN, tmp_path)  # type: ignore
+        x, y = student.view(SimpleNamespace(inputs=ones(n, 32, d), targets=ones(n, 32, d)))  # type: ignore[arg-type]
+        codes, penalty = coder.encode_with_penalty(x)
+        loss = fvu(y, coder.reconstruct(codes, x), student.variance).mean() + penalty
+        assert loss.device == torch.device("cuda:0") == penalty.device and loss.shape == ()
+
+
+# -------------------------------------------------------------------------------------------------- the emulation itself
+
+
+def test_what_cuda_refuses_is_refused(emulation: Emulation) -> None:
     x, y = torch.randn(3, 4).to("cuda:1"), torch.randn(3, 4)
-    assert x.device == torch.device("cuda:1") and x.is_cuda and x.device.type=="cuda"
-    for wrong in (lambda: x + y, lambda: x @ y.T, lambda: torch.cat([x, y]), lambda: x + x.to("cuda"), lambda: y * x.sum(), lambda: torch.stack([x.sum(), y.sum()]),
-        lambda: torch.rand(3, generator=torch.Generator("cuda:1")), lambda: torch.rand(3, device="cuda:1", generator=torch.Generator()), lambda: torch.rand(3, device="cuda:1", generator=torch.Generator("cuda")),
-        lambda: torch.zeros(1, device="cuda:2")):
-        with pytest.raises(RuntimeError): wrong()
-    with pytest.raises(TypeError): x.numpy()
-    z = x + y.sum()
-    assert z.device == x.device and torch.where(x>0,x,0.0).device == x.device
-    assert torch.rand(3,device="cuda:1",generator=torch.Generator("cuda:1").manual_seed(1)).tolist()==torch.rand(3,generator=torch.Generator().manual_seed(1)).tolist()
+    assert x.device == torch.device("cuda:1") and x.is_cuda and not x.is_cpu
+    generators = [torch.Generator(place) for place in ("cpu", "cuda:0", "cuda:1")]
+    mixed = [
+        lambda: x + y, lambda: x @ y.T, lambda: torch.cat([x, y]), lambda: x + x.to("cuda"), lambda: y * x.sum(),
+        lambda: torch.stack([x.sum(), y.sum()]), lambda: x.index_select(0, torch.tensor([0])),
+        lambda: torch.rand(3, generator=generators[2]), lambda: torch.rand(3, device="cuda:1", generator=generators[0]),
+        lambda: torch.rand(3, device="cuda:1", generator=generators[1]), lambda: x.clone().normal_(generator=generators[0]),
+        lambda: torch.zeros(1, device="cuda:2"), lambda: y.pin_memory().to("cuda").pin_memory(),
+    ]  # fmt: skip
+    for refused in mixed:
+        with pytest.raises(RuntimeError):
+            refused()
+    with pytest.raises(TypeError, match="can't convert cuda:1 device type tensor to numpy"):
+        x.numpy()
+    allowed = (x + y.sum(), torch.where(x > 0, x, 0.0), x.masked_fill(x > 0, y.sum()), x[torch.tensor([0])], x.new_zeros(1))
+    assert {made.device for made in allowed} == {x.device}
+    assert torch.tensor([1.0], device="cuda").device == torch.device("cuda:0")
+    with torch.cuda.device(1):
+        assert torch.tensor([1.0], device="cuda").device == x.device
 
-def test_counts(cuda):
-    x = torch.randn(3, 4).to("cuda:1"); m = x > 0
-    for n, f in ((1, lambda: x.sum().item()), (1, lambda: bool(x.sum())), (1,lambda: x.tolist()),(1,lambda: x[m]),(0,lambda: x.masked_fill(m,0.)),(1,lambda:x.nonzero()),(1,lambda:torch.ones(3).to("cuda:1")),(0,lambda:torch.ones(3).pin_memory().to("cuda:1",non_blocking=True)),
-      (1,lambda:torch.ones(3).pin_memory().to("cuda:1")),(1,lambda: x.cpu()),(1,lambda:torch.repeat_interleave(torch.ones(3,dtype=torch.int64,device="cuda:1"))),(0,lambda:torch.repeat_interleave(torch.ones(3,dtype=torch.int64,device="cuda:1"),output_size=3)),
-      (1,lambda:torch.equal(x,x)),(1,lambda:x[torch.tensor([0,1])]),(0,lambda:x.to("cuda:1")), (0,lambda:x.clone().index_put_((m,),torch.zeros((),device="cuda:1"))),(1,lambda:torch.tensor(1.,device="cuda")),(0,lambda: torch.full((2,),1.,device="cuda")),(0,lambda: x.clone().__setitem__(m,1.0)),(0,lambda: x.clone().__setitem__(0,1.0))):
-        with cuda.counted() as w: f()
-        assert sum(w.values())==n,(n,w)
-def test_grad(cuda):
-    lin=torch.nn.Linear(4,5); p=lin.weight; lin.to("cuda:1"); assert p is lin.weight and p.device==torch.device("cuda:1")
-    o=torch.optim.Adam(lin.parameters(),fused=True)
-    x=torch.randn(3,4,device="cuda:1")
-    with torch.autocast("cuda",torch.bfloat16): 
-        y=lin(x); assert y.dtype==torch.bfloat16
-    y.float().square().mean().backward(); assert p.grad.device==p.device
-    o.step()
+
+def test_a_kernel_is_launched_on_the_current_device(emulation: Emulation) -> None:
+    launched: list[torch.Tensor] = []
+    kernel = _Kernel(lambda x: launched.append(x))
+    x = torch.ones(2, device="cuda:1")
+    with pytest.raises(ValueError, match="cannot be accessed from Triton"):
+        kernel[(1,)](x)
+    with torch.cuda.device_of(x):
+        kernel[(1,)](x)
+    assert launched == [x] and torch.cuda.current_device() == 0
+
+
+@pytest.mark.parametrize("name", REAL_KERNELS)
+def test_the_kernels_that_stand_in_take_the_same_arguments(name: str, emulation: Emulation) -> None:
+    real = REAL_KERNELS[name]
+    code = getattr(sparse_triton, name).function.__code__
+    assert tuple(real.arg_names) == code.co_varnames[: code.co_argcount]
+
+
+def test_what_makes_the_host_wait_is_counted(emulation: Emulation) -> None:
+    x = torch.randn(3, 4).to("cuda:1")
+    mask, ones = x > 0, torch.ones(3, dtype=torch.int64, device="cuda:1")
+    waits: list[Callable[[], Any]] = [
+        lambda: x.sum().item(), lambda: bool(x.sum()), lambda: float(x.sum()), x.tolist, x.cpu, x.nonzero, ones.bincount,
+        lambda: x[mask], lambda: torch.equal(x, x), lambda: torch.unique(x), lambda: x.masked_select(mask),
+        lambda: x[torch.tensor([0, 1])], lambda: x[[0, 1]], lambda: torch.repeat_interleave(ones), lambda: torch.ones(3).to("cuda"),
+        lambda: torch.tensor(1.0, device="cuda"), lambda: torch.ones(3).pin_memory().to("cuda"), torch.cuda.synchronize,
+        lambda: torch.ones(3).to("cuda", non_blocking=True), lambda: x.clone().copy_(torch.ones(4)),
+    ]  # fmt: skip
+    goes_on: list[Callable[[], Any]] = [
+        lambda: x @ x.T, lambda: torch.ones(3).pin_memory().to("cuda", non_blocking=True), lambda: x.masked_fill(mask, 0.0),
+        lambda: torch.full((2,), 1.0, device="cuda"), lambda: x.to("cuda:1"), lambda: x[1:, None], lambda: x[ones],
+        lambda: torch.repeat_interleave(ones, output_size=3), lambda: x.clone().__setitem__(mask, 1.0),
+        lambda: torch.nonzero_static(mask, size=4), lambda: x.clone().copy_(x), lambda: x.topk(2), lambda: torch.ones(3).sum().item(),
+    ]  # fmt: skip
+    for expected, operations in ((1, waits), (0, goes_on)):
+        for i, operation in enumerate(operations):
+            with emulation.counted() as found:
+                operation()
+            assert found.total() == expected, f"{i}: {found}"
+
+
+def test_gradients_optimisers_and_autocast_are_the_cpus(emulation: Emulation) -> None:
+    """A parameter that moves stays the same object, as on CUDA."""
+    both = []
+    for place in ("cpu", "cuda:1"):
+        torch.manual_seed(0)
+        linear = torch.nn.Linear(4, 5)
+        weight = linear.weight
+        assert linear.to(place).weight is weight and weight.device == torch.device(place)
+        optimiser = torch.optim.Adam(linear.parameters(), lr=0.1, fused=True)
+        with torch.autocast(torch.device(place).type, torch.bfloat16):
+            y = linear(torch.ones(3, 4, device=place))
+        assert y.dtype == torch.bfloat16
+        y.float().square().mean().backward()
+        torch.nn.utils.clip_grad_norm_(linear.parameters(), 0.01)
+        optimiser.step()
+        both.append([*linear.state_dict().values(), weight.grad])
+    assert_close(*both[::-1])
+
+
+def test_memory_that_was_not_written_holds_no_number_to_rely_on(emulation: Emulation) -> None:
+    assert torch.empty(3, device="cuda").isnan().all() and (torch.empty(3, dtype=torch.int64, device="cuda") < 0).all()
+
+
+def test_everything_is_put_back(cpu: TargetModel) -> None:
+    names = [(torch, "Generator"), (torch, "inference_mode"), (torch, "load"), (torch.Tensor, "pin_memory"),
+             (torch.cuda, "is_available"), (torch.cuda, "_exchange_device"), (sparse_triton, "_pair_dots")]  # fmt: skip
+    before = [getattr(*name) for name in names]
+    with contextlib.suppress(KeyboardInterrupt), emulated_cuda():
+        torch.cuda.set_device(1)
+        raise KeyboardInterrupt
+    assert [getattr(*name) for name in names] == before and torch.device("cuda", 0) == torch.device("cuda:0")
+    with emulated_cuda():
+        assert torch.cuda.current_device() == 0
+    x = torch.ones(3, requires_grad=True)
+    x.sum().backward()
+    capture(cpu, TOKENS, (0,))
+    with pytest.raises((AssertionError, RuntimeError)):
+        torch.ones(3, device="cuda")
