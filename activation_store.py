@@ -23,6 +23,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from devices import sent
 from logs import atomic_path, write_json
 from sparsity import ActivationStats
 from target_models import Captured, TargetModel, capture
@@ -75,6 +76,7 @@ class ActivationsStore:
         self.buffer = torch.zeros(shape, dtype=torch.float16, device=target.device)
         self.free = torch.arange(slots)  # slots without a token to give out
         self.order = torch.zeros(0, dtype=torch.int64)  # slots with one, in the order in which they are given out
+        self.slots = self.order  # the same on the target's device
         self.served = 0  # slots at the start of `order` that were given out
         self.serve = 0  # slots to give out before the next refill
         if config.cache:
@@ -85,7 +87,7 @@ class ActivationsStore:
                 f"dataset {target.data.path!r} gives {len(self.order)} tokens of its {split} split, less than a batch of "
                 f"{config.batch_tokens}: choose a smaller batch or more text"
             )
-        self.stats = measure(self.buffer, self.order[: config.stats_tokens].to(target.device))
+        self.stats = measure(self.buffer, self.slots[: config.stats_tokens])
 
     @property
     def bytes(self) -> int:
@@ -125,12 +127,13 @@ class ActivationsStore:
         whole = torch.ones((), dtype=torch.bool, device=self.buffer.device)
         while len(self.order) < self.config.buffer_tokens and (kept := self._harvest()) is not None:
             slots, self.free = self.free.tensor_split([kept.shape[2]])
-            self.buffer.index_copy_(2, slots.to(self.buffer.device), kept)
+            self.buffer.index_copy_(2, sent(slots, self.buffer.device), kept)
             self.order = torch.cat([self.order, slots])
             whole &= kept.isfinite().all()
         assert whole, f"an activation of {self.target.name} is not finite in fp16 (largest: {MAX_FP16:.0f})"
         n = len(self.order)
         self.order = self.order[torch.randperm(n, generator=self.generator)]
+        self.slots = sent(self.order, self.buffer.device)
         share = max(n // 2, self.config.batch_tokens) if n >= self.config.buffer_tokens else n
         self.served, self.serve = 0, share // self.config.batch_tokens * self.config.batch_tokens
 
@@ -142,7 +145,7 @@ class ActivationsStore:
             self._refill()
         if not self.serve:
             raise StopIteration
-        slots = self.order[self.served : self.served + self.config.batch_tokens].to(self.buffer.device)
+        slots = self.slots[self.served : self.served + self.config.batch_tokens]
         self.served += self.config.batch_tokens
         return ActivationBatch(*self.buffer.index_select(2, slots).float())
 
@@ -158,6 +161,7 @@ class ActivationsStore:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.buffer.copy_(state["buffer"])
         self.free, self.order = state["free"].cpu(), state["order"].cpu()
+        self.slots = sent(self.order, self.buffer.device)
         self.served, self.serve, self.forwards = state["served"], state["serve"], state["forwards"]
         self.stream.load_state_dict(state["stream"])
         self.stream_position = state["stream_position"]

@@ -42,10 +42,12 @@ class RMSNorm(nn.Module):
         return F.rms_norm(x, x.shape[-1:], self.weight, self.eps)
 
 
-def rotary_tables(seq: int, head: int, base: float) -> tuple[Float[Tensor, "seq head"], Float[Tensor, "seq head"]]:
+def rotary_tables(
+    seq: int, head: int, base: float, device: torch.device | None = None
+) -> tuple[Float[Tensor, "seq head"], Float[Tensor, "seq head"]]:
     """cos and sin of position · base^(−2i/head), each repeated for the two halves of a head."""
-    frequency = base ** (-torch.arange(0, head, 2, dtype=torch.float32) / head)
-    angle = torch.outer(torch.arange(seq, dtype=torch.float32), frequency)
+    frequency = base ** (-torch.arange(0, head, 2, dtype=torch.float32, device=device) / head)
+    angle = torch.outer(torch.arange(seq, dtype=torch.float32, device=device), frequency)
     return torch.cat([angle.cos(), angle.cos()], -1), torch.cat([angle.sin(), angle.sin()], -1)
 
 

@@ -19,6 +19,8 @@ from typing import Any
 
 import torch
 
+from devices import device_name
+
 REPOSITORY = Path(__file__).parent
 
 
@@ -43,27 +45,15 @@ def _remove(path: Path) -> None:
 
 
 def git_commit() -> str:
-    """The checkout's commit, with a + where the working tree differs; empty outside a git checkout."""
+    """The checkout's commit, with a + where the working tree differs; empty outside a git checkout, or without git."""
+    if shutil.which("git") is None:
+        return ""
     head = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=REPOSITORY, capture_output=True, text=True)
     changed = subprocess.run(
         ["git", "status", "--porcelain", "--untracked-files=no", "--", "*.py"],
         cwd=REPOSITORY, capture_output=True, text=True,
     )  # fmt: skip
     return head.stdout.strip() + ("+" if changed.stdout.strip() else "")
-
-
-def device_name(device: str) -> str:
-    """The GPU's own name, or the kind of processor and its number of threads."""
-    if device.startswith("cuda"):
-        return torch.cuda.get_device_name(device)
-    return f"{platform.machine()} CPU, {torch.get_num_threads()} threads"
-
-
-def check_device(device: str) -> str:
-    """The device itself; raises ValueError in one line where it is a CUDA device and there is none."""
-    if device.startswith("cuda") and not torch.cuda.is_available():
-        raise ValueError(f"device {device!r} was named, but this machine offers no CUDA device: use --device cpu")
-    return device
 
 
 def errors_in_one_line() -> None:

@@ -28,7 +28,7 @@ from transformers.pytorch_utils import Conv1D
 from clt import CrossLayerTranscoder
 from config import Site, TopK, check_rule
 from sae import BaseAutoencoder
-from sparse_ops import Codes, decode
+from sparse_ops import Codes, Layout, decode
 from sparsity import Coder
 from spd_model import ComponentModel, weight_map
 from target_models import Captured, TargetModel, patched
@@ -494,8 +494,8 @@ class Neurons(Replacement):
     def encode(self, layer: int, x: Tensor, y: Tensor) -> Codes:
         h = self.target.hidden(layer, x.to(self.target.down_weight(layer).dtype)).float()
         cols = (h.abs() * self.W_out[layer].norm(dim=1)).topk(self.k, dim=1).indices.sort(dim=1).values
-        rows = torch.arange(len(h), device=h.device).repeat_interleave(self.k)
-        return Codes(h.gather(1, cols).flatten(), rows, cols.flatten(), len(h), h.shape[1])
+        rows = torch.arange(len(h), device=h.device).repeat_interleave(self.k, output_size=len(h) * self.k)
+        return Codes(h.gather(1, cols).flatten(), Layout(rows, cols.flatten(), *h.shape))
 
     def write(self, pass_: Pass, layer: int, x: Tensor, y: Tensor) -> Tensor:
         return decode(pass_.encode(layer, x, y), self.W_out[layer]) + self.bias[layer]

@@ -36,6 +36,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from devices import bf16_is_fast
 from threads import in_threads
 
 # Measured choices (benchmarks/): where a dense product beats what is sparse. None of them changes a result.
@@ -76,6 +77,7 @@ class Layout:
         return torch.searchsorted(self.cols_by_latent, torch.arange(self.d_dict + 1, device=self.cols.device))
 
     def matrix(self, values: Float[Tensor, "active"]) -> Float[Tensor, "batch d_dict"]:
+        """The values at their places, zeros elsewhere."""
         flat = values.new_zeros(self.n_rows * self.d_dict)
         return flat.index_put((self.rows * self.d_dict + self.cols,), values).view(self.n_rows, self.d_dict)
 
@@ -89,6 +91,13 @@ class Layout:
             return self.matrix(values).T @ x
         return segment_sums(self.rows_by_latent, self.latent_starts, values.index_select(0, self.by_latent), x)
 
+    def totals(self, values: Float[Tensor, "active"]) -> Float[Tensor, "d_dict"]:
+        """out[j] = Σ_t values[t, j], summed in the order of the tokens: the same on every run."""
+        if self.dense:
+            return self.matrix(values).sum(0)
+        ordered = values.index_select(0, self.by_latent)
+        return torch.segment_reduce(ordered, "sum", offsets=self.latent_starts, unsafe=True)  # unchecked: no wait
+
     def dots(self, x: Float[Tensor, "batch d"], W: Float[Tensor, "d_dict d"]) -> Float[Tensor, "active"]:
         """x[t] · W[j] at every active (t, j)."""
         if self.dense:
@@ -99,6 +108,32 @@ class Layout:
             return pair_dots(x, self.rows, self.row_starts, W, self.cols)
         by_latent = pair_dots(W, self.cols_by_latent, self.latent_starts, x, self.rows_by_latent)
         return torch.empty_like(by_latent).index_copy_(0, self.by_latent, by_latent)  # read each row of the larger once
+
+
+class FullLayout(Layout):
+    """Every entry of a batch, active or not: for CUDA, where knowing how many are active would wait for the device.
+
+    Entries are in row-major order, so that values are a matrix as they lie and no index is stored.
+    """
+
+    dense = True
+
+    def __init__(self, n_rows: int, d_dict: int, device: torch.device) -> None:
+        self.n_rows, self.d_dict, self.device = n_rows, d_dict, device
+
+    @cached_property
+    def rows(self) -> Int[Tensor, "active"]:
+        return torch.arange(self.n_rows, device=self.device).repeat_interleave(self.d_dict)
+
+    @cached_property
+    def cols(self) -> Int[Tensor, "active"]:
+        return torch.arange(self.d_dict, device=self.device).repeat(self.n_rows)
+
+    def matrix(self, values: Float[Tensor, "active"]) -> Float[Tensor, "batch d_dict"]:
+        return values.view(self.n_rows, self.d_dict)
+
+    def dots(self, x: Float[Tensor, "batch d"], W: Float[Tensor, "d_dict d"]) -> Float[Tensor, "active"]:
+        return (x @ W.T).flatten()
 
 
 def _layout(flat: Int[Tensor, "active"], n_rows: int, d_dict: int) -> Layout:
@@ -143,15 +178,25 @@ class Codes(NamedTuple):
     """The active parts of a batch, in row-major order."""
 
     values: Float[Tensor, "active"]  # ≥ 0
-    rows: Int[Tensor, "active"]  # token, non-decreasing
-    cols: Int[Tensor, "active"]  # latent
-    n_rows: int
-    d_dict: int
-    shared: Layout | None = None  # made by the encoder, so that decoder and gradients sort once
+    layout: Layout  # shared by the encoder, the decoder and their gradients, so that all sort once
 
     @property
-    def layout(self) -> Layout:
-        return self.shared if self.shared is not None else Layout(self.rows, self.cols, self.n_rows, self.d_dict)
+    def rows(self) -> Int[Tensor, "active"]:
+        """The token of each entry, non-decreasing."""
+        return self.layout.rows
+
+    @property
+    def cols(self) -> Int[Tensor, "active"]:
+        """The latent of each entry."""
+        return self.layout.cols
+
+    @property
+    def n_rows(self) -> int:
+        return self.layout.n_rows
+
+    @property
+    def d_dict(self) -> int:
+        return self.layout.d_dict
 
 
 class _Encode(torch.autograd.Function):
@@ -170,7 +215,7 @@ class _Encode(torch.autograd.Function):
         delta = grad * (selected > 0)
         d_x = ctx.layout.sum_by_row(delta, W_enc) if ctx.needs_input_grad[0] else None
         d_W = ctx.layout.sum_by_latent(delta, x) if ctx.needs_input_grad[1] else None
-        d_b = delta.new_zeros(len(W_enc)).index_add_(0, ctx.layout.cols, delta) if ctx.needs_input_grad[2] else None
+        d_b = ctx.layout.totals(delta) if ctx.needs_input_grad[2] else None
         return d_x, d_W, d_b, None, None
 
 
@@ -237,17 +282,17 @@ def to_dense(codes: Codes) -> Float[Tensor, "batch d_dict"]:
     return codes.layout.matrix(codes.values)
 
 
-def from_dense(acts: Float[Tensor, "batch d_dict"]) -> Codes:
-    """The positive entries of a dense matrix of activations; differentiable."""
-    flat = _nonzero(acts.detach() > 0)
-    layout = _layout(flat, *acts.shape)
-    return Codes(acts.flatten().index_select(0, flat), layout.rows, layout.cols, *acts.shape, layout)
+def from_dense(acts: Float[Tensor, "batch d_dict"], kept: Bool[Tensor, "batch d_dict"]) -> Codes:
+    """The kept entries of a dense matrix of activations, and on CUDA all of them; differentiable."""
+    if acts.device.type == "cuda":
+        return Codes(acts.flatten(), FullLayout(*acts.shape, acts.device))
+    flat = _nonzero(kept)
+    return Codes(acts.flatten().index_select(0, flat), _layout(flat, *acts.shape))
 
 
 def fire_counts(codes: Codes) -> Int[Tensor, "d_dict"]:
     """Number of tokens on which each latent is active."""
-    fired = (codes.values.detach() > 0).to(torch.int64)
-    return torch.zeros(codes.d_dict, dtype=torch.int64, device=codes.cols.device).index_add_(0, codes.cols, fired)
+    return codes.layout.totals((codes.values.detach() > 0).to(codes.values.dtype)).to(torch.int64)
 
 
 # ------------------------------------------------------------------------------------------------------- dense twins
@@ -289,7 +334,7 @@ def _encode(x: Tensor, W_enc: Tensor, b_enc: Tensor, selected: _Selected) -> Cod
     """Codes at the selected positions."""
     layout = _layout(selected.flat, len(x), len(W_enc))
     values = _Encode.apply(x, W_enc, b_enc, selected.pre, layout)
-    return Codes(values, layout.rows, layout.cols, len(x), len(W_enc), layout)
+    return Codes(values, layout)
 
 
 @torch.no_grad()
@@ -298,7 +343,7 @@ def _select(x: Tensor, W: Tensor, b: Tensor, k: int, bound: Tensor | None) -> _S
     assert 1 <= k <= len(W), f"{k=} must lie between 1 and {len(W)} latents"
     if x.device.type == "cuda":
         return _select_static(x, W, b, k, flat=bound is not None)
-    low = torch.bfloat16 if _bf16_is_fast() else torch.float32
+    low = torch.bfloat16 if bf16_is_fast(x.device) else torch.float32
     if k <= len(W) * DENSE_SELECTION_ABOVE[low][bound is not None]:
         selected = _select_by_token(x, W, b, k, low) if bound is None else _select_in_batch(x, W, b, k, bound, low)
         if selected is not None:
@@ -311,7 +356,7 @@ def _select(x: Tensor, W: Tensor, b: Tensor, k: int, bound: Tensor | None) -> _S
 @torch.no_grad()
 def _above(x: Tensor, W: Tensor, b: Tensor, threshold: Tensor) -> _Selected:
     """Every pre-activation above a threshold."""
-    if x.device.type == "cpu" and _bf16_is_fast():
+    if x.device.type == "cpu" and bf16_is_fast(x.device):
         upper = _UpperBounds(x, W, b - threshold, torch.bfloat16)
         scan = upper.scan(torch.zeros(()))
         if scan is not None:
@@ -323,11 +368,6 @@ def _above(x: Tensor, W: Tensor, b: Tensor, threshold: Tensor) -> _Selected:
     pre = torch.addmm(b, x, W.T)
     flat = _nonzero(pre > threshold)
     return _Selected(flat, pre.view(-1).index_select(0, flat))
-
-
-def _bf16_is_fast() -> bool:
-    """Has this processor bf16 products? Emulated ones are slower than float32."""
-    return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
 
 
 def _rounded(x: Float[Tensor, "n d"], low: torch.dtype) -> tuple[Tensor, Float[Tensor, "n"]]:

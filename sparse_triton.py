@@ -67,10 +67,11 @@ def segment_sums(
     out = torch.empty(segments, d, dtype=table.dtype, device=table.device)
     grid = (segments, triton.cdiv(d, COLUMNS))
     if out.numel() > 0:
-        _segment_sums[grid](
-            out, index.contiguous(), starts.contiguous(), weights.contiguous(), table, table.stride(0), d,
-            ENTRIES=ENTRIES, COLUMNS=COLUMNS,
-        )  # fmt: skip
+        with torch.cuda.device_of(table):  # Triton launches on the current device
+            _segment_sums[grid](
+                out, index.contiguous(), starts.contiguous(), weights.contiguous(), table, table.stride(0), d,
+                ENTRIES=ENTRIES, COLUMNS=COLUMNS,
+            )  # fmt: skip
     return out
 
 
@@ -82,10 +83,11 @@ def pair_dots(
     a, b = _with_contiguous_rows(a), _with_contiguous_rows(b)
     out = torch.empty(len(rows), dtype=a.dtype, device=a.device)
     if out.numel() > 0:
-        _pair_dots[(triton.cdiv(len(rows), ENTRIES),)](
-            out, a, rows.contiguous(), b, cols.contiguous(), a.stride(0), b.stride(0), len(rows), a.shape[1],
-            ENTRIES=ENTRIES, COLUMNS=COLUMNS,
-        )  # fmt: skip
+        with torch.cuda.device_of(a):
+            _pair_dots[(triton.cdiv(len(rows), ENTRIES),)](
+                out, a, rows.contiguous(), b, cols.contiguous(), a.stride(0), b.stride(0), len(rows), a.shape[1],
+                ENTRIES=ENTRIES, COLUMNS=COLUMNS,
+            )  # fmt: skip
     return out
 
 

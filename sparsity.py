@@ -66,10 +66,8 @@ def jumprelu(
 
 
 def _codes_within_the_kernel(a: Tensor, pre: Tensor, log_theta: Tensor, bandwidth: float) -> Codes:
-    """Active entries, and those a little below θ with value 0: the loss tells θ, through these too, which way to move."""
-    near = (pre > log_theta.exp() - bandwidth / 2).detach()
-    rows, cols = near.nonzero().unbind(1)
-    return Codes(a[rows, cols], rows, cols, *a.shape)
+    """Active entries, and those just below θ: they have value 0 but carry θ's straight-through gradient."""
+    return from_dense(a, (pre > log_theta.exp() - bandwidth / 2).detach())
 
 
 class SparseEncoder(nn.Module):
@@ -129,7 +127,7 @@ class SparseEncoder(nn.Module):
         pre, norms = self.pre_activations(x), W_dec.norm(dim=1)
         if isinstance(self.rule, Relu):
             a = pre.relu()
-            return from_dense(a), self.rule.l1 * (a @ norms).mean()
+            return from_dense(a, a.detach() > 0), self.rule.l1 * (a @ norms).mean()
         a, gate = jumprelu(pre, self.log_theta, self.rule.bandwidth)
         below = ((self.log_theta.exp() - pre).relu() @ norms).mean()
         penalty = self.rule.l0 * gate.sum(1).mean() + self.rule.preact * below

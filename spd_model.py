@@ -253,7 +253,7 @@ class _GateAttention(nn.Module):
         q, k, v = (
             p(x).unflatten(-1, (self.heads, -1)).transpose(1, 2) for p in (self.q_proj, self.k_proj, self.v_proj)
         )
-        cos, sin = (t.to(x) for t in rotary_tables(x.shape[1], q.shape[-1], 10_000.0))
+        cos, sin = (t.to(x) for t in rotary_tables(x.shape[1], q.shape[-1], 10_000.0, x.device))
         z = F.scaled_dot_product_attention(rotate(q, cos, sin), rotate(k, cos, sin), v, is_causal=self.causal)
         return self.out_proj(z.transpose(1, 2).flatten(-2))
 
@@ -624,12 +624,13 @@ Objective = Callable[[dict[str, Tensor]], Tensor]
 def pgd_sources(objective: Objective, sources: dict[str, Tensor], steps: int, step_size: float) -> dict[str, Tensor]:
     """r ← clamp(r + η · sign ∇_r objective, 0, 1), `steps` times; the best r met is returned, so that the objective
     never falls below its start (published code returns the last one)."""
-    best, best_value = sources, torch.tensor(-torch.inf)
+    best, best_value = sources, next(iter(sources.values())).new_full((), -torch.inf)
     for step in range(steps + 1):
         leaves = {path: r.detach().requires_grad_() for path, r in sources.items()}
         value = objective(leaves)
-        if value.item() > best_value:
-            best, best_value = {path: r.detach() for path, r in leaves.items()}, value.detach()
+        better = value.detach() > best_value  # stays on the device
+        best = {path: torch.where(better, r.detach(), best[path]) for path, r in leaves.items()}
+        best_value = torch.where(better, value.detach(), best_value)
         if step < steps:
             grads = torch.autograd.grad(value, list(leaves.values()))
             sources = {p: (r + step_size * g.sign()).clamp(0, 1).detach() for (p, r), g in zip(leaves.items(), grads)}
@@ -653,7 +654,7 @@ class PersistentSources(nn.Module):
         super().__init__()
         self.r = nn.ParameterDict(
             {
-                p.replace(".", "-"): nn.Parameter(torch.rand(*shape, n + 1, generator=generator))
+                p.replace(".", "-"): nn.Parameter(torch.rand(*shape, n + 1, generator=generator, device=generator.device))
                 for p, n in sizes.items()
             }
         )

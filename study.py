@@ -25,6 +25,7 @@ from checkpoints import (
 )
 from clt import CrossLayerTranscoder
 from config import CLTConfig, EncoderConfig, GateConfig, Recon, Rule, SAEConfig, SPDConfig, SPDTrainConfig, TrainConfig
+from devices import bf16_is_fast
 from evaluation import Measurement
 from logs import REPOSITORY, errors_in_one_line, git_commit, write_settings
 from pareto import draw, markdown_table, read_points, write_layers, write_points
@@ -46,7 +47,7 @@ from sae import BaseAutoencoder
 from sparsity import Coder
 from spd_model import ComponentModel
 from spd_training import train_spd
-from target_models import ASSETS, TargetModel, likes_bf16, mlp_matrices
+from target_models import ASSETS, TargetModel, mlp_matrices
 from token_stream import TokenStream, take_tokens
 from training import learning_rate, train_group
 
@@ -230,7 +231,7 @@ def train_decomposition(
         return found
     model = ComponentModel(target.model, config, torch.Generator().manual_seed(seed)).to(target.device)
     stream = _OnDevice(target, batch, seed)
-    seconds = train_spd(model, stream, train, folder / name, name, autocast=likes_bf16(target.device))
+    seconds = train_spd(model, stream, train, folder / name, name, autocast=bf16_is_fast(target.device))
     tokens = steps * batch * target.context
     record = TrainingRecord(name, target.name, target.fingerprint, tokens, seconds, seed, git_commit(), recipe)
     save_checkpoint(folder / name, model, record)

@@ -26,8 +26,9 @@ from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 from transformers.pytorch_utils import Conv1D
 
 from config import Site
+from devices import bf16_is_fast, check_device, sent
 from llama_simple_mlp import LlamaSimpleMLP, config_from_yaml, load_run
-from logs import atomic_path, check_device, download_run_files
+from logs import atomic_path, download_run_files
 from token_stream import DatasetSpec, cache_folder
 
 ASSETS = Path(__file__).parent / "assets"
@@ -157,10 +158,6 @@ class _Enough(Exception):
     """Raised by the last hook of `capture`: what comes after it in the forward pass is not needed."""
 
 
-def likes_bf16(device: torch.device) -> bool:
-    return device.type == "cuda" or torch.cpu._is_avx512_bf16_supported()
-
-
 def capture(target: TargetModel, tokens: Int[Tensor, "batch seq"], layers: Sequence[int]) -> Captured:
     """MLP inputs and outputs of `layers`; the forward pass stops after the last of them, so logits are never computed.
 
@@ -179,14 +176,14 @@ def capture(target: TargetModel, tokens: Int[Tensor, "batch seq"], layers: Seque
 
     with contextlib.ExitStack() as stack:
         stack.enter_context(torch.inference_mode())
-        stack.enter_context(torch.autocast(target.device.type, torch.bfloat16, enabled=likes_bf16(target.device)))
+        stack.enter_context(torch.autocast(target.device.type, torch.bfloat16, enabled=bf16_is_fast(target.device)))
         for layer in layers:
             for name, into in ((target.sites[layer].read, read), (target.sites[layer].write, written)):
                 last = into is written and layer == max(layers)
                 handle = target.model.get_submodule(name).register_forward_hook(hook(into, layer, last))
                 stack.callback(handle.remove)
         with contextlib.suppress(_Enough):
-            target.logits(tokens.to(target.device))
+            target.logits(sent(tokens, target.device))
     shape = (*tokens.shape, -1)
     return Captured(*(torch.stack([kept[layer].reshape(shape) for layer in layers]) for kept in (read, written)))
 

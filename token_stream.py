@@ -4,10 +4,11 @@ Documents are tokenised as they are read, joined by the tokenizer's end-of-text 
 tokens: no padding, nothing truncated. A stream's position is (documents read, tokens left over), so that a resumed
 stream yields exactly what the interrupted one would have.
 
-Three kinds of source (`DatasetSpec.path`):
-  "python"      the .py files of the standard library and site-packages of the running environment
-  "docstrings"  the docstrings in those files: English prose about code
-  anything else a dataset for `datasets.load_dataset`: a hub name, or a local folder or file (txt, jsonl, parquet)
+Four kinds of source (`DatasetSpec.path`):
+  "python"        the .py files of the standard library and site-packages of the running environment
+  "docstrings"    the docstrings in those files: English prose about code
+  a token folder  train.npy and val.npy, each one stream as it was packed; read without the package `datasets`
+  anything else   a dataset for `datasets.load_dataset`: a hub name, or a local folder or file (txt, jsonl, parquet)
 
 The environment's files are ordered and split by a hash of their path inside their package (1 in 50 is validation), and
 near-duplicates are dropped: a file at least half of whose lines of 20 characters or more stand in earlier files.
@@ -26,6 +27,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, NamedTuple
 
+import numpy as np
 import torch
 from jaxtyping import Int
 from torch import Tensor
@@ -41,7 +43,7 @@ SHUFFLE_BUFFER = 10_000  # documents
 
 @dataclass(frozen=True)
 class DatasetSpec:
-    path: str  # "python", "docstrings", a hub dataset or a local folder or file
+    path: str  # "python", "docstrings", a token folder, a hub dataset or a local folder or file
     column: str = "text"  # of text, or of token ids where `tokenised`
     tokenised: bool = False
     train_split: str = "train"
@@ -133,22 +135,47 @@ def docstring_documents(paths: list[str]) -> Iterator[dict[str, str]]:
 
 def documents(spec: DatasetSpec, split: Split, seed: int) -> Iterator[str | list[int]]:
     """The documents of one split in a shuffled, reproducible order: texts, or token ids where `spec.tokenised`."""
-    import datasets
-
     if spec.path in ("python", "docstrings"):
+        import datasets
+
         paths = [f.path for f in environment_corpus(split)]
         reader = python_documents if spec.path == "python" else docstring_documents
-        if seed:  # seed 0 is the order of the hashes itself
-            order = torch.randperm(len(paths), generator=torch.Generator().manual_seed(seed)).tolist()
-            paths = [paths[i] for i in order]
-        rows = datasets.IterableDataset.from_generator(reader, gen_kwargs={"paths": paths})
+        rows = datasets.IterableDataset.from_generator(
+            reader, gen_kwargs={"paths": [paths[i] for i in _order(len(paths), seed)]}
+        )
         yield from (row[spec.column] for row in rows)
+        return
+    if (Path(spec.path) / "train.npy").exists():
+        yield from token_documents(spec, split, seed)
         return
     name = spec.val_split if split == "val" and spec.val_split else spec.train_split
     rows = load_rows(spec.path, name).shuffle(seed=seed, buffer_size=SHUFFLE_BUFFER)
     for row in rows:
         if spec.val_split or split == ("train" if _document_hash(row[spec.column]) % VALIDATION_SHARE else "val"):
             yield row[spec.column]
+
+
+def _order(n: int, seed: int) -> list[int]:
+    """A random order of n documents; seed 0 is the order in which they are found."""
+    return torch.randperm(n, generator=torch.Generator().manual_seed(seed)).tolist() if seed else list(range(n))
+
+
+def token_documents(spec: DatasetSpec, split: Split, seed: int) -> Iterator[list[int]]:
+    """The documents of a token folder: `split`.npy holds uint16 ids, and its first id stands before every document.
+
+    Raises ValueError for another kind of array, and where the specification says that the text is not tokenised.
+    """
+    file = Path(spec.path) / f"{split}.npy"
+    ids = np.load(file)
+    if ids.dtype != np.uint16 or ids.ndim != 1 or len(ids) == 0:
+        raise ValueError(
+            f"{file} holds {ids.dtype}{list(ids.shape)}: a token folder has one row of uint16 ids per split"
+        )
+    if not spec.tokenised:
+        raise ValueError(f"{file} holds token ids: its DatasetSpec needs tokenised=True")
+    starts = np.append(np.flatnonzero(ids == ids[0]), len(ids))
+    for i in _order(len(starts) - 1, seed):
+        yield ids[starts[i] + 1 : starts[i + 1]].tolist()
 
 
 def load_rows(path: str, split: str):  # type: ignore[no-untyped-def]  # datasets.IterableDataset

@@ -251,8 +251,8 @@ def enrol(name: str, coder: Coder, store: ActivationsStore, config: TrainConfig,
         )
     rows = [store.config.layers.index(layer) for layer in coder.config.layers]
     stats = student_stats(coder, store.stats, rows)
-    coder.initialise(stats)
     coder.to(store.target.device).train()
+    coder.initialise(stats)
     variance = stats.y_variance if hasattr(coder, "decode_layer") else stats.y_variance[0]
     optimiser = torch.optim.Adam(coder.parameters(), lr=config.lr, betas=config.betas, fused=True)
     logger = Logger(name, folder / name, {"coder": to_json(coder.config), "train": to_json(config)})

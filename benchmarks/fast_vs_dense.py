@@ -19,7 +19,6 @@ import torch
 import tyro
 from torch import Tensor
 
-import sparse_ops
 from activation_store import ActivationsStore, DataConfig
 from config import BatchTopK, EncoderConfig, TrainConfig
 from logs import atomic_path
@@ -48,7 +47,8 @@ class DenseTranscoder(BatchTopKTranscoder):
 
     def encode(self, x: Tensor) -> Codes:
         e = self.encoder
-        return from_dense(dense_encode_batch_topk(x * self.x_scale, e.W_enc, e.b_enc, e.k_now))
+        a = dense_encode_batch_topk(x * self.x_scale, e.W_enc, e.b_enc, e.k_now)
+        return from_dense(a, a.detach() > 0)
 
     def encode_with_penalty(self, x: Tensor) -> tuple[Codes, Tensor]:
         return self.encode(x), x.new_zeros(())
@@ -109,5 +109,5 @@ def draw(rows: list[tuple[object, ...]], path: Path) -> None:
 
 if __name__ == "__main__":
     os.environ["WANDB_MODE"] = "disabled"
-    sparse_ops._bf16_is_fast = lambda: True
+    os.environ["NN_BF16"] = "on"
     main(tyro.cli(Settings, description=__doc__))

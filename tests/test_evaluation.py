@@ -148,6 +148,18 @@ def test_the_ruler_equals_its_definition_for_every_method_and_protocol(batch: in
             assert p.ce_recovered_zero is not None and p.ce_recovered_mean is not None
 
 
+def test_the_ruler_measures_in_float32_on_every_processor(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fast bf16 decides how coders are trained and how winners are found, never what is measured."""
+    target, tokens = make_tiny(3), some_tokens()
+    replacements, tables = all_methods(target, range(3)), []
+    for word in ("on", "off"):
+        monkeypatch.setenv("NN_BF16", word)
+        tables.append(evaluate(target, replacements, tokens).points)
+    for on, off in zip(*tables):
+        assert (on.method, on.protocol, on.layers, on.l0) == (off.method, off.protocol, off.layers, off.l0)
+        assert on.ce == pytest.approx(off.ce, abs=1e-6) and on.kl == pytest.approx(off.kl, abs=1e-6)
+
+
 def test_first_positions_are_not_counted() -> None:
     """A latent that fires on nothing but first positions is as good as silent."""
     target, tokens = make_tiny(1), some_tokens()

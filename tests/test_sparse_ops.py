@@ -160,7 +160,7 @@ def test_one_layout_serves_strided_decoders(k: int, d_dict: int) -> None:
     grad, wide.grad = wide.grad, None
     (ops.to_dense(codes) @ wide[:, 4:8]).square().sum().backward()
     torch.testing.assert_close(grad, wide.grad, rtol=1e-4, atol=1e-4)
-    own = ops.Codes(*codes[:5])  # made by hand, without a layout
+    own = ops.Codes(codes.values, ops.Layout(codes.rows, codes.cols, codes.n_rows, codes.d_dict))  # made by hand
     torch.testing.assert_close(ops.decode(own, wide), ops.decode(codes, wide))
 
 
@@ -173,8 +173,25 @@ def test_not_a_number_reaches_the_loss(rule: str) -> None:
 
 def test_dense_and_sparse_codes_are_inverse() -> None:
     acts = torch.randn(10, 20).relu().requires_grad_()
-    codes = ops.from_dense(acts)
+    codes = ops.from_dense(acts, acts.detach() > 0)
     assert torch.equal(ops.to_dense(codes), acts)
     codes.values.sum().backward()
     assert torch.equal(acts.grad, (acts > 0).float())
     assert torch.equal(ops.fire_counts(codes), (acts > 0).sum(0))
+
+
+@quick
+@given(problems())
+def test_a_full_layout_says_what_a_sparse_one_says(problem: tuple) -> None:
+    """What CUDA keeps of a dense matrix, every entry, gives the sums of its positive entries."""
+    x, W_enc, b_enc, W_dec, _ = problem
+    acts = torch.addmm(b_enc, x, W_enc.T).relu()
+    sparse, full = ops.from_dense(acts, acts > 0), ops.Codes(acts.flatten(), ops.FullLayout(*acts.shape, acts.device))
+    at = sparse.rows * sparse.d_dict + sparse.cols
+    assert torch.equal(full.rows * full.d_dict + full.cols, torch.arange(acts.numel()))
+    assert torch.equal(ops.to_dense(full), acts) and torch.equal(ops.fire_counts(full), ops.fire_counts(sparse))
+    torch.testing.assert_close(ops.decode(full, W_dec), ops.decode(sparse, W_dec))
+    y = ops.decode(sparse, W_dec)
+    for of in (lambda c: c.layout.totals(c.values), lambda c: c.layout.sum_by_latent(c.values, y)):
+        torch.testing.assert_close(of(full), of(sparse), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(full.layout.dots(y, W_dec)[at], sparse.layout.dots(y, W_dec), rtol=1e-4, atol=1e-4)

@@ -1,13 +1,12 @@
 """Theorems about one training step of an SPD of a language model."""
 
 import torch
-from test_replacement import make_tiny, some_tokens
+from test_replacement import clean, make_tiny, some_tokens
 from test_spd_replacement import decomposition
 
 from config import Recon, SPDTrainConfig
 from replacement import SPD
 from spd_training import SPDTrainer
-from target_models import capture
 
 
 def trainer(recon: tuple[Recon, ...], split: bool) -> SPDTrainer:
@@ -39,10 +38,10 @@ def test_deployed_masks_are_those_of_the_ruler_at_threshold_zero() -> None:
     target, tokens = make_tiny(2), some_tokens()
     model = decomposition(target)
     own = SPDTrainer(model.requires_grad_(True), SPDTrainConfig(10, 1e-3, (Recon(1.0, "deployed"),), 0.0), False)
-    z, clean = own.importances(tokens)
-    masks = own.masks(0, Recon(1.0, "deployed"), {path: model.lower(logit) for path, logit in z.items()}, clean, tokens)
+    z, output = own.importances(tokens)
+    masks = own.masks(0, Recon(1.0, "deployed"), {path: model.lower(logit) for path, logit in z.items()}, output, tokens)
     ruler = SPD(target, model, threshold=0.0)
-    frozen = ruler.frozen(capture(target, tokens, range(2)))
+    frozen = ruler.frozen(clean(target, tokens, range(2)))
     for path, mask in masks.items():
         assert mask.delta is None
         assert torch.equal(mask.components, ruler.on(frozen.z[path]).float()), path

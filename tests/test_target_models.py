@@ -13,6 +13,7 @@ import yaml
 from conftest import make_small_target, word_tokenizer
 from torch import nn
 
+from devices import bf16_is_fast
 from target_models import (
     ATTENTIONS,
     Parts,
@@ -20,7 +21,6 @@ from target_models import (
     at_site,
     capture,
     kept_streams,
-    likes_bf16,
     load_target,
     make_target,
     mlp_matrices,
@@ -121,7 +121,7 @@ def test_an_mlp_read_at_first_positions_alone_gives_the_same_there(target: Targe
 
 @torch.inference_mode()
 def test_captured_input_gives_captured_output(target: TargetModel, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("target_models.likes_bf16", lambda device: False)
+    monkeypatch.setenv("NN_BF16", "off")
     found = capture(target, TOKENS % target.vocab_size, [0, 1])
     assert found.inputs.shape == found.outputs.shape == (2, 2, 10, 16)
     for layer in (0, 1):
@@ -140,7 +140,7 @@ def test_the_mlp_ends_with_its_down_projection(target: TargetModel) -> None:
 @pytest.mark.parametrize("site", ["resid", "attn_out"])
 @torch.inference_mode()
 def test_another_site_is_captured_and_patched_where_it_says(target: TargetModel, site, monkeypatch) -> None:
-    monkeypatch.setattr("target_models.likes_bf16", lambda device: False)
+    monkeypatch.setenv("NN_BF16", "off")
     tokens = TOKENS % target.vocab_size
     view, original = at_site(target, site), target.logits(tokens)
     block = target.model.get_submodule(target.sites[1].read.rpartition(".")[0])
@@ -320,8 +320,34 @@ def test_no_network_points_to_the_embedded_target(monkeypatch: pytest.MonkeyPatc
         load_target("hf:no-such-organisation/no-such-model", "cpu")
 
 
-def test_bf16_is_only_for_devices_that_have_it() -> None:
-    assert likes_bf16(torch.device("cuda"))
+def test_bf16_is_for_devices_that_multiply_it_fast_unless_told_otherwise(monkeypatch: pytest.MonkeyPatch) -> None:
+    cpu, cuda = torch.device("cpu"), torch.device("cuda")
+    monkeypatch.delenv("NN_BF16", raising=False)
+    for kind in ("_is_avx512_bf16_supported", "_is_amx_tile_supported"):
+        monkeypatch.setattr(torch.cpu, kind, lambda: False)
+    assert bf16_is_fast(cuda) and not bf16_is_fast(cpu)
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: True)
+    assert bf16_is_fast(cpu)
+    for word, answer in (("on", True), ("off", False)):
+        monkeypatch.setenv("NN_BF16", word)
+        assert bf16_is_fast(cpu) == bf16_is_fast(cuda) == answer
+    monkeypatch.setenv("NN_BF16", "yes")
+    with pytest.raises(ValueError, match="^NN_BF16 is 'yes': set it to on or off"):
+        bf16_is_fast(cpu)
+
+
+def test_what_is_captured_is_bf16_where_that_is_fast_and_float32_elsewhere(small_target, monkeypatch) -> None:
+    tokens = torch.arange(10)[None]
+    monkeypatch.setenv("NN_BF16", "on")
+    assert capture(small_target, tokens, [0, 1]).outputs.dtype == torch.bfloat16
+    monkeypatch.setenv("NN_BF16", "off")
+    assert capture(small_target, tokens, [0, 1]).outputs.dtype == torch.float32
+
+
+def test_a_job_of_several_processes_is_refused_in_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(ValueError, match="^2 processes were started.*without torchrun$"):
+        load_target("tiny", "cpu")
 
 
 @pytest.mark.real_model

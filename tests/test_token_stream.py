@@ -3,11 +3,12 @@
 import itertools
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from conftest import word_tokenizer, write_corpus
 
-from token_stream import DatasetSpec, SourceFile, TokenStream, drop_near_duplicates, take_tokens
+from token_stream import DatasetSpec, SourceFile, TokenStream, documents, drop_near_duplicates, take_tokens
 
 
 def test_packing_loses_and_pads_nothing(tmp_path: Path) -> None:
@@ -41,6 +42,35 @@ def test_pretokenised_columns_are_taken_as_they_are(tmp_path: Path) -> None:
         TokenStream(DatasetSpec(str(tmp_path), "input_ids", True, val_split="train"), word_tokenizer(), "train", 1, 8)
     )
     assert first.tolist() == [[0, 5, 6, 7, 0, 5, 6, 7]]
+
+
+def write_tokens(folder: Path, split: str, ids: list[int]) -> DatasetSpec:
+    np.save(folder / f"{split}.npy", np.array(ids, dtype=np.uint16))
+    return DatasetSpec(str(folder), tokenised=True)
+
+
+def test_a_token_folder_gives_the_stream_it_was_written_from(tmp_path: Path) -> None:
+    text = TokenStream(DatasetSpec(str(write_corpus(tmp_path, 200)), val_split="val"), word_tokenizer(), "train", 4, 16)
+    rows = list(text)
+    spec = write_tokens(tmp_path, "train", torch.cat(rows).flatten().tolist() + text.leftover)
+    again = TokenStream(spec, word_tokenizer(), "train", 4, 16)
+    assert torch.equal(torch.cat(list(again)), torch.cat(rows)) and again.leftover == text.leftover
+
+
+def test_the_documents_of_a_token_folder_are_shuffled_whole(tmp_path: Path) -> None:
+    spec = write_tokens(tmp_path, "train", [0, 5, 6, 0, 0, 7, 0, *range(8, 40)])
+    kept, mixed = (list(documents(spec, "train", seed)) for seed in (0, 1))
+    assert kept == [[5, 6], [], [7], list(range(8, 40))]
+    assert mixed != kept and sorted(mixed) == sorted(kept)
+
+
+def test_a_folder_of_other_arrays_is_refused(tmp_path: Path) -> None:
+    spec = write_tokens(tmp_path, "train", [0, 5])
+    with pytest.raises(ValueError, match="needs tokenised=True"):
+        next(documents(DatasetSpec(str(tmp_path)), "train", 0))
+    np.save(tmp_path / "train.npy", np.zeros((2, 3)))
+    with pytest.raises(ValueError, match=r"holds float64\[2, 3\]"):
+        next(documents(spec, "train", 0))
 
 
 def test_an_empty_dataset_is_refused(tmp_path: Path) -> None:

@@ -12,8 +12,9 @@ import torch
 import yaml
 from safetensors.torch import save_file
 
+from devices import device_name
 from llama_simple_mlp import LlamaSimpleMLP
-from logs import atomic_path, device_name, write_json
+from logs import atomic_path, write_json
 from target_models import ASSETS, load_tokenizer
 from token_stream import environment_corpus, read_source
 

@@ -26,7 +26,7 @@ from torch import Tensor
 
 from logs import atomic_path, write_settings
 from replacement import Replacement
-from sparse_ops import Codes
+from sparse_ops import Codes, Layout
 from study import held_out_tokens, settings_for
 from target_models import TargetModel, load_target, patched
 
@@ -55,9 +55,9 @@ def write_vector(
     """What `latent` at `value` adds to the output of `layer`; x, any input, says width and device."""
     size = next(module.n_parts for module in replacement.modules(replacement.layers) if module.layer == layer)
     none = torch.zeros(0, dtype=torch.int64, device=x.device)
-    empty = Codes(torch.zeros(0, device=x.device), none, none, 1, size)
+    empty = Codes(torch.zeros(0, device=x.device), Layout(none, none, 1, size))
     index = torch.tensor([latent], device=x.device)
-    one = Codes(torch.tensor([value], device=x.device), torch.zeros_like(index), index, 1, size)
+    one = Codes(torch.tensor([value], device=x.device), Layout(torch.zeros_like(index), index, 1, size))
     outputs = []
     for codes in (one, empty):
         pass_ = replacement.begin()

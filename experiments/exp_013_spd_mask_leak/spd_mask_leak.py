@@ -28,11 +28,12 @@ from tqdm import trange
 
 from checkpoints import load_spd
 from config import GateConfig, Recon, SPDConfig, SPDTrainConfig
+from devices import bf16_is_fast
 from logs import atomic_path, write_settings
 from spd_model import ComponentModel
 from spd_training import SPDTrainer
 from study import find_spd, settings_for
-from target_models import TargetModel, likes_bf16, load_target
+from target_models import TargetModel, load_target
 from token_stream import TokenStream, take_tokens
 
 COLUMNS = ["gate", "probe_ce", "shuffled_ce", "current_token_ce", "model_ce", "l0", "tokens", "classes", "gate_steps"]
@@ -87,7 +88,7 @@ def with_gate(own: ComponentModel, target: TargetModel, causal: bool, s: Setting
     model = ComponentModel(target.model, SPDConfig(own.config.components, gate), torch.Generator().manual_seed(s.seed))
     model._components.load_state_dict(own._components.state_dict())
     recipe = SPDTrainConfig(s.gate_steps, 1e-3, (Recon(1.0),), 5e-4, "kl", p=(2.0, 0.4), warmup=0.05, final=0.1)
-    trainer = SPDTrainer(model, recipe, autocast=likes_bf16(target.device))
+    trainer = SPDTrainer(model, recipe, autocast=bf16_is_fast(target.device))
     model._components.requires_grad_(False)
     stream = TokenStream(target.data, target.tokenizer, "train", 4, target.context, s.seed)
     for _ in trange(s.gate_steps, desc="causal gate" if causal else "bidirectional gate", mininterval=2.0):

@@ -1,0 +1,133 @@
+"""A training step of a coder, and of its dense twin: the same mathematics in plain matrix products."""
+
+import itertools
+from collections.abc import Callable, Iterator, Sequence
+
+import torch
+from floors import Size
+from gpu_bench import Step
+from torch import Tensor
+
+from activation_store import ActivationBatch
+from checkpoints import build_coder
+from config import BatchTopK, CLTConfig, CoderConfig, EncoderConfig, JumpReLU, Relu, Rule, SAEConfig, TopK, TrainConfig
+from losses import fvu
+from sae import BaseAutoencoder
+from sparse_ops import dense_encode_batch_topk, dense_encode_topk
+from sparsity import Coder, SparseEncoder, jumprelu
+from training import Student, group_step
+
+
+def student_of(config: CoderConfig, device: str) -> Student:
+    """A coder with decoders and scales that are neither zero nor one."""
+    coder = build_coder(config, torch.Generator().manual_seed(0)).to(device).train()
+    generator = torch.Generator(device).manual_seed(1)
+    with torch.no_grad():
+        for W in decoders(coder):
+            W.normal_(std=0.01, generator=generator)
+        coder.constrain_weights()
+        coder.x_scale.fill_(0.7)
+        coder.y_scale.fill_(1.3 if coder.y_scale is not coder.x_scale else 0.7)
+    variance = torch.full((len(config.layers),), float(config.d_in), device=device)
+    variance = variance if isinstance(config, CLTConfig) else variance[0]
+    optimiser = torch.optim.Adam(coder.parameters(), lr=1e-4, fused=True)
+    return Student("", coder, list(range(len(config.layers))), variance, optimiser, None)  # type: ignore[arg-type]
+
+
+def decoders(coder: Coder) -> list[Tensor]:
+    return list(coder.W_dec) if isinstance(coder.config, CLTConfig) else [coder.W_dec]
+
+
+def batches(size: Size, layers: int, device: str) -> Iterator[ActivationBatch]:
+    """Four batches in turn, so that no step finds its inputs in a cache."""
+    generator = torch.Generator(device).manual_seed(2)
+    made = torch.randn(4, 2, layers, size.batch, size.d, generator=generator, device=device)
+    return itertools.cycle([ActivationBatch(*pair) for pair in made])
+
+
+def our_loss(student: Student, batch: ActivationBatch) -> Tensor:
+    x, y = student.view(batch)
+    codes, penalty = student.coder.encode_with_penalty(x)
+    return fvu(y, student.coder.reconstruct(codes, x), student.variance).mean() + penalty
+
+
+def dense_codes(encoder: SparseEncoder, z: Tensor, W_dec: Tensor) -> tuple[Tensor, Tensor]:
+    """Activations and penalty as the rules are defined, in plain matrix products."""
+    match encoder.rule:
+        case TopK(k):
+            return dense_encode_topk(z, encoder.W_enc, encoder.b_enc, k), z.new_zeros(())
+        case BatchTopK(k):
+            return dense_encode_batch_topk(z, encoder.W_enc, encoder.b_enc, k), z.new_zeros(())
+        case Relu(l1):
+            a = torch.addmm(encoder.b_enc, z, encoder.W_enc.T).relu()
+            return a, l1 * (a @ W_dec.norm(dim=1)).mean()
+        case JumpReLU(l0, bandwidth, _, preact):
+            pre = torch.addmm(encoder.b_enc, z, encoder.W_enc.T)
+            a, gate = jumprelu(pre, encoder.log_theta, bandwidth)
+            below = (encoder.log_theta.exp() - pre).relu() @ W_dec.norm(dim=1)
+            return a, l0 * gate.sum(1).mean() + preact * below.mean()
+    raise AssertionError(f"{encoder.rule} has no dense twin here")
+
+
+def dense_loss(student: Student, batch: ActivationBatch) -> Tensor:
+    coder, (x, y) = student.coder, student.view(batch)
+    across, shift = isinstance(coder.config, CLTConfig), coder.b_dec if isinstance(coder, BaseAutoencoder) else 0.0
+    wide, penalties = [], []
+    for x_i, scale, encoder, W_dec in zip(x if across else x[None], coder.x_scale, coder.encoders, decoders(coder)):
+        a, penalty = dense_codes(encoder, x_i * scale - shift, W_dec)
+        wide.append(a @ W_dec)
+        penalties.append(penalty)
+    if across:
+        y_hat = (coder._gather(wide) + coder.b_dec[:, None]) / coder.y_scale[:, None, None]
+    else:
+        y_hat = (wide[0] + coder.b_dec) / coder.y_scale
+    if hasattr(coder, "W_skip"):
+        y_hat = y_hat + coder.skip_output(x)
+    return fvu(y, y_hat, student.variance).mean() + torch.stack(penalties).mean()
+
+
+def our_step(config: CoderConfig, given: Iterator[ActivationBatch], device: str) -> Step:
+    student, train = student_of(config, device), TrainConfig(1, lr=1e-4)
+    return lambda: group_step([student], next(given), train, 1e-4)
+
+
+def adam_step(parameters: Sequence[Tensor], loss: Callable[[], Tensor]) -> Step:
+    optimiser = torch.optim.Adam(parameters, lr=1e-4, fused=True)
+
+    def step() -> None:
+        loss().backward()
+        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+        optimiser.step()
+        optimiser.zero_grad(set_to_none=True)
+
+    return step
+
+
+def dense_step(config: CoderConfig, given: Iterator[ActivationBatch], device: str) -> Step:
+    student = student_of(config, device)
+    return adam_step(list(student.coder.parameters()), lambda: dense_loss(student, next(given)))
+
+
+def largest_error(config: CoderConfig, batch: ActivationBatch, device: str) -> float:
+    """Of the loss and of every gradient: ‖ours − dense‖ / ‖dense‖, the largest."""
+    found = []
+    for loss_of in (our_loss, dense_loss):
+        student = student_of(config, device)
+        loss = loss_of(student, batch)
+        loss.backward()
+        found.append([loss.detach(), *(p.grad for p in student.coder.parameters())])
+    return max(((a - b).norm() / b.norm().clamp_min(1e-20)).item() for a, b in zip(*found))
+
+
+def coder_configs(size: Size, rule: Rule) -> dict[str, CoderConfig]:
+    d, d_dict = size.d, size.d_dict
+    return {
+        "SAE": SAEConfig(0, "mlp_out", d, d_dict, rule),
+        "transcoder": EncoderConfig(0, d, d, d_dict, rule),
+        "transcoder, skip": EncoderConfig(0, d, d, d_dict, rule, skip=True),
+        "CLT, 2 layers": CLTConfig((0, 1), d, d, d_dict, rule),
+    }
+
+
+def clt_config(size: Size, layers: int) -> CLTConfig:
+    return CLTConfig(tuple(range(layers)), size.d, size.d, size.d_dict, BatchTopK(size.k))

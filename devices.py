@@ -1,0 +1,51 @@
+"""Which device a run uses, and what that device is good at: the questions whose answers differ between CPU and CUDA.
+
+The ruler measures in the precision of the target's weights (float32) on every device; bf16 is used where activations are
+harvested for training and where a bound, not a value, is wanted. `NN_BF16=on` or `off` overrides what the processor says,
+so that both paths can be tested on any machine.
+"""
+
+import os
+import platform
+
+import torch
+from torch import Tensor
+
+
+def check_device(device: str) -> str:
+    """The device itself; raises ValueError in one line where it cannot be used as it was named.
+
+    A CUDA device must exist, and there must be one process: `torchrun` would repeat the whole job on one device.
+    """
+    if (processes := os.environ.get("WORLD_SIZE", "1")) != "1":
+        raise ValueError(
+            f"{processes} processes were started, and each would repeat the whole job: start it without torchrun"
+        )
+    if device.startswith("cuda") and not torch.cuda.is_available():
+        raise ValueError(f"device {device!r} was named, but this machine offers no CUDA device: use --device cpu")
+    return device
+
+
+def device_name(device: str) -> str:
+    """The GPU's own name, or the kind of processor and its number of threads."""
+    if device.startswith("cuda"):
+        return torch.cuda.get_device_name(device)
+    return f"{platform.machine()} CPU, {torch.get_num_threads()} threads"
+
+
+def bf16_is_fast(device: torch.device) -> bool:
+    """Whether the device multiplies bf16 matrices faster than float32 ones; emulated bf16 products are slower.
+
+    Raises ValueError where NN_BF16 is set to anything but on and off.
+    """
+    forced = os.environ.get("NN_BF16")
+    if forced not in (None, "on", "off"):
+        raise ValueError(f"NN_BF16 is {forced!r}: set it to on or off, or leave it unset")
+    if forced is not None:
+        return forced == "on"
+    return device.type == "cuda" or torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+
+
+def sent(tensor: Tensor, device: torch.device) -> Tensor:
+    """A copy of a CPU tensor on `device` that the host does not wait for: to CUDA it goes through pinned memory."""
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
