@@ -24,11 +24,9 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import torch
-import tyro
 from jaxtyping import Float, Int
 from torch import Tensor
 from tqdm import tqdm
-from tyro.conf import Positional
 
 from checkpoints import CONFIG, Checkpoint, TrainingRecord, check_target, load_checkpoint, load_spd, resolve
 from config import Site
@@ -458,7 +456,7 @@ def _load(reference: str, target: TargetModel, form: str, layer: int | None, sit
 
 
 def main(
-    checkpoints: Positional[tuple[str, ...]],
+    checkpoints: tuple[str, ...],
     target: str = "tiny",
     tokens: int = 100_000,
     protocols: tuple[Protocol, ...] = PROTOCOLS,
@@ -530,8 +528,10 @@ def _append(path: Path, measured: Measurement) -> None:
 
 def command_line(arguments: Sequence[str] | None = None) -> None:
     """`main` with arguments from the command line; what is wrong with them is said in one line."""
+    import tyro
+
     try:
-        tyro.cli(main, args=arguments, prog="python -m evaluation")
+        tyro.cli(main, args=arguments, prog="python -m evaluation", config=(tyro.conf.PositionalRequiredArgs,))
     except ValueError as error:
         raise SystemExit(str(error)) from None
 

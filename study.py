@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-import tyro
 from jaxtyping import Int
 from torch import Tensor
 
@@ -150,6 +149,8 @@ def replot(folder: Path) -> None:
 
 def settings_for[S](presets: dict[str, S], doc: str | None) -> S:
     """The command line's settings; the preset of the named `--target` (or the first one) gives the defaults."""
+    import tyro
+
     errors_in_one_line()
     named = dict(zip(sys.argv, sys.argv[1:])).get("--target", next(iter(presets)))
     preset = presets.get(named, next(iter(presets.values())))
