@@ -19,9 +19,10 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
-from conftest import make_small_target, write_corpus
+from conftest import make_small_target
 from test_replacement import clt, saes, transcoders
 from torch import Tensor
 from torch.utils._pytree import tree_map_only
@@ -55,6 +56,7 @@ from sparsity import Coder, codes_by_layer
 from spd_model import ComponentModel
 from spd_training import SPDTrainer
 from target_models import Parts, TargetModel, capture, make_target
+from token_stream import DatasetSpec
 from training import Student, enrol, group_step, train_group
 
 Waiting = Callable[[], contextlib.AbstractContextManager[Counter[str]]]
@@ -74,8 +76,15 @@ TRAIN = TrainConfig(32 * 12, 3e-3, metrics_every=4, checkpoint_every=5, calibrat
 
 @pytest.fixture(scope="module")
 def cpu(tmp_path_factory: pytest.TempPathFactory) -> TargetModel:
-    """A random model of two layers, on the CPU."""
-    return make_small_target(write_corpus(tmp_path_factory.mktemp("corpus"), documents=600))
+    """A random model of two layers, on the CPU, and a token folder for its text: a bare machine has no `datasets`."""
+    folder, generator = tmp_path_factory.mktemp("tokens"), np.random.default_rng(0)
+    for split, documents in (("train", 600), ("val", 150)):
+        lengths = generator.integers(5, 60, documents)
+        ids = np.concatenate([[0, *generator.integers(2, 62, n)] for n in lengths]).astype(np.uint16)
+        np.save(folder / f"{split}.npy", ids)
+    return dataclasses.replace(
+        make_small_target(folder), data=DatasetSpec(str(folder), tokenised=True, val_split="val")
+    )
 
 
 @pytest.fixture(autouse=True)

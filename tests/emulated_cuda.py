@@ -112,7 +112,9 @@ def _named(device: torch.device) -> torch.device:
 
 def _different(func: Any, *devices: Any) -> RuntimeError:
     found = ", ".join(sorted(map(str, devices)))
-    return RuntimeError(f"Expected all tensors to be on the same device, but found at least two devices, {found}! ({func})")
+    return RuntimeError(
+        f"Expected all tensors to be on the same device, but found at least two devices, {found}! ({func})"
+    )
 
 
 def _place() -> str:
@@ -256,7 +258,8 @@ def _segment_sums(
     """out[s] = Σ weights[e] · table[index[e]] over starts[s] ≤ e < starts[s + 1]."""
     assert table.stride() == (row_stride, 1) and all(x.is_contiguous() for x in (out, index, starts, weights))
     segment = torch.repeat_interleave(starts.diff(), output_size=len(index))
-    out.zero_().index_add_(0, segment, (weights[:, None] * table.index_select(0, index)).to(out.dtype))
+    total = torch.zeros(out.shape, device=out.device)  # in float32, whatever the tables hold
+    out.copy_(total.index_add_(0, segment, weights.float()[:, None] * table.index_select(0, index).float()))
 
 
 def _pair_dots(
@@ -265,7 +268,7 @@ def _pair_dots(
 ) -> None:  # fmt: skip
     """out[e] = a[rows[e]] · b[cols[e]]."""
     assert a.stride() == (a_stride, 1) and b.stride() == (b_stride, 1) and out.shape == rows.shape == cols.shape == (n,)
-    out.copy_((a.index_select(0, rows) * b.index_select(0, cols)).sum(1))
+    out.copy_((a.index_select(0, rows).float() * b.index_select(0, cols).float()).sum(1))
 
 
 def _exchange_device(index: int) -> int:
