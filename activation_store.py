@@ -7,32 +7,29 @@ The buffer holds (inputs or outputs, layer, token, d) in fp16. It serves a rando
 their slots, and draws a new random order, so that every batch mixes tokens of many sequences; nothing is ever moved.
 Of a target at another site (`at_site`) input and output are one value, that site's; the rest is the same.
 Memory: 2 · L · (buffer_tokens + one forward's tokens) · d · 2 bytes, allocated once.
-With `cache`, what the model gave is also written to disk (fp16) and read instead of the model by a later run; a
-fingerprint of model, data and settings refuses a stale one.
 """
 
 import dataclasses
 import hashlib
 import json
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, NamedTuple
 
-import numpy as np
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from coder import ActivationStats
 from devices import sent
-from logs import atomic_path, write_json
-from sparsity import ActivationStats
-from target_models import Captured, TargetModel, capture
-from token_stream import Split, TokenStream, text_fingerprint
+from patching import Captured, capture
+from python_corpus import Split
+from target_models import TargetModel
+from token_stream import TokenStream, text_fingerprint
 
 MAX_FP16 = 65_504.0
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class DataConfig:
     layers: tuple[int, ...]
     batch_tokens: int  # tokens per training batch
@@ -40,7 +37,6 @@ class DataConfig:
     model_batch: int = 32  # sequences per forward of the target
     seed: int = 0  # of the order of documents and of the mixing
     stats_tokens: int = 1_000_000  # that give scales and means; one buffer of them where it is smaller
-    cache: str = ""  # folder that keeps the activations between runs; empty: none
 
     def __post_init__(self) -> None:
         if self.buffer_tokens < 2 * self.batch_tokens:
@@ -68,7 +64,6 @@ class ActivationsStore:
         check_layers(target, config.layers)
         self.target, self.config, self.split = target, config, split
         self.stream = TokenStream(target.data, target.tokenizer, split, config.model_batch, target.context, config.seed)
-        self.stream_position = 0  # batches of tokens read
         self.forwards = 0  # batches of tokens whose activations were put into the buffer
         self.generator = torch.Generator().manual_seed(config.seed)
         slots = config.buffer_tokens + config.model_batch * (target.context - 1)
@@ -79,8 +74,6 @@ class ActivationsStore:
         self.slots = self.order  # the same on the target's device
         self.served = 0  # slots at the start of `order` that were given out
         self.serve = 0  # slots to give out before the next refill
-        if config.cache:
-            open_cache(Path(config.cache), self.fingerprint())
         self._refill()
         if not self.serve:
             raise ValueError(
@@ -102,24 +95,12 @@ class ActivationsStore:
         return hashlib.sha256(json.dumps(settings).encode()).hexdigest()[:16]
 
     def _harvest(self) -> Float[Tensor, "two layer token d"] | None:
-        """Inputs and outputs of one forward's tokens, from the model or the cache; None where the text has ended."""
-        file = Path(self.config.cache) / f"{self.forwards:06d}.npy"
-        if self.config.cache and file.exists():
-            kept = torch.from_numpy(np.load(file, mmap_mode="c")).to(self.target.device)
-        else:
-            for _ in range(self.forwards - self.stream_position):
-                next(self.stream)
-            tokens = next(self.stream, None)
-            if tokens is None:
-                self.stream_position = self.forwards
-                return None
-            kept = stack_tokens(capture(self.target, tokens, self.config.layers))
-            self.stream_position = self.forwards + 1
-            if self.config.cache:
-                with atomic_path(file) as temporary, temporary.open("wb") as f:
-                    np.save(f, kept.cpu().numpy())
+        """Inputs and outputs of one forward's tokens; None where the text has ended."""
+        tokens = next(self.stream, None)
+        if tokens is None:
+            return None
         self.forwards += 1
-        return kept
+        return stack_tokens(capture(self.target, tokens, self.config.layers))
 
     def _refill(self) -> None:
         """Put new tokens where the served ones were, mix all, and serve half; all of it once the text has ended."""
@@ -153,9 +134,8 @@ class ActivationsStore:
         """Everything that decides the batches to come, the buffer itself (no copy of it) included."""
         return {
             "buffer": self.buffer, "free": self.free, "order": self.order, "served": self.served, "serve": self.serve,
-            "forwards": self.forwards,
-            "stream": self.stream.state_dict(), "stream_position": self.stream_position,
-            "generator": self.generator.get_state(), "stats": tuple(self.stats),
+            "forwards": self.forwards, "stream": self.stream.state_dict(), "generator": self.generator.get_state(),
+            "stats": tuple(self.stats),
         }  # fmt: skip
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -164,7 +144,6 @@ class ActivationsStore:
         self.slots = sent(self.order, self.buffer.device)
         self.served, self.serve, self.forwards = state["served"], state["serve"], state["forwards"]
         self.stream.load_state_dict(state["stream"])
-        self.stream_position = state["stream_position"]
         self.generator.set_state(state["generator"].cpu())
         self.stats = ActivationStats(*state["stats"])
 
@@ -186,13 +165,3 @@ def measure(buffer: Float[Tensor, "two layer slot d"], slots: Int[Tensor, "token
     x_mean, x_scale, _ = (torch.stack(column) for column in zip(*(one(0, layer) for layer in layers)))
     y_mean, y_scale, y_variance = (torch.stack(column) for column in zip(*(one(1, layer) for layer in layers)))
     return ActivationStats(x_mean, x_scale, y_mean, y_scale, y_variance, len(slots))
-
-
-def open_cache(folder: Path, fingerprint: str) -> None:
-    """Create the cache or check that it holds these activations; raises ValueError where it holds others."""
-    file = folder / "fingerprint.json"
-    if not file.exists():
-        write_json(file, fingerprint)
-    found = json.loads(file.read_text())
-    if found != fingerprint:
-        raise ValueError(f"activation cache {folder} is stale (holds {found}, this run needs {fingerprint}): delete it")

@@ -10,22 +10,22 @@ import os
 import pickle
 import shutil
 import zipfile
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 from torch.utils._pytree import tree_leaves
 
 from clt import CrossLayerTranscoder
-from config import CLTConfig, EncoderConfig, SAEConfig, from_json, to_json
-from logs import atomic_path, download_artifact, write_json
+from coder import Coder
+from config import CLTConfig, CoderConfig, EncoderConfig, SAEConfig, from_json, to_json
+from logs import atomic_path, cache_folder, download_artifact, write_json
 from sae import build_sae
-from sparsity import Coder
 from spd_model import ComponentModel
-from target_models import TargetModel
-from token_stream import cache_folder
+from target_models import ASSETS, TargetModel, mlp_matrices
 from transcoder import build_transcoder
 
 # of experiments and the main job; $NN_CHECKPOINTS puts them on another disk
@@ -33,18 +33,25 @@ CHECKPOINTS = Path(os.environ.get("NN_CHECKPOINTS", Path(__file__).parent / "che
 ENCODER, CONFIG = "encoder.pt", "config.json"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class TrainingRecord:
-    """Where a coder comes from."""
+    """Where a coder comes from; None: not known, as of a dictionary that another library trained."""
 
     name: str  # target, method, layers, k and seed
     target: str
-    target_fingerprint: str
-    train_tokens: int
+    target_fingerprint: str | None
+    train_tokens: int | None
     train_seconds: float  # its share of the group's wall time
     seed: int
-    commit: str
-    recipe: str = ""  # how it was trained: settings in words; empty where unknown
+    commit: str | None
+    recipe: str | None = None  # how it was trained: settings in words
+
+    @classmethod
+    def imported(cls, name: str, target: str) -> "TrainingRecord":
+        """Of a foreign dictionary, whose file says nothing of its training."""
+        return cls(
+            name=name, target=target, target_fingerprint=None, train_tokens=None, train_seconds=0.0, seed=0, commit=None
+        )  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -54,27 +61,30 @@ class Checkpoint:
     path: str
 
 
-def build_coder(config: SAEConfig | EncoderConfig | CLTConfig, generator: torch.Generator) -> Coder:
+def build_coder(config: CoderConfig, generator: torch.Generator) -> Coder:
     """The coder a configuration describes."""
     builders = {SAEConfig: build_sae, EncoderConfig: build_transcoder, CLTConfig: CrossLayerTranscoder}
     return builders[type(config)](config, generator)  # type: ignore[operator,no-any-return]
 
 
-def coder_name(target: str, config: SAEConfig | EncoderConfig | CLTConfig, seed: int) -> str:
-    """E.g. `tiny_transcoder_batchtopk_L2_k16_d1536_s0`: no two coders of a study share a name."""
-    kind = {SAEConfig: "sae", EncoderConfig: "transcoder", CLTConfig: "clt"}[type(config)]
-    kind += "-skip" if isinstance(config, EncoderConfig) and config.skip else ""
-    kind += f"-{config.site}" if isinstance(config, SAEConfig) and config.site != "mlp_out" else ""
+def coder_name(target: str, config: CoderConfig, seed: int) -> str:
+    """E.g. `tiny_transcoder_batchtopk_L2_k16_d1536_s0`: no two coders of a study share a name.
+
+    A rule is named by its first value, a whole number k of active latents or a coefficient c.
+    """
+    kind = "-".join(filter(None, [config.kind, config.variant]))
     layers = "-".join(str(layer) for layer in config.layers)
-    rule = dataclasses.astuple(config.rule)[0]
-    sparsity = f"k{rule}" if hasattr(config.rule, "k") else f"c{rule:g}"
+    first = dataclasses.astuple(config.rule)[0]
+    sparsity = f"k{first}" if isinstance(first, int) else f"c{first:g}"
     safe = target.replace("/", "--").replace(":", "-")
     return f"{safe}_{kind}_{type(config.rule).__name__.lower()}_L{layers}_{sparsity}_d{config.d_dict}_s{seed}"
 
 
 def save_checkpoint(folder: Path, model: Coder | ComponentModel, record: TrainingRecord) -> None:
-    """Of a decomposition, components and gates without the target. config.json goes first and comes last: a folder that
-    has it is whole, also where it held another checkpoint."""
+    """Write a coder, or a decomposition's components and gates without the target.
+
+    config.json is deleted before and written after the tensors, so a folder that has one is complete.
+    """
     check_room(folder / ENCODER, model.state_dict())
     (folder / CONFIG).unlink(missing_ok=True)
     save_tensors(folder / ENCODER, model.state_dict())
@@ -114,15 +124,13 @@ def resolve(reference: str) -> Path:
     return download_artifact(reference, cache_folder() / "artifacts")
 
 
-def is_trained(
-    folder: Path, config: SAEConfig | EncoderConfig | CLTConfig, train_tokens: int, fingerprint: str, recipe: str
-) -> bool:
+def is_trained(folder: Path, config: CoderConfig, *, train_tokens: int, fingerprint: str, recipe: str) -> bool:
     """Whether `folder` holds a finished coder of these settings; an unknown recipe passes for the same."""
     if not (folder / CONFIG).exists():
         return False
     found, record = read_config(folder)
     same = record.train_tokens == train_tokens and record.target_fingerprint == fingerprint
-    return same and found == config and record.recipe in ("", recipe)
+    return same and found == config and record.recipe in (None, recipe)
 
 
 def read_config(folder: Path) -> tuple[Any, TrainingRecord]:
@@ -171,8 +179,37 @@ def load_state(module: nn.Module, state: dict[str, torch.Tensor], reference: str
 
 def check_target(checkpoint: Checkpoint, target: TargetModel) -> None:
     """Raises ValueError where the checkpoint was trained on another model."""
-    if checkpoint.record.target_fingerprint not in ("", target.fingerprint):
+    if checkpoint.record.target_fingerprint not in (None, target.fingerprint):
         raise ValueError(
             f"{checkpoint.path} was trained on {checkpoint.record.target!r} with weights "
             f"{checkpoint.record.target_fingerprint}, not on {target.name!r} ({target.fingerprint})"
         )
+
+
+def checkpoint_folder(target: str) -> Path:
+    """Where the experiments keep what they train on a target; they share it, so that nothing is trained twice."""
+    return CHECKPOINTS / target.replace("/", "--").replace(":", "-")
+
+
+class Decomposition(NamedTuple):
+    model: ComponentModel
+    record: TrainingRecord
+
+
+def find_spd(target: TargetModel, layers: Sequence[int]) -> Decomposition:
+    """The decomposition of these layers: the shipped one of `tiny`, else the one that exp_004 left among the checkpoints.
+
+    Raises ValueError where there is none, or more than one.
+    """
+    shipped = ASSETS / f"spd_{target.name}"
+    if shipped.exists():
+        return Decomposition(*load_spd(str(shipped), target))
+    wanted = {path for layer in layers for path in mlp_matrices(target, layer)}
+    folders = sorted(file.parent for file in checkpoint_folder(target.name).glob(f"*_spd_*/{CONFIG}"))
+    found = [folder for folder in folders if wanted <= dict(read_config(folder)[0].components).keys()]
+    if len(found) != 1:
+        names = ", ".join(folder.name for folder in found) or "none"
+        raise ValueError(
+            f"one SPD of layers {list(layers)} of {target.name!r} is needed, there is {names}: see exp_004"
+        )
+    return Decomposition(*load_spd(str(found[0]), target))

@@ -13,12 +13,13 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from coder import ActivationStats, Coder, unscaled
 from config import CLTConfig
 from sparse_ops import Codes, decode
-from sparsity import ActivationStats, Coder, SparseEncoder, latent_bias, unscaled
+from sparsity import new_encoder
 
 
-class CrossLayerTranscoder(Coder):
+class CrossLayerTranscoder(Coder[tuple[Codes, ...]]):
     """x: Float["layer batch d_in"] ↦ y_hat: Float["layer batch d_out"], raw units; layers as in config.layers."""
 
     config: CLTConfig
@@ -28,12 +29,16 @@ class CrossLayerTranscoder(Coder):
         self.config = config
         n = len(config.layers)
         self.encoders = nn.ModuleList(
-            SparseEncoder(config.d_in, config.d_dict, config.rule, generator) for _ in range(n)
+            new_encoder(config.d_in, config.d_dict, rule=config.rule, generator=generator) for _ in range(n)
         )
         self.W_dec = nn.ParameterList(torch.zeros(config.d_dict, (n - i) * config.d_out) for i in range(n))
         self.b_dec = nn.Parameter(torch.zeros(n, config.d_out))
         self.register_buffer("x_scale", torch.ones(n))
         self.register_buffer("y_scale", torch.ones(n))
+
+    @property
+    def decoders(self) -> tuple[nn.Parameter, ...]:
+        return tuple(self.W_dec)
 
     @torch.no_grad()
     def initialise(self, stats: ActivationStats) -> None:
@@ -41,7 +46,7 @@ class CrossLayerTranscoder(Coder):
         self.y_scale.copy_(stats.y_scale)
         self.b_dec.copy_(stats.y_mean * self.y_scale[:, None])
         for i, encoder in enumerate(self.encoders):
-            encoder.b_enc.copy_(latent_bias(encoder.W_enc, stats.x_mean[i] * self.x_scale[i]))
+            encoder.centre(stats.x_mean[i] * self.x_scale[i])
 
     def encode_layer(self, i: int, x: Float[Tensor, "batch d_in"]) -> Codes:
         """Codes of the i-th layer spanned."""
@@ -50,12 +55,19 @@ class CrossLayerTranscoder(Coder):
     def encode(self, x: Float[Tensor, "layer batch d_in"]) -> tuple[Codes, ...]:
         return tuple(self.encode_layer(i, x_i) for i, x_i in enumerate(x))
 
-    def encode_with_penalty(self, x: Float[Tensor, "layer batch d_in"]) -> tuple[tuple[Codes, ...], Float[Tensor, ""]]:
-        pairs = [
+    def encode_with_penalty(
+        self, x: Float[Tensor, "layer batch d_in"], y: Float[Tensor, "layer batch d_out"],
+        variance: Float[Tensor, "layer"],
+    ) -> tuple[tuple[Codes, ...], Float[Tensor, ""]]:  # fmt: skip
+        """The penalty is the mean over the layers' encoders; what it asks of all codes together is counted once."""
+        trained = [
             encoder.encode_with_penalty(x[i] * self.x_scale[i], self.W_dec[i])
             for i, encoder in enumerate(self.encoders)
         ]
-        return tuple(codes for codes, _ in pairs), torch.stack([penalty for _, penalty in pairs]).mean()
+        penalty = torch.stack([of_layer.penalty for of_layer in trained]).mean()
+        gates = tuple(of_layer.gates for of_layer in trained if of_layer.gates is not None)
+        penalty = penalty + self.frozen_error(gates, x, y=y, variance=variance) if gates else penalty
+        return tuple(of_layer.codes for of_layer in trained), penalty
 
     def decode_layer(self, j: int, codes: Sequence[Codes]) -> Float[Tensor, "batch d_out"]:
         """ŷ of the j-th layer from the codes of layers 0…j."""
@@ -75,14 +87,22 @@ class CrossLayerTranscoder(Coder):
         return unscaled(self._gather(wide), self.b_dec[:, None], self.y_scale[:, None, None])
 
     def aux_reconstruction(self, x: Float[Tensor, "layer batch d_in"]) -> Float[Tensor, "layer batch d_out"]:
-        """What every layer's dead latents would write to every target, without b_dec, in raw units."""
+        """What every layer's dead latents would write to every target, without b_dec."""
         wide = [
             encoder.aux_activations(x[i] * self.x_scale[i]) @ self.W_dec[i][encoder.dead]
             for i, encoder in enumerate(self.encoders)
         ]
         return self._gather(wide) / self.y_scale[:, None, None]
 
-    def calibrate(self, batches: list[Float[Tensor, "layer batch d_in"]]) -> None:
-        """Set each layer's deployed threshold on held-out MLP inputs (raw units)."""
+    def calibrate(self, batches: Sequence[Float[Tensor, "layer batch d_in"]]) -> None:
         for i, encoder in enumerate(self.encoders):
             encoder.calibrate(x[i] * self.x_scale[i] for x in batches)
+
+    def view(
+        self, inputs: Float[Tensor, "all_layers batch d_in"], targets: Float[Tensor, "all_layers batch d_out"],
+        rows: Sequence[int],
+    ) -> tuple[Float[Tensor, "layer batch d_in"], Float[Tensor, "layer batch d_out"]]:  # fmt: skip
+        return inputs[rows], targets[rows]
+
+    def variance(self, stats: ActivationStats) -> Float[Tensor, "layer"]:
+        return stats.y_variance

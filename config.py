@@ -5,7 +5,7 @@
 
 import dataclasses
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 Site = Literal["mlp_out", "resid", "attn_out"]
 
@@ -54,19 +54,27 @@ class JumpReLU:
         assert self.l0 >= 0 and self.preact >= 0, f"{self.l0=} and {self.preact=} must not be negative"
 
 
-Rule = Relu | TopK | BatchTopK | JumpReLU
-
-
-def check_rule(rule: Rule, d_dict: int) -> None:
-    """k ≤ d_dict; raises ValueError with the value and the remedy."""
-    if isinstance(rule, TopK | BatchTopK) and rule.k > d_dict:
-        raise ValueError(f"k={rule.k} exceeds d_dict={d_dict}: choose a smaller k or a larger dictionary")
-
-
 @dataclass(frozen=True)
+class Gated:
+    """a = [π > 0] relu(e^r ⊙ (π − b) + b_mag): a gate π decides what is active, a scaled copy of it how much.
+
+    Penalty l1 · Σ relu(π) ‖W_dec‖, and FVU of the target rebuilt from relu(π). arXiv 2404.16014.
+    """
+
+    l1: float  # coefficient of the L1 penalty on the gates beside a loss of FVU
+
+    def __post_init__(self) -> None:
+        assert self.l1 >= 0, f"l1 must not be negative: {self.l1=}"
+
+
+Rule = Relu | TopK | BatchTopK | JumpReLU | Gated
+
+
+@dataclass(frozen=True, kw_only=True)
 class SAEConfig:
     """A sparse autoencoder of one site of one layer."""
 
+    kind: ClassVar[str] = "sae"
     layer: int
     site: Site
     d_in: int  # width of the activation it reads and rebuilds
@@ -81,11 +89,22 @@ class SAEConfig:
     def d_out(self) -> int:
         return self.d_in
 
+    @property
+    def variant(self) -> str:
+        """What tells it from the plain SAE, of MLP outputs: another site."""
+        return "" if self.site == "mlp_out" else self.site
 
-@dataclass(frozen=True)
+    @property
+    def family(self) -> "SAEConfig":
+        """Equal for coders that can stand side by side, one per layer."""
+        return dataclasses.replace(self, layer=0)
+
+
+@dataclass(frozen=True, kw_only=True)
 class EncoderConfig:
     """A transcoder of one layer's MLP."""
 
+    kind: ClassVar[str] = "transcoder"
     layer: int
     d_in: int  # width of the MLP's input
     d_out: int  # width of the MLP's output
@@ -97,11 +116,26 @@ class EncoderConfig:
     def layers(self) -> tuple[int, ...]:
         return (self.layer,)
 
+    @property
+    def site(self) -> Site:
+        return "mlp_out"
 
-@dataclass(frozen=True)
+    @property
+    def variant(self) -> str:
+        """What tells it from the plain transcoder: its skip."""
+        return "skip" if self.skip else ""
+
+    @property
+    def family(self) -> "EncoderConfig":
+        """Equal for coders that can stand side by side, one per layer."""
+        return dataclasses.replace(self, layer=0)
+
+
+@dataclass(frozen=True, kw_only=True)
 class CLTConfig:
     """A cross-layer transcoder: layer i's latents write to every layer j ≥ i of `layers`."""
 
+    kind: ClassVar[str] = "clt"
     layers: tuple[int, ...]  # the layers of the target it spans, in order
     d_in: int
     d_out: int
@@ -111,11 +145,24 @@ class CLTConfig:
     def __post_init__(self) -> None:
         assert tuple(sorted(set(self.layers))) == tuple(self.layers), f"layers must ascend: {self.layers=}"
 
+    @property
+    def site(self) -> Site:
+        return "mlp_out"
+
+    @property
+    def variant(self) -> str:
+        return ""
+
+    @property
+    def family(self) -> "CLTConfig":
+        """It spans its layers alone."""
+        return self
+
 
 CoderConfig = SAEConfig | EncoderConfig | CLTConfig
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class TrainConfig:
     """How a group of coders is trained; one value serves every coder of the group."""
 
@@ -134,7 +181,7 @@ class TrainConfig:
     seed: int = 0
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class GateConfig:
     """How SPD computes causal importances. `mlp` reads a component's own activation; the other local kinds read the
     module's input at the same position; the global kinds read the inputs of all modules."""
@@ -159,7 +206,7 @@ class GateConfig:
         return not self.kind.startswith("global")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class SPDConfig:
     """What is decomposed, and its gates."""
 
@@ -174,7 +221,7 @@ class SPDConfig:
                 raise ValueError(f"C={n} for {pattern!r}: a module needs at least one component")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Recon:
     """One reconstruction term: coefficient × distance(target output, output under (masks × routing))."""
 
@@ -185,7 +232,7 @@ class Recon:
     step_size: float = 1.0  # pgd: η; persistent: learning rate of Adam
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class SPDTrainConfig:
     """How an SPD is trained. Defaults are those of the toys."""
 

@@ -1,6 +1,6 @@
 """Dictionaries in the field's formats: a reader and a writer of each, as pure functions of named tensors.
 
-Everything passes through `Parts` (dictionary_parts.py). A BatchTopK coder leaves as a JumpReLU with one threshold for
+Everything passes through `FoldedLayer` (folding.py). A BatchTopK coder leaves as a JumpReLU with one threshold for
 all latents: the same function of a token. A format that cannot say what a coder computes refuses it.
 """
 
@@ -11,17 +11,37 @@ from typing import Any, NamedTuple
 
 import torch
 
-from checkpoints import CONFIG, ENCODER
-from config import BatchTopK, CLTConfig, CoderConfig, EncoderConfig, JumpReLU, Relu, Rule, SAEConfig, Site, TopK
-from dictionary_parts import Parts, Tensors, build, check, fold, log_threshold, only, read_config, read_tensors, size
-from sparsity import Coder
-
-
-class Place(NamedTuple):
-    """Where a dictionary sits in its target; None: as the file says."""
-
-    layer: int | None = None
-    site: Site | None = None
+from checkpoints import CONFIG, ENCODER, resolve
+from coder import Coder
+from config import (
+    BatchTopK,
+    CLTConfig,
+    CoderConfig,
+    EncoderConfig,
+    Gated,
+    JumpReLU,
+    Relu,
+    Rule,
+    SAEConfig,
+    TopK,
+)
+from folding import FoldedLayer, Magnitude, build, fold
+from foreign_files import (
+    Place,
+    Tensors,
+    check,
+    check_input_hook,
+    find_layer,
+    find_place,
+    hooks,
+    model_name,
+    neuronpedia_id,
+    read_blob,
+    read_tensors,
+    require_one_of,
+    require_positive_int,
+)
+from sparsity import log_threshold
 
 
 class Dictionary(NamedTuple):
@@ -31,7 +51,7 @@ class Dictionary(NamedTuple):
 
 
 Files = dict[str, Any]  # relative path → Tensors (.safetensors, .pt) or a JSON value; configurations last
-RELU, JUMPRELU = Relu(l1=0.0), JumpReLU(l0=0.0)  # as read: no file says what penalty trained it
+RELU, JUMPRELU, GATED = Relu(l1=0.0), JumpReLU(l0=0.0), Gated(l1=0.0)  # as read: no file says what penalty trained it
 
 
 class Format(NamedTuple):
@@ -40,81 +60,15 @@ class Format(NamedTuple):
     write: Callable[[Sequence[Dictionary]], Files] | None  # None: import only
 
 
-# ----------------------------------------------------------------------------------------------------- places and hooks
-
-INPUT_HOOKS = ("mlp.hook_in", "ln2.hook_out", "ln2.hook_normalized")  # the norm's output: what our transcoders read
-SITES: tuple[tuple[str, Site, int], ...] = (  # hook point or module path → site, and the layer's offset
-    (r"hook_resid_post$|resid_post|(layers|h|blocks)\.\d+$", "resid", 0),
-    (r"hook_resid_pre$|resid_pre", "resid", -1),
-    (r"mlp_out|\.mlp$|mlp\.hook_out$", "mlp_out", 0),
-    (r"attn_out|\.(self_)?attn$|\.attention$", "attn_out", 0),
-)
-
-
-def find_layer(source: Path, hook: str, given: Place) -> int:
-    """The layer's number in a hook point or module path, unless it is given."""
-    number = re.search(r"(?<![^\W_])\d+(?![^\W_])", hook)
-    if given.layer is None and number is None:
-        raise ValueError(f"{source} does not say which layer it belongs to: name it with --layer")
-    return given.layer if given.layer is not None else int(number.group())  # type: ignore[union-attr]
-
-
-def find_place(source: Path, hook: str, given: Place) -> tuple[int, Site]:
-    """Layer and site of an SAE."""
-    matches = [(site, shift) for pattern, site, shift in SITES if re.search(pattern, hook)]
-    if given.site is not None:
-        return find_layer(source, hook, given), given.site
-    if not matches:
-        raise ValueError(f"{source}: {hook!r} is no site known here: name it with --site")
-    site, shift = matches[0]
-    layer = find_layer(source, hook, given) + (shift if given.layer is None else 0)
-    if layer < 0:
-        raise ValueError(f"{source}: {hook!r} is the embedding, which no layer writes")
-    return layer, site
-
-
-def check_input_hook(source: Path, hook: str | None) -> None:
-    """Raises ValueError for a transcoder that reads something else than the MLP does."""
-    if hook is not None and not hook.endswith(INPUT_HOOKS):
-        raise ValueError(f"{source} reads {hook!r}: only transcoders of the MLP's own input, {INPUT_HOOKS[0]}, fit")
-
-
-def hooks(config: SAEConfig | EncoderConfig) -> tuple[str, str]:
-    """Names of the TransformerLens hook points a coder reads and writes."""
-    if isinstance(config, EncoderConfig):
-        return f"blocks.{config.layer}.mlp.hook_in", f"blocks.{config.layer}.hook_mlp_out"
-    name = {"resid": "hook_resid_post", "mlp_out": "hook_mlp_out", "attn_out": "hook_attn_out"}[config.site]
-    return f"blocks.{config.layer}.{name}", f"blocks.{config.layer}.{name}"
-
-
-HUB_NAMES = {
-    "simplestories": "SimpleStories/SimpleStories-35M",
-    "smollm2": "HuggingFaceTB/SmolLM2-135M-Instruct",
-}
-
-
-def model_name(target: str) -> str:
-    """Under which other libraries find the target's model."""
-    return HUB_NAMES.get(target, target.removeprefix("hf:").removeprefix("tl:"))
-
-
-def neuronpedia_id(target: str, config: SAEConfig | EncoderConfig) -> str:
-    """{model}/{layer}-{set}, in Neuronpedia's words for the sites; no two coders of one width share it."""
-    model = "gpt2-small" if target == "gpt2" else model_name(target).split("/")[-1]
-    kind = "transcoder"
-    if isinstance(config, SAEConfig):
-        kind = {"resid": "res", "mlp_out": "mlp", "attn_out": "att"}[config.site]
-    return f"{model}/{config.layer}-nnd-{kind}-{config.d_dict}"
-
-
-def present(tensors: dict[str, torch.Tensor | None]) -> Tensors:
+def without_none(tensors: dict[str, torch.Tensor | None]) -> Tensors:
     """Without the entries that this coder has not."""
     return {name: tensor for name, tensor in tensors.items() if tensor is not None}
 
 
 def refuse(format_name: str, config: CoderConfig, allowed: str) -> ValueError:
-    kind = {SAEConfig: "SAE", EncoderConfig: "transcoder", CLTConfig: "cross-layer transcoder"}[type(config)]
-    kind = f"skip {kind}" if isinstance(config, EncoderConfig) and config.skip else kind
+    """What to raise for a coder that a format cannot say, or may not be able to: one of a rule unknown here, too."""
+    kind = {"sae": "SAE", "clt": "cross-layer transcoder"}.get(config.kind, config.kind)
+    kind = f"skip {kind}" if config.variant == "skip" else kind
     return ValueError(f"{format_name} has no {type(config.rule).__name__} {kind}: it takes {allowed}")
 
 
@@ -135,20 +89,36 @@ def upstream_log_threshold(at: str) -> str:
 def read_upstream(folder: Path, given: Place) -> list[Dictionary]:
     """encoder.pt + config.json; b_enc is honoured, the saved device is not. A CLT names its layers, a PLT none."""
     source = folder / CONFIG
-    blob = read_config(source)
+    blob = read_blob(source)
     for name in sorted(blob.keys() - set(UPSTREAM_KEYS)):
         raise ValueError(f"{source}: unknown key {name!r}: written by another version, or already a checkpoint of ours")
-    only(
-        source, blob, "input_unit_norm", (None, False), "it rescales outputs by the target's own statistics, an oracle"
+    require_one_of(
+        source,
+        blob,
+        "input_unit_norm",
+        allowed=(None, False),
+        remedy="it rescales outputs by the target's own statistics, an oracle",
     )
-    only(
-        source, blob, "pre_enc_bias", (None, False), "it takes the output's bias from the input, as no coder here does"
+    require_one_of(
+        source,
+        blob,
+        "pre_enc_bias",
+        allowed=(None, False),
+        remedy="it takes the output's bias from the input, as no coder here does",
     )
-    kind = only(source, blob, "encoder_type", UPSTREAM_KINDS, f"use one of {', '.join(UPSTREAM_KINDS)}")
-    d_in, d_out, f = (size(source, blob, name) for name in ("input_size", "output_size", "dict_size"))
+    kind = require_one_of(
+        source, blob, "encoder_type", allowed=UPSTREAM_KINDS, remedy=f"use one of {', '.join(UPSTREAM_KINDS)}"
+    )
+    d_in, d_out, f = (require_positive_int(source, blob, name) for name in ("input_size", "output_size", "dict_size"))
     if kind == "batchtopk":
         print(f"{source}: upstream stores no threshold, so BatchTopK becomes TopK: the same L0, and no neighbours")
-    rule: Rule = RELU if kind == "vanilla" else JUMPRELU if kind == "jumprelu" else TopK(size(source, blob, "top_k"))
+    rule: Rule = (
+        RELU
+        if kind == "vanilla"
+        else JUMPRELU
+        if kind == "jumprelu"
+        else TopK(require_positive_int(source, blob, "top_k"))
+    )
     layers = tuple(int(layer) for layer in re.findall(r"\d+", str(blob.get("layers", ""))))
     if "layers" in blob and (not layers or list(layers) != sorted(set(layers))):
         raise ValueError(f"{source}: layers is {blob['layers']!r}, not ascending numbers")
@@ -163,31 +133,44 @@ def read_upstream(folder: Path, given: Place) -> list[Dictionary]:
     for i, at in enumerate(ats):
         W_dec = t[f"W_dec{at}"].view(n - i, f, d_out).transpose(0, 1).reshape(f, -1)
         theta = t[upstream_log_threshold(at)].exp() if rule == JUMPRELU else None
-        parts.append(Parts(t[f"W_enc{at}"].T, t[f"b_enc{at}"], W_dec, t[f"b_dec{at}"], None, theta))
+        parts.append(FoldedLayer(t[f"W_enc{at}"].T, t[f"b_enc{at}"], W_dec, t[f"b_dec{at}"], None, theta))
     config: CoderConfig
     if "layers" in blob:
-        config = CLTConfig(layers, d_in, d_out, f, rule)
+        config = CLTConfig(layers=layers, d_in=d_in, d_out=d_out, d_dict=f, rule=rule)
     else:
-        config = EncoderConfig(find_layer(source, "", given), d_in, d_out, f, rule)
+        config = EncoderConfig(layer=find_layer(source, "", given), d_in=d_in, d_out=d_out, d_dict=f, rule=rule)
     return [Dictionary(folder.resolve().name, "", build(config, parts))]
 
 
 def write_upstream(dictionaries: Sequence[Dictionary]) -> Files:
     files: Files = {}
     for name, _, coder in dictionaries:
-        config, parts, rule = coder.config, fold(coder), coder.config.rule
-        if isinstance(config, SAEConfig) or getattr(config, "skip", False):
-            raise refuse("upstream", config, "transcoders without a skip, and CLTs")
-        n, f, is_clt = len(parts), config.d_dict, isinstance(config, CLTConfig)
-        kind = {Relu: "vanilla", TopK: "topk", BatchTopK: "jumprelu", JumpReLU: "jumprelu"}[type(rule)]
+        config, parts, refusal = (
+            coder.config,
+            fold(coder),
+            "transcoders without a skip, and CLTs, of the first four rules",
+        )
+        if config.kind == "sae" or config.variant:
+            raise refuse("upstream", config, refusal)
+        match config.rule:
+            case Relu(l1):
+                kind, own = "vanilla", {"l1_coeff": l1}
+            case TopK(k):
+                kind, own = "topk", {"top_k": k}
+            case BatchTopK(k):
+                kind, own = "jumprelu", {"top_k": k}
+            case JumpReLU(bandwidth=bandwidth):
+                kind, own = "jumprelu", {"bandwidth": bandwidth}
+            case _:
+                raise refuse("upstream", config, refusal)
+        n, f, is_clt = len(parts), config.d_dict, config.kind == "clt"
         blob = {
             "input_size": config.d_in, "output_size": config.d_out, "dict_size": f, "encoder_type": kind, "seed": 0,
-            "batch_size": 4096, "lr": 3e-4, "num_tokens": 0, "l1_coeff": getattr(rule, "l1", 0.0), "beta1": 0.9,
-            "beta2": 0.999, "max_grad_norm": 1.0, "device": "cpu", "dtype": "torch.float32", "n_batches_to_dead": 50,
-            "top_k": getattr(rule, "k", 0), "top_k_aux": config.d_in // 2, "aux_penalty": 1 / 32,
-            "bandwidth": getattr(rule, "bandwidth", 0.001), "wandb_project": "", "perf_log_freq": 1000,
-            "checkpoint_freq": "final", "n_eval_seqs": 8,
-        }  # fmt: skip
+            "batch_size": 4096, "lr": 3e-4, "num_tokens": 0, "l1_coeff": 0.0, "beta1": 0.9, "beta2": 0.999,
+            "max_grad_norm": 1.0, "device": "cpu", "dtype": "torch.float32", "n_batches_to_dead": 50, "top_k": 0,
+            "top_k_aux": config.d_in // 2, "aux_penalty": 1 / 32, "bandwidth": 0.001, "wandb_project": "",
+            "perf_log_freq": 1000, "checkpoint_freq": "final", "n_eval_seqs": 8,
+        } | own  # fmt: skip
         scope = {"input_unit_norm": False, "pre_enc_bias": False, "run_name": name}
         blob |= {"layers": str(list(config.layers))} if is_clt else scope
         state: Tensors = {}
@@ -207,10 +190,11 @@ def write_upstream(dictionaries: Sequence[Dictionary]) -> Files:
 
 # -------------------------------------------------------------------------------------------------------------- SAELens
 
-SAELENS = {  # architecture → (rule of this k, is a transcoder, has a skip)
+SAELENS: dict[str, tuple[Callable[[int], Rule], bool, bool]] = {  # → (rule of this k, is a transcoder, has a skip)
     "standard": (lambda k: RELU, False, False),
     "topk": (TopK, False, False),
     "jumprelu": (lambda k: JUMPRELU, False, False),
+    "gated": (lambda k: GATED, False, False),
     "transcoder": (lambda k: RELU, True, False),
     "skip_transcoder": (lambda k: RELU, True, True),
     "jumprelu_transcoder": (lambda k: JUMPRELU, True, False),
@@ -227,34 +211,48 @@ TEXTS = {  # target → dataset, context: what SAELens' dashboards stream
 def read_saelens(folder: Path, given: Place) -> list[Dictionary]:
     """cfg.json + sae_weights.safetensors, as SAELens 6 writes them."""
     source, weights = folder / "cfg.json", folder / "sae_weights.safetensors"
-    blob = read_config(source)
-    arch = only(source, blob, "architecture", tuple(SAELENS), f"use one of {', '.join(SAELENS)}")
-    only(source, blob, "normalize_activations", (None, "none"), "fold its normalisation in SAELens first")
-    only(source, blob, "reshape_activations", (None, "none"), "heads side by side are no site here")
+    blob = read_blob(source)
+    arch = require_one_of(
+        source, blob, "architecture", allowed=tuple(SAELENS), remedy=f"use one of {', '.join(SAELENS)}"
+    )
+    require_one_of(
+        source, blob, "normalize_activations", allowed=(None, "none"), remedy="fold its normalisation in SAELens first"
+    )
+    require_one_of(
+        source, blob, "reshape_activations", allowed=(None, "none"), remedy="heads side by side are no site here"
+    )
     meta = blob.get("metadata")
     if not isinstance(meta, dict):
         raise ValueError(f"{source} has no metadata: load and save it once with SAELens 6 or newer")
     make_rule, is_transcoder, skip = SAELENS[arch]
-    d_in, f = size(source, blob, "d_in"), size(source, blob, "d_sae")
-    d_out = size(source, blob, "d_out") if is_transcoder else d_in
-    shapes = {"W_enc": (d_in, f), "b_enc": (f,), "W_dec": (f, d_out), "b_dec": (d_out,)}
+    d_in, f = require_positive_int(source, blob, "d_in"), require_positive_int(source, blob, "d_sae")
+    d_out = require_positive_int(source, blob, "d_out") if is_transcoder else d_in
+    gate = "b_gate" if arch == "gated" else "b_enc"
+    shapes = {"W_enc": (d_in, f), gate: (f,), "W_dec": (f, d_out), "b_dec": (d_out,)}
+    shapes |= {"b_mag": (f,), "r_mag": (f,)} if arch == "gated" else {}
     shapes |= {"threshold": (f,)} if arch.startswith("jumprelu") else {}
     t = check(weights, read_tensors(weights), shapes | ({"W_skip": (d_out, d_in)} if skip else {}))
-    W_enc, b_enc, W_dec, theta = t["W_enc"].T, t["b_enc"], t["W_dec"], t.get("threshold")
+    W_enc, b_enc, W_dec, theta = t["W_enc"].T, t[gate], t["W_dec"], t.get("threshold")
+    magnitude = Magnitude(t["r_mag"], t["b_mag"]) if arch == "gated" else None
     if blob.get("rescale_acts_by_decoder_norm"):
         norm = W_dec.norm(dim=1)
         W_enc, b_enc, W_dec = W_enc * norm[:, None], b_enc * norm, W_dec / norm[:, None]
-    rule: Rule = make_rule(size(source, blob, "k") if arch == "topk" else 0)
+    rule: Rule = make_rule(require_positive_int(source, blob, "k") if arch == "topk" else 0)
     if theta is not None and "batch_topk" in meta and (theta == theta[0]).all():  # one of ours
-        rule = BatchTopK(size(source, meta, "batch_topk"))
+        rule = BatchTopK(require_positive_int(source, meta, "batch_topk"))
     hook = str(meta.get("hook_name") or "")
     if is_transcoder:
         check_input_hook(source, hook or None)
-        config: CoderConfig = EncoderConfig(find_layer(source, hook, given), d_in, d_out, f, rule, skip)
+        layer = find_layer(source, hook, given)
+        config: CoderConfig = EncoderConfig(layer=layer, d_in=d_in, d_out=d_out, d_dict=f, rule=rule, skip=skip)
     else:
-        config = SAEConfig(*find_place(source, hook, given), d_in, f, rule)
-        b_enc = b_enc if blob.get("apply_b_dec_to_input") else b_enc + W_enc @ t["b_dec"]
-    part = Parts(W_enc, b_enc, W_dec, t["b_dec"], t.get("W_skip"), theta)
+        layer, site = find_place(source, hook, given)
+        config = SAEConfig(layer=layer, site=site, d_in=d_in, d_dict=f, rule=rule)
+        if not blob.get("apply_b_dec_to_input"):
+            shift = W_enc @ t["b_dec"]
+            b_enc = b_enc + shift
+            magnitude = magnitude and magnitude._replace(b=magnitude.b + magnitude.r.exp() * shift)
+    part = FoldedLayer(W_enc, b_enc, W_dec, t["b_dec"], t.get("W_skip"), theta, magnitude)
     return [Dictionary(folder.resolve().name, str(meta.get("model_name") or ""), build(config, [part]))]
 
 
@@ -262,11 +260,13 @@ def write_saelens(dictionaries: Sequence[Dictionary]) -> Files:
     files: Files = {}
     for name, target, coder in dictionaries:
         config, part = coder.config, fold(coder)[0]
-        rule = {Relu: "", TopK: "topk", BatchTopK: "jumprelu", JumpReLU: "jumprelu"}[type(config.rule)]
-        words = [rule, "" if part.W_skip is None else "skip", "transcoder"]
-        arch = (rule or "standard") if isinstance(config, SAEConfig) else "_".join(filter(None, words))
+        rule = {Relu: "standard", TopK: "topk", BatchTopK: "jumprelu", JumpReLU: "jumprelu", Gated: "gated"}.get(
+            type(config.rule), "unknown"
+        )
+        words = ["" if rule == "standard" else rule, config.variant, "transcoder"]
+        arch = rule if isinstance(config, SAEConfig) else "_".join(filter(None, words))
         if isinstance(config, CLTConfig) or arch not in SAELENS:
-            raise refuse("saelens", config, "SAEs of every rule, and transcoders of every rule but TopK")
+            raise refuse("saelens", config, "SAEs of every rule known, and transcoders of Relu, BatchTopK and JumpReLU")
         read, written = hooks(config)
         dataset, context = TEXTS.get(target, (None, 256))
         meta = {
@@ -285,8 +285,9 @@ def write_saelens(dictionaries: Sequence[Dictionary]) -> Files:
         }  # fmt: skip
         blob |= {"k": config.rule.k, "rescale_acts_by_decoder_norm": False} if isinstance(config.rule, TopK) else {}
         blob |= {"d_out": config.d_out} if isinstance(config, EncoderConfig) else {}
-        state = {"W_enc": part.W_enc.T, "b_enc": part.b_enc, "W_dec": part.W_dec, "b_dec": part.b_dec}
-        state |= present({"threshold": part.theta, "W_skip": part.W_skip})
+        gate, (r_mag, b_mag) = ("b_enc", (None, None)) if part.magnitude is None else ("b_gate", part.magnitude)
+        state = {"W_enc": part.W_enc.T, gate: part.b_enc, "W_dec": part.W_dec, "b_dec": part.b_dec}
+        state |= without_none({"threshold": part.theta, "W_skip": part.W_skip, "r_mag": r_mag, "b_mag": b_mag})
         files |= {f"{name}/sae_weights.safetensors": state, f"{name}/cfg.json": blob}
     return files
 
@@ -297,20 +298,26 @@ def write_saelens(dictionaries: Sequence[Dictionary]) -> Files:
 def read_sparsify(folder: Path, given: Place) -> list[Dictionary]:
     """{hookpoint}/cfg.json + sae.safetensors; the folder's name says the layer, `transcode` what is subtracted."""
     source, weights = folder / "cfg.json", folder / "sae.safetensors"
-    blob = read_config(source)
-    only(source, blob, "activation", (None, "topk"), "only topk is read")
+    blob = read_blob(source)
+    require_one_of(source, blob, "activation", allowed=(None, "topk"), remedy="only topk is read")
     transcode, skip = bool(blob.get("transcode")), bool(blob.get("skip_connection"))
     if skip and not transcode:
         raise ValueError(f"{source}: an autoencoder with a skip rebuilds nothing: only transcoders may have one")
-    d, rule = size(source, blob, "d_in"), TopK(size(source, blob, "k"))
-    f = size(source, blob, "num_latents") if blob.get("num_latents") else d * size(source, blob, "expansion_factor")
+    d, rule = require_positive_int(source, blob, "d_in"), TopK(require_positive_int(source, blob, "k"))
+    f = (
+        require_positive_int(source, blob, "num_latents")
+        if blob.get("num_latents")
+        else d * require_positive_int(source, blob, "expansion_factor")
+    )
     shapes = {"encoder.weight": (f, d), "encoder.bias": (f,), "W_dec": (f, d), "b_dec": (d,)}
     t = check(weights, read_tensors(weights), shapes | ({"W_skip": (d, d)} if skip else {}))
     if transcode:
-        config: CoderConfig = EncoderConfig(find_layer(source, folder.name, given), d, d, f, rule, skip)
+        layer = find_layer(source, folder.name, given)
+        config: CoderConfig = EncoderConfig(layer=layer, d_in=d, d_out=d, d_dict=f, rule=rule, skip=skip)
     else:
-        config = SAEConfig(*find_place(source, folder.name, given), d, f, rule)
-    part = Parts(t["encoder.weight"], t["encoder.bias"], t["W_dec"], t["b_dec"], t.get("W_skip"))
+        layer, site = find_place(source, folder.name, given)
+        config = SAEConfig(layer=layer, site=site, d_in=d, d_dict=f, rule=rule)
+    part = FoldedLayer(t["encoder.weight"], t["encoder.bias"], t["W_dec"], t["b_dec"], t.get("W_skip"))
     return [Dictionary(folder.resolve().name, "", build(config, [part]))]
 
 
@@ -331,7 +338,7 @@ def write_sparsify(dictionaries: Sequence[Dictionary]) -> Files:
         hookpoint = f"layers.{config.layer}{site}"
         if f"{hookpoint}/cfg.json" in files:
             raise ValueError(f"two dictionaries of {hookpoint}: sparsify keeps one per hookpoint, export them apart")
-        state |= present({"W_skip": part.W_skip})
+        state |= without_none({"W_skip": part.W_skip})
         files |= {f"{hookpoint}/sae.safetensors": state, f"{hookpoint}/cfg.json": blob}
     return files
 
@@ -349,22 +356,26 @@ DICTIONARIES = {
 def read_dictionary_learning(folder: Path, given: Place) -> list[Dictionary]:
     """trainer_{i}/ae.pt + config.json of the four classes above."""
     source, weights = folder / "config.json", folder / "ae.pt"
-    blob = read_config(source).get("trainer")
+    blob = read_blob(source).get("trainer")
     if not isinstance(blob, dict):
         raise ValueError(f"{source} has no trainer: not a dictionary_learning folder")
     classes = tuple(DICTIONARIES.values())
-    cls = only(source, blob, "dict_class", classes, f"use one of {', '.join(classes)}")
-    d, f, state = size(source, blob, "activation_dim"), size(source, blob, "dict_size"), read_tensors(weights)
+    cls = require_one_of(source, blob, "dict_class", allowed=classes, remedy=f"use one of {', '.join(classes)}")
+    d, f, state = (
+        require_positive_int(source, blob, "activation_dim"),
+        require_positive_int(source, blob, "dict_size"),
+        read_tensors(weights),
+    )
     rule: Rule
     if cls == "JumpReluAutoEncoder":
         t = check(weights, state, {"W_enc": (d, f), "b_enc": (f,), "W_dec": (f, d), "b_dec": (d,), "threshold": (f,)})
         b_enc = t["b_enc"] + t["W_enc"].T @ t["b_dec"]  # it subtracts nothing from the input
-        part, rule = Parts(t["W_enc"].T, b_enc, t["W_dec"], t["b_dec"], None, t["threshold"]), JUMPRELU
+        part, rule = FoldedLayer(t["W_enc"].T, b_enc, t["W_dec"], t["b_dec"], None, t["threshold"]), JUMPRELU
     else:
         bias = "bias" if cls == "AutoEncoder" else "b_dec"
         shapes = {"encoder.weight": (f, d), "encoder.bias": (f,), "decoder.weight": (d, f), bias: (d,)}
         t = check(weights, state, shapes | ({} if cls == "AutoEncoder" else {"k": (), "threshold": ()}))
-        part, rule = Parts(t["encoder.weight"], t["encoder.bias"], t["decoder.weight"].T, t[bias]), RELU
+        part, rule = FoldedLayer(t["encoder.weight"], t["encoder.bias"], t["decoder.weight"].T, t[bias]), RELU
     if "k" in t and int(t["k"]) < 1:
         raise ValueError(f"{weights}: k is {int(t['k'])}, not a positive whole number")
     if cls == "AutoEncoderTopK":
@@ -377,7 +388,8 @@ def read_dictionary_learning(folder: Path, given: Place) -> list[Dictionary]:
     layer = blob.get("layer") if given.layer is None else given.layer
     if layer is not None and (not isinstance(layer, int) or layer < 0):
         raise ValueError(f"{source}: layer is {layer!r}, not the number of one: name it with --layer")
-    config = SAEConfig(*find_place(source, hook, Place(layer, given.site)), d, f, rule)
+    layer, site = find_place(source, hook, Place(layer, given.site))
+    config = SAEConfig(layer=layer, site=site, d_in=d, d_dict=f, rule=rule)
     return [Dictionary(folder.resolve().name, str(blob.get("lm_name") or ""), build(config, [part]))]
 
 
@@ -385,27 +397,27 @@ def write_dictionary_learning(dictionaries: Sequence[Dictionary]) -> Files:
     files: Files = {}
     for i, (_, target, coder) in enumerate(dictionaries):
         config, part = coder.config, fold(coder)[0]
+        refusal = f"SAEs of {', '.join(rule.__name__ for rule in DICTIONARIES)}"
         if not isinstance(config, SAEConfig):
-            raise refuse("dictionary_learning", config, "SAEs of every rule")
-        k = torch.tensor(getattr(config.rule, "k", 0), dtype=torch.int)
-        bias, W_enc, W_dec = "bias" if isinstance(config.rule, Relu) else "b_dec", part.W_enc, part.W_dec
-        state = {"encoder.weight": W_enc, "encoder.bias": part.b_enc, "decoder.weight": W_dec.T, bias: part.b_dec}
+            raise refuse("dictionary_learning", config, refusal)
+        W_enc, W_dec, b_dec = part.W_enc, part.W_dec, part.b_dec
+        state = {"encoder.weight": W_enc, "encoder.bias": part.b_enc, "decoder.weight": W_dec.T}
         match config.rule:
-            case TopK():
-                state |= {"k": k, "threshold": torch.tensor(-1.0)}
-            case BatchTopK():
-                state |= {"k": k, "threshold": part.theta[0]}  # type: ignore[index]
+            case Relu():
+                state |= {"bias": b_dec}
+            case TopK(k):
+                state |= {"b_dec": b_dec, "k": torch.tensor(k, dtype=torch.int), "threshold": torch.tensor(-1.0)}
+            case BatchTopK(k):
+                threshold = part.theta[0]  # type: ignore[index]
+                state |= {"b_dec": b_dec, "k": torch.tensor(k, dtype=torch.int), "threshold": threshold}
             case JumpReLU():  # it subtracts nothing from the input
-                state = {
-                    "W_enc": W_enc.T,
-                    "b_enc": part.b_enc - W_enc @ part.b_dec,
-                    "W_dec": W_dec,
-                    "b_dec": part.b_dec,
-                }
-                state |= present({"threshold": part.theta})
+                state = {"W_enc": W_enc.T, "b_enc": part.b_enc - W_enc @ b_dec, "W_dec": W_dec, "b_dec": b_dec}
+                state |= without_none({"threshold": part.theta})
+            case _:
+                raise refuse("dictionary_learning", config, refusal)
         trainer = {
             "dict_class": DICTIONARIES[type(config.rule)], "activation_dim": config.d_in, "dict_size": config.d_dict,
-            "k": int(k), "layer": config.layer, "lm_name": model_name(target),
+            "k": coder.k or 0, "layer": config.layer, "lm_name": model_name(target),
             "submodule_name": hooks(config)[0].split(".hook_")[1],
         }  # fmt: skip
         files |= {f"trainer_{i}/ae.pt": state, f"trainer_{i}/config.json": {"trainer": trainer}}
@@ -418,10 +430,18 @@ def write_dictionary_learning(dictionaries: Sequence[Dictionary]) -> Files:
 def read_circuit_tracer(folder: Path, given: Place) -> list[Dictionary]:
     """config.yaml and one file per layer; relu, or jump-relu where a threshold is stored."""
     source = folder / "config.yaml"
-    blob = read_config(source)
-    kind = only(source, blob, "model_kind", ("transcoder_set", "cross_layer_transcoder"), "only these two are known")
+    blob = read_blob(source)
+    kind = require_one_of(
+        source,
+        blob,
+        "model_kind",
+        allowed=("transcoder_set", "cross_layer_transcoder"),
+        remedy="only these two are known",
+    )
     activations = (None, "relu", "jump_relu", "jumprelu")
-    only(source, blob, "activation", activations, "circuit-tracer's loader knows relu and jump_relu")
+    require_one_of(
+        source, blob, "activation", allowed=activations, remedy="circuit-tracer's loader knows relu and jump_relu"
+    )
     check_input_hook(source, blob.get("feature_input_hook"))
     target, is_set = str(blob.get("model_name") or ""), kind == "transcoder_set"
     n = len(list(folder.glob("layer_*.safetensors" if is_set else "W_enc_*.safetensors")))
@@ -439,16 +459,17 @@ def read_circuit_tracer(folder: Path, given: Place) -> list[Dictionary]:
         t = check(path, state, shapes | ({"W_skip": (d, d)} if is_set and "W_skip" in state else {}))
         skip, rule = t.get("W_skip"), JUMPRELU if theta in t else RELU
         W_dec = t[f"W_dec{at}"].reshape(f, -1)
-        part = Parts(t[f"W_enc{at}"], t[f"b_enc{at}"], W_dec, t[f"b_dec{at}"], skip, t.get(theta))
+        part = FoldedLayer(t[f"W_enc{at}"], t[f"b_enc{at}"], W_dec, t[f"b_dec{at}"], skip, t.get(theta))
         parts.append(part)
         if is_set:
-            config = EncoderConfig(i, d, d, f, rule, skip is not None)
+            config = EncoderConfig(layer=i, d_in=d, d_out=d, d_dict=f, rule=rule, skip=skip is not None)
             found.append(Dictionary(f"layer_{i}", target, build(config, [part])))
     if len({(part.W_enc.shape, part.theta is None, part.W_skip is None) for part in parts}) > 1:
         raise ValueError(f"{folder}: the layers differ in width, activation or skip")
     if is_set:
         return found
-    return [Dictionary(folder.resolve().name, target, build(CLTConfig(tuple(range(n)), d, d, f, rule), parts))]
+    clt = CLTConfig(layers=tuple(range(n)), d_in=d, d_out=d, d_dict=f, rule=rule)
+    return [Dictionary(folder.resolve().name, target, build(clt, parts))]
 
 
 def write_circuit_tracer(dictionaries: Sequence[Dictionary]) -> Files:
@@ -458,13 +479,10 @@ def write_circuit_tracer(dictionaries: Sequence[Dictionary]) -> Files:
     for config in configs:
         alone = isinstance(config, CLTConfig) and len(configs) == 1
         fits = isinstance(config, EncoderConfig) or alone
-        if (
-            not fits
-            or isinstance(config.rule, TopK)
-            or config.d_in != config.d_out
-            or config.d_dict != configs[0].d_dict
-        ):
-            raise refuse("circuit-tracer", config, "one CLT, or transcoders, of one width, d_in = d_out and no TopK")
+        fits &= isinstance(config.rule, Relu | BatchTopK | JumpReLU)
+        if not fits or config.d_in != config.d_out or config.d_dict != configs[0].d_dict:
+            allowed = "one CLT, or transcoders, of one width, d_in = d_out, and Relu, BatchTopK or JumpReLU"
+            raise refuse("circuit-tracer", config, allowed)
     layers = [layer for config in configs for layer in config.layers]
     if sorted(layers) != list(range(len(layers))):
         raise ValueError(f"circuit-tracer wants one coder for each layer from 0 upwards, not layers {layers}")
@@ -473,7 +491,7 @@ def write_circuit_tracer(dictionaries: Sequence[Dictionary]) -> Files:
         for i, part in zip(entry.coder.config.layers, fold(entry.coder)):
             at, theta = (f"_{i}", f"threshold_{i}") if is_clt else ("", "activation_function.threshold")
             state = {f"W_enc{at}": part.W_enc, f"b_enc{at}": part.b_enc, f"b_dec{at}": part.b_dec}
-            state |= present({theta: part.theta, "W_skip": part.W_skip})
+            state |= without_none({theta: part.theta, "W_skip": part.W_skip})
             shape = (len(part.W_dec), -1, entry.coder.config.d_out) if is_clt else part.W_dec.shape
             W_dec = {f"W_dec{at}": part.W_dec.view(shape)}
             named = {f"W_enc_{i}": state, f"W_dec_{i}": W_dec} if is_clt else {f"layer_{i}": state | W_dec}
@@ -489,15 +507,21 @@ def write_circuit_tracer(dictionaries: Sequence[Dictionary]) -> Files:
 def read_crosslayer_coding(folder: Path, given: Place) -> list[Dictionary]:
     """cfg.json + one clt_checkpoint_*.safetensors or model.safetensors, untied decoders; biases of a target add up."""
     source = folder / "cfg.json"
-    blob = read_config(source)
+    blob = read_blob(source)
     remedy = "its top-k spans all layers: convert it to jumprelu there"
-    kind = only(source, blob, "activation_fn", ("relu", "jumprelu"), remedy)
-    only(source, blob, "decoder_tying", (None, "none"), "only untied decoders are read")
-    only(source, blob, "normalization_method", (None, "none"), "its normalisation is not in the checkpoint")
+    kind = require_one_of(source, blob, "activation_fn", allowed=("relu", "jumprelu"), remedy=remedy)
+    require_one_of(source, blob, "decoder_tying", allowed=(None, "none"), remedy="only untied decoders are read")
+    require_one_of(
+        source,
+        blob,
+        "normalization_method",
+        allowed=(None, "none"),
+        remedy="its normalisation is not in the checkpoint",
+    )
     found = sorted([*folder.glob("clt_checkpoint_*.safetensors"), *folder.glob("model.safetensors")])
     if len(found) != 1:
         raise ValueError(f"{folder} holds {len(found)} checkpoints: keep the one to read beside cfg.json")
-    n, d, f = (size(source, blob, name) for name in ("num_layers", "d_model", "num_features"))
+    n, d, f = (require_positive_int(source, blob, name) for name in ("num_layers", "d_model", "num_features"))
     state, arrows = read_tensors(found[0]), [(i, j) for i in range(n) for j in range(i, n)]
     encoder, decoder = "encoder_module.encoders.{}.{}", "decoder_module.decoders.{}->{}.{}"
     shapes: dict[str, tuple[int, ...]] = {encoder.format(i, "weight"): (f, d) for i in range(n)}
@@ -506,7 +530,7 @@ def read_crosslayer_coding(folder: Path, given: Place) -> list[Dictionary]:
     shapes |= {name: (d,) for i, j in arrows if (name := decoder.format(i, j, "bias_param")) in state}
     t = check(found[0], state, shapes | ({"theta_manager.log_threshold": (n, f)} if kind == "jumprelu" else {}))
     parts = [
-        Parts(
+        FoldedLayer(
             t[encoder.format(i, "weight")],
             t[encoder.format(i, "bias_param")],
             torch.cat([t[decoder.format(i, j, "weight")].T for j in range(i, n)], dim=1),
@@ -515,7 +539,8 @@ def read_crosslayer_coding(folder: Path, given: Place) -> list[Dictionary]:
         )
         for i in range(n)
     ]
-    config = CLTConfig(tuple(range(n)), d, d, f, JUMPRELU if kind == "jumprelu" else RELU)
+    rule = JUMPRELU if kind == "jumprelu" else RELU
+    config = CLTConfig(layers=tuple(range(n)), d_in=d, d_out=d, d_dict=f, rule=rule)
     return [Dictionary(folder.resolve().name, str(blob.get("model_name") or ""), build(config, parts))]
 
 
@@ -527,3 +552,18 @@ FORMATS: dict[str, Format] = {
     "circuit-tracer": Format("config.yaml", read_circuit_tracer, write_circuit_tracer),
     "crosslayer-coding": Format("cfg.json", read_crosslayer_coding, None),
 }
+
+
+def format_named(name: str) -> Format:
+    if name not in FORMATS:
+        raise ValueError(f"unknown format {name!r}: use one of {', '.join(FORMATS)}")
+    return FORMATS[name]
+
+
+def import_dictionaries(name: str, source: str, given: Place) -> list[Dictionary]:
+    """Every dictionary of a folder (or W&B artifact), or of its direct subfolders; nothing is written."""
+    form, root = format_named(name), resolve(source)
+    folders = [root] if (root / form.marker).exists() else sorted(path.parent for path in root.glob(f"*/{form.marker}"))
+    if not folders:
+        raise ValueError(f"{source} holds no {form.marker}, nor does a folder in it: no {name} dictionary")
+    return [dictionary for folder in folders for dictionary in form.read(folder, given)]

@@ -1,6 +1,6 @@
 """Dictionaries in the field's formats, both ways.
 
-    python -m interop import FORMAT SRC DEST            foreign dictionaries become checkpoints, for evaluation.py
+    python -m interop import FORMAT SRC DEST            foreign dictionaries become checkpoints, for measure.py
     python -m interop export FORMAT CHECKPOINT… DEST    checkpoints become files that another library's own loader opens
     python -m interop upload FOLDER REPO_ID             either goes to the Hugging Face hub, with a model card
 
@@ -14,25 +14,11 @@ import yaml
 from huggingface_hub import HfApi, get_token
 from safetensors.torch import save_file
 
-from checkpoints import TrainingRecord, load_checkpoint, resolve, save_checkpoint, save_tensors
+from checkpoints import TrainingRecord, load_checkpoint, save_checkpoint, save_tensors
 from config import Site
-from foreign_formats import FORMATS, Dictionary, Files, Format, Place, model_name
+from foreign_files import Place, model_name
+from foreign_formats import Dictionary, Files, format_named, import_dictionaries
 from logs import atomic_path, write_json
-
-
-def format_named(name: str) -> Format:
-    if name not in FORMATS:
-        raise ValueError(f"unknown format {name!r}: use one of {', '.join(FORMATS)}")
-    return FORMATS[name]
-
-
-def import_dictionaries(name: str, source: str, given: Place) -> list[Dictionary]:
-    """Every dictionary of a folder (or W&B artifact), or of its direct subfolders; nothing is written."""
-    form, root = format_named(name), resolve(source)
-    folders = [root] if (root / form.marker).exists() else sorted(path.parent for path in root.glob(f"*/{form.marker}"))
-    if not folders:
-        raise ValueError(f"{source} holds no {form.marker}, nor does a folder in it: no {name} dictionary")
-    return [dictionary for folder in folders for dictionary in form.read(folder, given)]
 
 
 def export_files(name: str, dictionaries: Sequence[Dictionary]) -> Files:
@@ -102,14 +88,14 @@ def import_(
         destination: New folder; several dictionaries get a folder each.
         layer: Layer of the target, where the files do not say.
         site: What an SAE reads, where the files do not say.
-        target: The target it belongs to, as evaluation's --target.
+        target: The target it belongs to, as measure.py's --target.
     """
     found = import_dictionaries(format, source, Place(layer, site))
     if destination.exists() and any(destination.iterdir()):
         raise ValueError(f"{destination} is not empty: choose another destination")
     for name, model, coder in found:
         folder = destination if len(found) == 1 else destination / name
-        save_checkpoint(folder, coder, TrainingRecord(name, target or model, "", 0, 0.0, 0, ""))
+        save_checkpoint(folder, coder, TrainingRecord.imported(name, target or model))
         print(folder)
 
 

@@ -157,7 +157,7 @@ def config_from_yaml(text: str) -> LlamaSimpleMLPConfig:
     )
 
 
-def load_run(folder: Path) -> LlamaSimpleMLP:
+def load_target_run(folder: Path) -> LlamaSimpleMLP:
     """The model of a run directory: `model_config.yaml` and the `model_step_*.pt` of the highest step."""
     config_file, steps = folder / "model_config.yaml", sorted(folder.glob("model_step_*.pt"), key=_step)
     if not config_file.exists() or not steps:

@@ -44,16 +44,16 @@ def _remove(path: Path) -> None:
     path.unlink(missing_ok=True)
 
 
-def git_commit() -> str:
-    """The checkout's commit, with a + where the working tree differs; empty outside a git checkout, or without git."""
+def git_commit() -> str | None:
+    """The checkout's commit, with a + where the working tree differs; None outside a git checkout, or without git."""
     if shutil.which("git") is None:
-        return ""
+        return None
     head = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=REPOSITORY, capture_output=True, text=True)
     changed = subprocess.run(
         ["git", "status", "--porcelain", "--untracked-files=no", "--", "*.py"],
         cwd=REPOSITORY, capture_output=True, text=True,
     )  # fmt: skip
-    return head.stdout.strip() + ("+" if changed.stdout.strip() else "")
+    return head.stdout.strip() + ("+" if changed.stdout.strip() else "") or None
 
 
 def errors_in_one_line() -> None:
@@ -181,3 +181,8 @@ def download_run_files(run: str, names: tuple[str, ...], folder: Path) -> Path:
                 if Path(file.name).name.startswith(names):
                     file.download(root=str(temporary))
     return destination
+
+
+def cache_folder() -> Path:
+    """Where caches live: $NN_CACHE_HOME or ~/.cache/nn_decompositions."""
+    return Path(os.environ.get("NN_CACHE_HOME", Path.home() / ".cache" / "nn_decompositions"))

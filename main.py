@@ -14,22 +14,20 @@ from pathlib import Path
 
 import torch
 
-from checkpoints import CHECKPOINTS
+from baselines import baselines  # fmt: skip
+from checkpoints import (
+    CHECKPOINTS,
+    find_spd,  # fmt: skip
+)
+from coder_replacements import as_replacements  # fmt: skip
 from config import BatchTopK
-from evaluation import evaluate
-from study import (
-    as_replacements,
-    baselines,
-    clt_configs,
-    find_spd,
-    held_out_tokens,
-    settings_for,
-    spd_replacements,
-    train_coders,
-    train_decomposition,
-    transcoder_configs,
-    write_report,
-)  # fmt: skip
+from evaluation import (
+    evaluate,
+    held_out_tokens,  # fmt: skip
+)
+from recipes import clt_configs, train_coders, train_decomposition, transcoder_configs  # fmt: skip
+from spd_replacement import spd_replacements  # fmt: skip
+from study import settings_for, write_report  # fmt: skip
 from target_models import load_target
 
 HERE = Path(__file__).parent

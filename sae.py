@@ -6,60 +6,55 @@ W_enc starts as W_dec, b_dec as E[x̃]. The unit norm is kept by: remove the gra
 step → renormalise, in that order (Bricken et al. 2023; the order matters, since Adam's step leaves the sphere).
 """
 
+from collections.abc import Sequence
+from typing import ClassVar
+
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from config import BatchTopK, JumpReLU, Relu, SAEConfig, TopK
-from sparse_ops import Codes, decode
-from sparsity import ActivationStats, Coder, SparseEncoder, unscaled
+from coder import ActivationStats, LayerCoder
+from config import BatchTopK, Gated, JumpReLU, Relu, Rule, SAEConfig, TopK
+from sparsity import new_encoder
 
 
-class BaseAutoencoder(Coder):
-    """x: Float["batch d_in"] ↦ y_hat: Float["batch d_in"], raw units."""
+class BaseAutoencoder(LayerCoder):
+    """x: Float["batch d_in"] ↦ y_hat: Float["batch d_in"], raw units; a subclass bears the name of its rule."""
 
     config: SAEConfig
+    rule_type: ClassVar[type[Rule]]
 
     def __init__(self, config: SAEConfig, generator: torch.Generator) -> None:
         super().__init__()
+        assert isinstance(config.rule, self.rule_type), f"{type(self).__name__} is no coder of {config.rule}"
         self.config = config
-        self.encoder = SparseEncoder(config.d_in, config.d_dict, config.rule, generator)
+        self.encoder = new_encoder(config.d_in, config.d_dict, rule=config.rule, generator=generator)
         self.W_dec = nn.Parameter(self.encoder.W_enc.detach().clone())
         self.b_dec = nn.Parameter(torch.zeros(config.d_in))
         self.register_buffer("x_scale", torch.ones(1))
 
     @property
-    def encoders(self) -> tuple[SparseEncoder, ...]:  # type: ignore[override]
-        return (self.encoder,)
-
-    @property
     def y_scale(self) -> Float[Tensor, "1"]:  # type: ignore[override]
         return self.x_scale
 
+    def encoder_input(self, x: Float[Tensor, "batch d_in"]) -> Float[Tensor, "batch d_in"]:
+        return x * self.x_scale - self.b_dec
+
     @torch.no_grad()
     def initialise(self, stats: ActivationStats) -> None:
-        """From the statistics of the site's activations, which are both input and target."""
         self.x_scale.copy_(stats.x_scale)
         self.b_dec.copy_(stats.x_mean[0] * self.x_scale)
 
-    def encode(self, x: Float[Tensor, "batch d_in"]) -> Codes:
-        return self.encoder.encode(x * self.x_scale - self.b_dec)
+    def view(
+        self, inputs: Float[Tensor, "all_layers batch d_in"], targets: Float[Tensor, "all_layers batch d_out"],
+        rows: Sequence[int],
+    ) -> tuple[Float[Tensor, "batch d_out"], Float[Tensor, "batch d_out"]]:  # fmt: skip
+        """What is written at its site, as input and as target."""
+        return targets[rows[0]], targets[rows[0]]
 
-    def encode_with_penalty(self, x: Float[Tensor, "batch d_in"]) -> tuple[Codes, Float[Tensor, ""]]:
-        return self.encoder.encode_with_penalty(x * self.x_scale - self.b_dec, self.W_dec)
-
-    def decode(self, codes: Codes) -> Float[Tensor, "batch d_in"]:
-        return unscaled(decode(codes, self.W_dec), self.b_dec, self.x_scale)
-
-    def aux_reconstruction(self, x: Float[Tensor, "batch d_in"]) -> Float[Tensor, "batch d_in"]:
-        """What the dead latents would write, without b_dec: AuxK's ê in raw units."""
-        activations = self.encoder.aux_activations(x * self.x_scale - self.b_dec)
-        return activations @ self.W_dec[self.encoder.dead] / self.x_scale
-
-    @torch.no_grad()
-    def calibrate(self, batches: list[Float[Tensor, "batch d_in"]]) -> None:
-        """Set the deployed threshold on held-out activations (raw units)."""
-        self.encoder.calibrate(x * self.x_scale - self.b_dec for x in batches)
+    def stats_of(self, stats: ActivationStats, rows: Sequence[int]) -> ActivationStats:
+        """Those of what is written at its site, as input and as target."""
+        return super().stats_of(stats._replace(x_mean=stats.y_mean, x_scale=stats.y_scale), rows)
 
     @torch.no_grad()
     def constrain_gradients(self) -> None:
@@ -75,24 +70,35 @@ class BaseAutoencoder(Coder):
 class VanillaSAE(BaseAutoencoder):
     """Relu with an L1 penalty."""
 
+    rule_type = Relu
+
 
 class TopKSAE(BaseAutoencoder):
     """The k largest of each token."""
+
+    rule_type = TopK
 
 
 class BatchTopKSAE(BaseAutoencoder):
     """The k·B largest of a batch; a threshold when deployed."""
 
+    rule_type = BatchTopK
+
 
 class JumpReLUSAE(BaseAutoencoder):
     """A learnt threshold per latent."""
 
+    rule_type = JumpReLU
 
-SAES: dict[type, type[BaseAutoencoder]] = {
-    Relu: VanillaSAE,
-    TopK: TopKSAE,
-    BatchTopK: BatchTopKSAE,
-    JumpReLU: JumpReLUSAE,
+
+class GatedSAE(BaseAutoencoder):
+    """A gate says which latents are active, a magnitude how much."""
+
+    rule_type = Gated
+
+
+SAES: dict[type[Rule], type[BaseAutoencoder]] = {
+    cls.rule_type: cls for cls in (VanillaSAE, TopKSAE, BatchTopKSAE, JumpReLUSAE, GatedSAE)
 }
 
 

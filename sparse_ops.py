@@ -1,28 +1,12 @@
-"""Encode, select, decode: dense work only where it decides who wins, sparse work everywhere else.
+"""Active entries of a batch, and every sum over them: dense in nothing, sparse in decoder and weight gradients.
 
-    pre   = x W_encᵀ + b_enc                                       one dense product, B·d_in·d_dict
-    codes = {(t, j): relu(pre[t, j]) for (t, j) selected}          k·B entries
-    ŷ[t]  = Σ_j codes[t, j] W_dec[j]                               k·B·d_out
+    ŷ[t] = Σ_j codes[t, j] W_dec[j]                                k·B·d_out
 
     ∂/∂codes[t, j] = g[t] · W_dec[j]            ∂/∂W_dec[j] = Σ_t codes[t, j] g[t]
-    ∂/∂W_enc[j]    = Σ_t δ[t, j] x[t]           ∂/∂x[t]     = Σ_j δ[t, j] W_enc[j],   δ = ∂/∂codes · [pre > 0]
-
-The dense product runs in bf16 and still selects what float32 selects, because it computes an upper bound of pre. With
-x̂, ŵ the rounded rows, γ the relative error of a float32 sum of d terms and ρ = max_j ‖w_j − ŵ_j‖/‖w_j‖ (Cauchy–Schwarz):
-
-    pre[t, j] ≤ upper[t, j] = x̂_t·ŵ_j + b_j + m_t ‖w_j‖,    m_t = ‖x_t − x̂_t‖ + (ρ + γ)‖x_t‖
-
-m and ‖w‖ are one more column of the product. Whoever wins has upper ≥ the smallest winner, so (1) entries whose upper
-bound exceeds a guess are kept, (2) the k·B largest of them and a few more get float32 values, whose k·B-th largest T can
-only be too low, (3) every entry with upper ≥ T gets its float32 value too, and the winners are among these. A guess
-that proves higher than T is lowered to T. Nothing of size B·d_dict outlives a block of tokens, and every thread has
-blocks of its own. On CUDA, where (1) and (3) would wait for the device to count, the product and the selection are
-float32. On a processor without bf16 products the float32 product gives not bounds but the pre-activations themselves,
-and (1) is followed by the selection.
 
 All sums over active entries are `embedding_bag`s (on CUDA, the Triton kernels of `sparse_triton.py`): bags are tokens in
 token order, or latents in latent order; one stable sort per step (`Layout`) serves decoder and both weight gradients.
-Every function has a dense twin (`dense_*`) that says the same in plain matrix products; tests compare the two.
+Which entries are active is decided in `sparse_encode.py`. `dense_decode` is the plain matrix product that tests compare with.
 """
 
 import warnings
@@ -36,16 +20,8 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from devices import bf16_is_fast
-from threads import in_threads
-
 # Measured choices (benchmarks/): where a dense product beats what is sparse. None of them changes a result.
 DENSE_SUMS_ABOVE = {"cpu": 1 / 8, "cuda": 1 / 32}  # active share of a batch; the cuda value is an estimate, unmeasured
-# k / d_dict by token, and in the batch, from which on all pre-activations are written down and partitioned in float32
-DENSE_SELECTION_ABOVE = {torch.bfloat16: (1 / 16, 1 / 16), torch.float32: (1 / 32, 1 / 8)}  # by the product's precision
-GROUP = 16  # latents per group: k groups must exist
-THREADS_ABOVE = 1 << 32  # multiply-adds of the product; in less, our threads would wait for OpenMP's, which spin
-BLOCK = 1 << 21  # entries of pre that are computed and filtered while they are in the cache
 
 
 class Layout:
@@ -136,7 +112,7 @@ class FullLayout(Layout):
         return (x @ W.T).flatten()
 
 
-def _layout(flat: Int[Tensor, "active"], n_rows: int, d_dict: int) -> Layout:
+def layout_of(flat: Int[Tensor, "active"], n_rows: int, d_dict: int) -> Layout:
     """The layout of ascending positions t · d_dict + j; counting tokens costs less than dividing positions."""
     starts = torch.searchsorted(flat, torch.arange(n_rows + 1, device=flat.device) * d_dict)
     rows = torch.repeat_interleave(starts.diff(), output_size=len(flat))
@@ -151,7 +127,7 @@ def segment_sums(
 ) -> Float[Tensor, "segment d"]:  # fmt: skip
     """out[s] = Σ weights[e] · table[index[e]] over starts[s] ≤ e < starts[s + 1]; every output row is written once."""
     if table.device.type == "cuda":
-        from sparse_triton import segment_sums as triton_segment_sums
+        from sparse_triton import triton_segment_sums
 
         return triton_segment_sums(index, starts, weights, table)
     return F.embedding_bag(index, table, starts, mode="sum", per_sample_weights=weights, include_last_offset=True)
@@ -163,7 +139,7 @@ def pair_dots(
 ) -> Float[Tensor, "pair"]:  # fmt: skip
     """out[e] = a[rows[e]] · b[cols[e]], without copies of the gathered rows; starts[i] ≤ e < starts[i + 1] have row i."""
     if a.device.type == "cuda":
-        from sparse_triton import pair_dots as triton_pair_dots
+        from sparse_triton import triton_pair_dots
 
         return triton_pair_dots(a, rows, b, cols)
     if not torch.backends.mkl.is_available():  # the gradient of embedding_bag's weights is just this
@@ -199,26 +175,6 @@ class Codes(NamedTuple):
         return self.layout.d_dict
 
 
-class _Encode(torch.autograd.Function):
-    """relu(pre) at the selected entries, given those pre-activations; sparse gradients of x, W_enc and b_enc."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, W_enc: Tensor, b_enc: Tensor, selected: Tensor, layout: Layout) -> Tensor:
-        ctx.save_for_backward(x, W_enc, selected)
-        ctx.layout = layout
-        return selected.relu()
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        x, W_enc, selected = ctx.saved_tensors
-        delta = grad * (selected > 0)
-        d_x = ctx.layout.sum_by_row(delta, W_enc) if ctx.needs_input_grad[0] else None
-        d_W = ctx.layout.sum_by_latent(delta, x) if ctx.needs_input_grad[1] else None
-        d_b = ctx.layout.totals(delta) if ctx.needs_input_grad[2] else None
-        return d_x, d_W, d_b, None, None
-
-
 class _Decode(torch.autograd.Function):
     """Σ values · W_dec[cols]; sparse gradients of values and W_dec."""
 
@@ -238,41 +194,6 @@ class _Decode(torch.autograd.Function):
         return d_values, d_W, None
 
 
-# ---------------------------------------------------------------------------------------------------- encode, decode
-
-
-def encode_topk(
-    x: Float[Tensor, "batch d_in"], W_enc: Float[Tensor, "d_dict d_in"], b_enc: Float[Tensor, "d_dict"], k: int
-) -> Codes:
-    """relu(pre) at the k largest pre-activations of each token; k·B entries. Ties go to the lowest latent."""
-    return _encode(x, W_enc, b_enc, _select(x, W_enc, b_enc, k, None))
-
-
-def encode_batch_topk(
-    x: Float[Tensor, "batch d_in"],
-    W_enc: Float[Tensor, "d_dict d_in"],
-    b_enc: Float[Tensor, "d_dict"],
-    k: int,
-    bound: Float[Tensor, ""],
-) -> Codes:
-    """relu(pre) at the k·B largest pre-activations of the batch; ties go to the lowest (token, latent).
-
-    `bound` is a guess of the smallest winner (that of the batch before, −inf if unknown). It decides how fast the
-    winners are found, never who they are.
-    """
-    return _encode(x, W_enc, b_enc, _select(x, W_enc, b_enc, k, bound))
-
-
-def encode_threshold(
-    x: Float[Tensor, "batch d_in"],
-    W_enc: Float[Tensor, "d_dict d_in"],
-    b_enc: Float[Tensor, "d_dict"],
-    threshold: Float[Tensor, ""] | Float[Tensor, "d_dict"],
-) -> Codes:
-    """Every pre-activation above max(threshold, 0): the deployed face of BatchTopK, JumpReLU and Relu."""
-    return _encode(x, W_enc, b_enc, _above(x, W_enc, b_enc, threshold.clamp_min(0)))
-
-
 def decode(codes: Codes, W_dec: Float[Tensor, "d_dict d_out"]) -> Float[Tensor, "batch d_out"]:
     """Σ values · W_dec[cols] for each token; no bias."""
     return _Decode.apply(codes.values, W_dec, codes.layout)  # type: ignore[no-any-return]
@@ -286,8 +207,8 @@ def from_dense(acts: Float[Tensor, "batch d_dict"], kept: Bool[Tensor, "batch d_
     """The kept entries of a dense matrix of activations, and on CUDA all of them; differentiable."""
     if acts.device.type == "cuda":
         return Codes(acts.flatten(), FullLayout(*acts.shape, acts.device))
-    flat = _nonzero(kept)
-    return Codes(acts.flatten().index_select(0, flat), _layout(flat, *acts.shape))
+    flat = nonzero_positions(kept)
+    return Codes(acts.flatten().index_select(0, flat), layout_of(flat, *acts.shape))
 
 
 def fire_counts(codes: Codes) -> Int[Tensor, "d_dict"]:
@@ -295,287 +216,11 @@ def fire_counts(codes: Codes) -> Int[Tensor, "d_dict"]:
     return codes.layout.totals((codes.values.detach() > 0).to(codes.values.dtype)).to(torch.int64)
 
 
-# ------------------------------------------------------------------------------------------------------- dense twins
-
-
-def dense_encode_topk(x: Tensor, W_enc: Tensor, b_enc: Tensor, k: int) -> Float[Tensor, "batch d_dict"]:
-    pre = torch.addmm(b_enc, x, W_enc.T)
-    return pre.relu() * _largest(pre.detach(), k)
-
-
-def dense_encode_batch_topk(x: Tensor, W_enc: Tensor, b_enc: Tensor, k: int) -> Float[Tensor, "batch d_dict"]:
-    pre = torch.addmm(b_enc, x, W_enc.T)
-    return pre.relu() * _largest(pre.detach().view(1, -1), k * len(x)).view_as(pre)
-
-
-def dense_encode_threshold(x: Tensor, W_enc: Tensor, b_enc: Tensor, threshold: Tensor) -> Float[Tensor, "batch d_dict"]:
-    pre = torch.addmm(b_enc, x, W_enc.T)
-    return pre * (pre.detach() > threshold.clamp_min(0))
-
-
 def dense_decode(acts: Float[Tensor, "batch d_dict"], W_dec: Tensor) -> Float[Tensor, "batch d_out"]:
     return acts @ W_dec
 
 
-# --------------------------------------------------------------------------------------------------------- selection
-
-
-class _Selected(NamedTuple):
-    flat: Int[Tensor, "active"]  # ascending positions t · d_dict + j
-    pre: Float[Tensor, "active"]  # pre-activations there, in the precision of x
-
-
-def _selected(flat: Int[Tensor, "found"], pre: Float[Tensor, "found"], keep: Int[Tensor, "active"]) -> _Selected:
-    """Some of the found entries; `index_select` takes a fifth of the time that indexing does."""
-    return _Selected(flat.index_select(0, keep), pre.index_select(0, keep))
-
-
-def _encode(x: Tensor, W_enc: Tensor, b_enc: Tensor, selected: _Selected) -> Codes:
-    """Codes at the selected positions."""
-    layout = _layout(selected.flat, len(x), len(W_enc))
-    values = _Encode.apply(x, W_enc, b_enc, selected.pre, layout)
-    return Codes(values, layout)
-
-
-@torch.no_grad()
-def _select(x: Tensor, W: Tensor, b: Tensor, k: int, bound: Tensor | None) -> _Selected:
-    """The k largest of each token (`bound` None), or the k·B largest of the batch."""
-    assert 1 <= k <= len(W), f"{k=} must lie between 1 and {len(W)} latents"
-    if x.device.type == "cuda":
-        return _select_static(x, W, b, k, flat=bound is not None)
-    low = torch.bfloat16 if bf16_is_fast(x.device) else torch.float32
-    if k <= len(W) * DENSE_SELECTION_ABOVE[low][bound is not None]:
-        selected = _select_by_token(x, W, b, k, low) if bound is None else _select_in_batch(x, W, b, k, bound, low)
-        if selected is not None:
-            return selected
-    pre = torch.addmm(b, x, W.T)
-    flat = _nonzero(_largest(pre, k) if bound is None else _largest(pre.view(1, -1), k * len(x)))
-    return _Selected(flat, pre.view(-1).index_select(0, flat))
-
-
-@torch.no_grad()
-def _above(x: Tensor, W: Tensor, b: Tensor, threshold: Tensor) -> _Selected:
-    """Every pre-activation above a threshold."""
-    if x.device.type == "cpu" and bf16_is_fast(x.device):
-        upper = _UpperBounds(x, W, b - threshold, torch.bfloat16)
-        scan = upper.scan(torch.zeros(()))
-        if scan is not None:
-            upper.b = b
-            pre = upper.exact(scan.flat)
-            return _selected(
-                scan.flat, pre, _nonzero(pre > (threshold if threshold.ndim == 0 else threshold[scan.flat % len(W)]))
-            )
-    pre = torch.addmm(b, x, W.T)
-    flat = _nonzero(pre > threshold)
-    return _Selected(flat, pre.view(-1).index_select(0, flat))
-
-
-def _rounded(x: Float[Tensor, "n d"], low: torch.dtype) -> tuple[Tensor, Float[Tensor, "n"]]:
-    """x in low precision, and the norm of what rounding took from each row."""
-    x_low = x.to(low)
-    return x_low, x_low.to(x.dtype).sub_(x).norm(dim=1) if low != x.dtype else x.new_zeros(len(x))
-
-
-class _UpperBounds:
-    """Upper bounds of pre-activations from a product in low precision; float32 values where asked.
-
-    Where `low` is x's own precision the bounds are `tight`: the pre-activations themselves.
-    """
-
-    def __init__(self, x: Tensor, W: Tensor, b: Tensor, low: torch.dtype) -> None:
-        self.x, self.W, self.b = x, W, b
-        self.tight = low == x.dtype  # the product is the pre-activations themselves
-        if self.tight:
-            self.x_low, self.W_low, self.slack = x, W, 0.0
-            self.margin = 0 * (x.sum(1) + W.sum())  # NaN where x or W is not finite
-            return
-        (x_low, x_rest), (W_low, W_rest), b_low = _rounded(x, low), _rounded(W, low), b.to(low)
-        x_norm, w_norm = x.norm(dim=1), W.norm(dim=1)
-        gamma = (x.shape[1] + 8) * 2.0**-23  # of the float32 sum in the product, and of the one in `exact`
-        rho = (W_rest / w_norm.clamp_min(1e-30)).max()
-        margin = x_rest + (rho * (1 + 2.0**-8) + gamma) * x_norm
-        b_rest = b - b_low
-        b_rest = b_rest + b_rest.abs() * 2.0**-7 + b.abs() * gamma + 1e-30
-        one, up = torch.ones_like(margin), 1 + 2.0**-7  # `up` outweighs rounding to nearest
-        self.x_low = torch.cat([x_low, torch.stack([margin * up, one, one], 1).to(low)], 1)
-        self.W_low = torch.cat([W_low, torch.stack([w_norm * up, b_low, b_rest], 1).to(low)], 1)
-        self.margin = margin * w_norm.max()
-        self.slack = 2.0**-8 if low == torch.bfloat16 else 2.0**-22  # the product's own rounding, relative
-
-    def scan(self, floor: Tensor | None, k: int = 0) -> "_Scan | None":
-        """Every entry whose upper bound reaches `floor`: a number, or one per token (column vector).
-
-        `floor` None: a little under `start`, the k-th largest of each token's maxima over groups of latents, which is at
-        most the k-th largest of its bounds. Returns None where float32 selection is cheaper, because many reach the
-        floor, and where NaN makes it necessary.
-        """
-        n, d_dict = len(self.x), len(self.W)
-        if not (self.margin.sum() + self.b.sum()).isfinite():  # NaN compares with nothing: float32 selection shows it
-            return None
-        workers = min(torch.get_num_threads(), n) if n * d_dict * self.x.shape[1] >= THREADS_ABOVE else 1
-        rows = -(-n // (workers * -(-n * d_dict // (workers * BLOCK))))  # as many blocks for every worker
-        parts = [slice(begin, min(begin + rows, n)) for begin in range(0, n, rows)]
-        workers = min(workers, len(parts))
-        shares = [parts[len(parts) * i // workers : len(parts) * (i + 1) // workers] for i in range(workers)]
-        found = [block for share in in_threads(lambda own: self._scan(own, floor, k), shares) for block in share]
-        if len(found) < len(parts):
-            return None
-        flats, uppers, starts = zip(*found)
-        upper = torch.cat(uppers)
-        start = torch.cat(starts) if floor is None else None
-        return _Scan(
-            torch.cat(flats), upper + upper.abs() * self.slack, start, self._under(start) if floor is None else floor
-        )
-
-    def _under(self, start: Float[Tensor, "rows 1"], part: slice = slice(None)) -> Float[Tensor, "rows 1"]:
-        """A floor a little under the bounds `start` of a part of the tokens."""
-        return start - 2.5 * self.margin[part, None].float()
-
-    @torch.no_grad()
-    def _scan(self, parts: list[slice], floor: Tensor | None, k: int) -> list[tuple[Tensor, Tensor, Tensor | None]]:
-        """(positions, bounds, start) of consecutive blocks of tokens; stops early where many reach the floor."""
-        d_dict, found = len(self.W), []
-        size = parts[0].stop - parts[0].start
-        bounds, mask = self.x_low.new_empty(size, d_dict), torch.empty(size, d_dict, dtype=torch.bool)
-        room = (parts[-1].stop - parts[0].start) * d_dict * 2 * max(DENSE_SELECTION_ABOVE[self.x_low.dtype])
-        for part in parts:
-            block, hit = bounds[: part.stop - part.start], mask[: part.stop - part.start]
-            if self.tight:
-                torch.addmm(self.b, self.x_low[part], self.W_low.T, out=block)
-            else:
-                torch.mm(self.x_low[part], self.W_low.T, out=block)
-            if floor is None:
-                maxima = _ordered(block)[:, : d_dict // GROUP * GROUP].unflatten(1, (GROUP, -1)).amax(1)
-                start = _kth_largest(maxima.view(block.dtype).float(), k)
-                own = self._under(start, part)
-            else:
-                start, own = None, floor[part] if floor.ndim else floor
-            flat = _reaching(block, self._lowered(own), hit)
-            found.append((flat + part.start * d_dict, block.view(-1).index_select(0, flat).float(), start))
-            room -= len(flat)
-            if room < 0:
-                return []
-        return found
-
-    def _lowered(self, floor: Tensor) -> Tensor:
-        """A floor for rounded bounds that no true bound above `floor` misses."""
-        return (floor - floor.abs() * 4 * self.slack).to(self.x_low.dtype)
-
-    def exact(self, flat: Int[Tensor, "pair"]) -> Float[Tensor, "pair"]:
-        layout = _layout(flat, len(self.x), len(self.W))
-        return layout.dots(self.x, self.W) + self.b.index_select(0, layout.cols)
-
-    def put_exact(self, pre: Float[Tensor, "found"], flat: Int[Tensor, "found"], where: Int[Tensor, "some"]) -> None:
-        """Float32 values at some of the found entries, in place."""
-        pre.index_copy_(0, where, self.exact(flat.index_select(0, where)))
-
-
-class _Scan(NamedTuple):
-    flat: Int[Tensor, "found"]  # ascending positions of all entries whose upper bound reaches `floor`
-    upper: Float[Tensor, "found"]  # their upper bounds
-    start: Float[Tensor, "batch 1"] | None  # bounds from which a token's float32 values are worth computing first
-    floor: Float[Tensor, "*batch_1"]
-
-
-def _select_in_batch(x: Tensor, W: Tensor, b: Tensor, k: int, bound: Tensor, low: torch.dtype) -> _Selected | None:
-    """The k·B largest of the batch; None where float32 selection is cheaper."""
-    n, bounds = k * len(x), _UpperBounds(x, W, b, low)
-    floor = bound - 0.05 * bound.abs()
-    scan = bounds.scan(floor) if floor > -torch.inf else None
-    if scan is None or len(scan.flat) < n:  # a bad guess: take one from a sample of the tokens
-        sample = torch.mm(bounds.x_low[:: max(1, len(x) // 128)], bounds.W_low.T)
-        sample = (sample + b if bounds.tight else sample).flatten().float()
-        rank = int(1.5 * k * len(sample) / len(W)) + 8
-        scan = bounds.scan(_kth_largest(sample[None], min(rank, len(sample)))[0, 0])
-    while scan is not None and len(scan.flat) >= n:
-        if bounds.tight:
-            return _selected(scan.flat, scan.upper, _nonzero(_largest(scan.upper[None], n)))
-        first = scan.upper >= _kth_largest(scan.upper[None], min(n + n // 32, len(scan.flat)))[0, 0]
-        pre = torch.full_like(scan.flat, -torch.inf, dtype=x.dtype)
-        bounds.put_exact(pre, scan.flat, _nonzero(first))
-        smallest = _kth_largest(pre[None], n)[0, 0]
-        if smallest >= scan.floor:
-            bounds.put_exact(pre, scan.flat, _nonzero((scan.upper >= smallest) & ~first))
-            return _selected(scan.flat, pre, _nonzero(_largest(pre[None], n)))
-        scan = bounds.scan(smallest)
-    return None
-
-
-def _select_by_token(x: Tensor, W: Tensor, b: Tensor, k: int, low: torch.dtype) -> _Selected | None:
-    """The k largest of each token; None where float32 selection is cheaper."""
-    bounds = _UpperBounds(x, W, b, low)
-    scan = bounds.scan(None, k)
-    while scan is not None:
-        layout = _layout(scan.flat, len(x), len(W))
-        rows, nth = layout.rows, torch.arange(len(scan.flat)) - layout.row_starts.index_select(0, layout.rows)
-        table = x.new_full((len(x), int(nth.max()) + 1), -torch.inf)  # the entries of a token, side by side
-        place = rows * table.shape[1] + nth
-        if bounds.tight:
-            table.view(-1).index_copy_(0, place, scan.upper)
-            return _selected(scan.flat, scan.upper, _nonzero(_largest(table, k).view(-1).index_select(0, place)))
-        start = scan.floor if scan.start is None else scan.start
-        first = scan.upper >= start[:, 0].index_select(0, rows)
-        pre = x.new_full(rows.shape, -torch.inf)
-        bounds.put_exact(pre, scan.flat, _nonzero(first))
-        table.view(-1).index_copy_(0, place, pre)
-        smallest = _kth_largest(table, k)
-        if (smallest >= scan.floor).all():
-            rest = (scan.upper >= smallest[:, 0].index_select(0, rows)) & ~first
-            bounds.put_exact(pre, scan.flat, _nonzero(rest))
-            table.view(-1).index_copy_(0, place, pre)
-            return _selected(scan.flat, pre, _nonzero(_largest(table, k).view(-1).index_select(0, place)))
-        scan = bounds.scan(smallest)
-    return None
-
-
-def _select_static(x: Tensor, W: Tensor, b: Tensor, k: int, flat: bool) -> _Selected:
-    """For CUDA: float32 selection in which every shape is known, so that nothing synchronises.
-
-    How many entries have upper bounds above the smallest winner is known on the device alone, hence no bound selects.
-    """
-    pre = torch.addmm(b, x, W.T)
-    mask = _largest(pre.view(1, -1), k * len(x)) if flat else _largest(pre, k)
-    winners = torch.nonzero_static(mask.flatten(), size=k * len(x))[:, 0]
-    return _Selected(winners, pre.view(-1).index_select(0, winners))
-
-
-def _kth_largest(values: Float[Tensor, "group n"], k: int) -> Float[Tensor, "group 1"]:
-    n = values.shape[1]
-    if values.device.type == "cuda":
-        return values.topk(k).values[:, -1:]
-    return torch.from_numpy(np.partition(values.numpy(), n - k, axis=1)[:, n - k, None])
-
-
-def _largest(values: Float[Tensor, "group n"], k: int) -> Bool[Tensor, "group n"]:
-    """True at the k largest of each group; ties go to the lowest index. NaN is the largest, and is seen in the loss."""
-    smallest = _kth_largest(values, k)
-    if values.device.type == "cuda" or smallest.isnan().any():
-        values, smallest = values.nan_to_num(torch.inf, torch.inf, -torch.inf), smallest.nan_to_num(torch.inf)
-    mask = ~(values < smallest)
-    if values.device.type == "cpu" and mask.sum() == k * len(values):  # no ties
-        return mask
-    above, equal = ~(values <= smallest), values == smallest
-    return above | (equal & (equal.cumsum(1, dtype=torch.int32) <= k - above.sum(1, keepdim=True)))
-
-
-def _ordered(values: Tensor) -> Tensor:
-    """bf16 as integers, which processors compare many times faster: the same order where one of a pair is positive.
-
-    Of negative numbers the least would pass for the largest.
-    """
-    return values.view(torch.int16) if values.dtype == torch.bfloat16 else values
-
-
-def _reaching(values: Tensor, floor: Tensor, mask: Bool[Tensor, "*shape"]) -> Int[Tensor, "active"]:
-    """Ascending flat positions of values ≥ floor; `mask` is room for the comparison."""
-    if (floor > 0).all():
-        values, floor = _ordered(values), _ordered(floor)
-    if values.dtype == torch.bfloat16:
-        return _nonzero(torch.ge(values, floor, out=mask))
-    return torch.from_numpy(np.flatnonzero(np.greater_equal(values.numpy(), floor.numpy(), out=mask.numpy())))
-
-
-def _nonzero(mask: Bool[Tensor, "*shape"]) -> Int[Tensor, "active"]:
+def nonzero_positions(mask: Bool[Tensor, "*shape"]) -> Int[Tensor, "active"]:
     """Ascending flat positions of True."""
     if mask.device.type == "cuda":
         return mask.flatten().nonzero()[:, 0]

@@ -55,7 +55,7 @@ def _pair_dots(
     tl.store(out + pair, total.to(out.dtype.element_ty), mask=exists)
 
 
-def segment_sums(
+def triton_segment_sums(
     index: Int[Tensor, "active"],
     starts: Int[Tensor, "segment+1"],
     weights: Float[Tensor, "active"],
@@ -75,7 +75,7 @@ def segment_sums(
     return out
 
 
-def pair_dots(
+def triton_pair_dots(
     a: Float[Tensor, "n d"], rows: Int[Tensor, "pair"], b: Float[Tensor, "m d"], cols: Int[Tensor, "pair"]
 ) -> Float[Tensor, "pair"]:
     """out[e] = a[rows[e]] · b[cols[e]]; nothing of size pair × d is written."""

@@ -1,10 +1,11 @@
-"""The four sparsity rules, and the encoder that holds one.
+"""The sparsity rules: an encoder class for each, which holds the rule's own parameters and says what is active.
 
     pre = x W_encᵀ + b_enc
     Relu       a = relu(pre)                                     penalty l1 · Σ a ‖W_dec‖
     TopK       a = relu(pre) at the k largest of each token
     BatchTopK  a = relu(pre) at the k·B largest of the batch     deployed: a = pre · [pre > θ], one θ
     JumpReLU   a = pre · [pre > θ], a θ per latent               penalty l0 · Σ [pre > θ] + preact · Σ relu(θ − pre) ‖W_dec‖
+    Gated      a = [pre > 0] · relu(e^r ⊙ (pre − b_enc) + b_mag) penalty l1 · Σ relu(pre) ‖W_dec‖ + FVU of ŷ(relu(pre))
 
 Straight-through gradients of JumpReLU (arXiv 2407.14435, eqs. 11–12), K the rectangle of width 1 and ε the bandwidth:
 
@@ -13,30 +14,221 @@ Straight-through gradients of JumpReLU (arXiv 2407.14435, eqs. 11–12), K the r
 Pre-activations are in scaled units: coders hand over x with E‖x‖ = √d_in. A BatchTopK code of a deployed coder never
 depends on the token's neighbours, since θ is a buffer: a running mean of each batch's smallest winner in training
 (decay 0.99), set on held-out tokens at the end so that the mean L0 is k.
+
+A new rule is a value in config.py, an encoder class here with its row in ENCODERS, and the name of its SAE and transcoder.
 """
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterable
+from itertools import chain
 from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from config import BatchTopK, CoderConfig, JumpReLU, Relu, Rule, TopK, check_rule
-from sparse_ops import Codes, encode_batch_topk, encode_threshold, encode_topk, fire_counts, from_dense
+from config import BatchTopK, Gated, JumpReLU, Relu, Rule, TopK
+from sparse_encode import encode_batch_topk, encode_threshold, encode_topk
+from sparse_ops import Codes, fire_counts, from_dense
 
 THRESHOLD_DECAY = 0.99  # per training batch
 
 
-class ActivationStats(NamedTuple):
-    """What a coder must know of its data before the first step; one row per layer it spans, raw units."""
+class TrainingCodes(NamedTuple):
+    """What an encoder says of a training batch."""
 
-    x_mean: Float[Tensor, "layer d_in"]
-    x_scale: Float[Tensor, "layer"]  # √d_in / E‖x‖
-    y_mean: Float[Tensor, "layer d_out"]
-    y_scale: Float[Tensor, "layer"]  # √d_out / E‖y‖
-    y_variance: Float[Tensor, "layer"]  # E‖y − ȳ‖²
-    n_tokens: int
+    codes: Codes
+    penalty: Float[Tensor, ""]  # per token
+    gates: Codes | None = (
+        None  # codes from which a frozen decoder must rebuild the target as well; None: none asks for it
+    )
+
+
+class SparseEncoder[R](nn.Module, ABC):
+    """x ↦ codes: W_enc, b_enc, a rule R with its state, and the counters that tell dead latents.
+
+    Subclasses define `encode`, and whatever their rule has of penalty, threshold, calibration and a k.
+    """
+
+    k: int | None = None  # active latents per token that the rule asks for; None where it has no such number
+
+    def __init__(self, W_enc: Float[Tensor, "d_dict d_in"], rule: R) -> None:
+        super().__init__()
+        self.rule = rule
+        self.W_enc = nn.Parameter(W_enc)
+        self.b_enc = nn.Parameter(W_enc.new_zeros(len(W_enc)))
+        self.register_buffer("tokens_since_fired", torch.zeros(len(W_enc), dtype=torch.int64))
+        self.dead = torch.zeros(0, dtype=torch.int64)  # latents AuxK works on; refreshed now and then
+
+    @property
+    def d_dict(self) -> int:
+        return self.W_enc.shape[0]
+
+    def pre_activations(self, x: Float[Tensor, "batch d_in"]) -> Float[Tensor, "batch d_dict"]:
+        return torch.addmm(self.b_enc, x, self.W_enc.T)
+
+    @abstractmethod
+    def encode(self, x: Float[Tensor, "batch d_in"]) -> Codes:
+        """The training face in train mode, the deployed face in eval mode."""
+
+    def encode_with_penalty(
+        self, x: Float[Tensor, "batch d_in"], W_dec: Float[Tensor, "d_dict targets_d_out"]
+    ) -> TrainingCodes:
+        """The training face and the rule's penalty, which weighs a latent by ‖W_dec‖ (over all targets of a CLT)."""
+        return TrainingCodes(self.encode(x), x.new_zeros(()))
+
+    def centre(self, mean: Float[Tensor, "d_in"]) -> None:
+        """Set the biases so that pre-activations are zero at the mean input: b_enc = −W_enc E[x] (as sparsify does)."""
+        self.b_enc.copy_(-(self.W_enc @ mean))
+
+    @property
+    def deployed_threshold(self) -> Float[Tensor, ""] | Float[Tensor, "d_dict"] | None:
+        """θ above which a pre-activation is active when deployed; None where the rule has no θ."""
+        return None
+
+    def load_threshold(self, theta: Float[Tensor, "d_dict"]) -> None:
+        """Deploy at these thresholds, one per latent."""
+        raise AssertionError(f"{self.rule} has no threshold")
+
+    @property
+    def magnitude(self) -> tuple[Float[Tensor, "d_dict"], Float[Tensor, "d_dict"]] | None:
+        """(r, b) where an active latent has the value relu(e^r ⊙ (x W_encᵀ) + b); None where it has its pre-activation."""
+        return None
+
+    def load_magnitude(self, r: Float[Tensor, "d_dict"], b: Float[Tensor, "d_dict"]) -> None:
+        raise AssertionError(f"{self.rule} has no magnitudes beside its pre-activations")
+
+    def calibrate(self, batches: Iterable[Float[Tensor, "batch d_in"]]) -> None:
+        """Set what deployment needs from held-out, scaled tokens; only BatchTopK needs anything."""
+
+    def set_k(self, k: int) -> None:
+        """Train with k active latents from now on, while k is annealed."""
+        raise AssertionError(f"{self.rule} has no k to anneal")
+
+    def with_top_k(self, k: int) -> "SparseEncoder[Any]":
+        """An encoder of the same tensors whose codes are each token's k largest positive pre-activations."""
+        return self._shared_with(TopKEncoder(self.W_enc, TopK(k)))
+
+    def _shared_with[E: "SparseEncoder[Any]"](self, view: E) -> E:
+        """The view, holding this encoder's own tensors wherever it has one of that name."""
+        names = {name for name, _ in chain(view.named_parameters(), view.named_buffers())}
+        for name, tensor in chain(self.named_parameters(), self.named_buffers()):
+            if name in names:
+                setattr(view, name, tensor)
+        return view.train(self.training)
+
+    @torch.no_grad()
+    def update_statistics(self, codes: Codes) -> None:
+        """Advance the counters by one training batch."""
+        fired = fire_counts(codes) > 0
+        self.tokens_since_fired += codes.n_rows
+        self.tokens_since_fired.masked_fill_(fired, 0)
+
+    def refresh_dead(self, dead_after: int) -> None:
+        """List the latents that were silent for `dead_after` tokens (synchronises the device)."""
+        self.dead = (self.tokens_since_fired >= dead_after).nonzero()[:, 0]
+
+    def aux_activations(self, x: Float[Tensor, "batch d_in"]) -> Float[Tensor, "batch dead"]:
+        """The d_in/2 largest pre-activations among the dead, not rectified: a negative one must get a gradient."""
+        pre = torch.addmm(self.b_enc[self.dead], x, self.W_enc[self.dead].T)
+        k = min(self.W_enc.shape[1] // 2, len(self.dead))
+        values, indices = pre.topk(k, dim=1)
+        return torch.zeros_like(pre).scatter(1, indices, values)
+
+
+# ------------------------------------------------------------------------------------------------------------------ Relu
+
+
+class ReluEncoder(SparseEncoder[Relu]):
+    """a = relu(pre), with an L1 penalty."""
+
+    def encode(self, x: Float[Tensor, "batch d_in"]) -> Codes:
+        return encode_threshold(x, self.W_enc, self.b_enc, self.b_enc.new_zeros(()))
+
+    def encode_with_penalty(
+        self, x: Float[Tensor, "batch d_in"], W_dec: Float[Tensor, "d_dict targets_d_out"]
+    ) -> TrainingCodes:
+        a, norms = self.pre_activations(x).relu(), W_dec.norm(dim=1)
+        return TrainingCodes(from_dense(a, a.detach() > 0), self.rule.l1 * (a @ norms).mean())
+
+
+# ------------------------------------------------------------------------------------------------------ TopK, BatchTopK
+
+
+def check_k(k: int, d_dict: int) -> None:
+    """k ≤ d_dict; raises ValueError with the value and the remedy."""
+    if k > d_dict:
+        raise ValueError(f"k={k} exceeds d_dict={d_dict}: choose a smaller k or a larger dictionary")
+
+
+class _Counted[R: TopK | BatchTopK](SparseEncoder[R]):
+    """A rule with a number of active latents, which training anneals."""
+
+    def __init__(self, W_enc: Float[Tensor, "d_dict d_in"], rule: R) -> None:
+        super().__init__(W_enc, rule)
+        check_k(rule.k, self.d_dict)
+        self.k = self.k_now = rule.k
+
+    def set_k(self, k: int) -> None:
+        self.k_now = min(k, self.d_dict)
+
+
+class TopKEncoder(_Counted[TopK]):
+    """a = relu(pre) at the k largest of each token."""
+
+    def encode(self, x: Float[Tensor, "batch d_in"]) -> Codes:
+        return encode_topk(x, self.W_enc, self.b_enc, self.k_now if self.training else self.rule.k)
+
+
+class BatchTopKEncoder(_Counted[BatchTopK]):
+    """a = relu(pre) at the k·B largest of the batch; deployed, above one threshold."""
+
+    def __init__(self, W_enc: Float[Tensor, "d_dict d_in"], rule: BatchTopK) -> None:
+        super().__init__(W_enc, rule)
+        self.register_buffer("threshold", torch.tensor(-torch.inf))
+        self.register_buffer("smallest_winner", torch.tensor(-torch.inf), persistent=False)  # of the last batch
+
+    def encode(self, x: Float[Tensor, "batch d_in"]) -> Codes:
+        if self.training:
+            return encode_batch_topk(x, self.W_enc, self.b_enc, self.k_now, self.smallest_winner)
+        return encode_threshold(x, self.W_enc, self.b_enc, self.threshold)
+
+    @property
+    def deployed_threshold(self) -> Float[Tensor, ""]:
+        return self.threshold
+
+    def load_threshold(self, theta: Float[Tensor, "d_dict"]) -> None:
+        self.threshold.copy_(theta[0])
+
+    @torch.no_grad()
+    def update_statistics(self, codes: Codes) -> None:
+        """Advance the counters by one training batch, and the running threshold."""
+        super().update_statistics(codes)
+        self.smallest_winner.copy_(smallest_positive(codes))
+        moved = self.threshold.lerp(self.smallest_winner, 1 - THRESHOLD_DECAY)
+        self.threshold.copy_(torch.where(self.threshold.isfinite(), moved, self.smallest_winner))
+
+    @torch.no_grad()
+    def calibrate(self, batches: Iterable[Float[Tensor, "batch d_in"]]) -> None:
+        """Set the threshold so that these (held-out, scaled) tokens have k active latents on average."""
+        k, n_tokens, largest, smallest = self.rule.k, 0, [], torch.full_like(self.threshold, -torch.inf)
+        for x in batches:  # twice k per batch leaves room for batches that hold more than their share of winners
+            codes = encode_batch_topk(x, self.W_enc, self.b_enc, min(2 * k, self.d_dict), smallest)
+            smallest = smallest_positive(codes)
+            largest.append(codes.values)
+            n_tokens += len(x)
+        assert n_tokens > 0, "calibration needs at least one batch of held-out tokens"
+        self.threshold.copy_(torch.cat(largest).topk(k * n_tokens).values[-1].clamp_min(0))
+
+
+def smallest_positive(codes: Codes) -> Float[Tensor, ""]:
+    """The smallest value above zero; 0 where there is none."""
+    values = codes.values.detach()
+    smallest = values.masked_fill(values <= 0, torch.inf).amin()
+    return torch.where(smallest.isfinite(), smallest, 0.0)
+
+
+# -------------------------------------------------------------------------------------------------------------- JumpReLU
 
 
 class _JumpReLU(torch.autograd.Function):
@@ -65,194 +257,111 @@ def jumprelu(
     return _JumpReLU.apply(pre, log_theta, bandwidth)  # type: ignore[no-any-return]
 
 
-def _codes_within_the_kernel(a: Tensor, pre: Tensor, log_theta: Tensor, bandwidth: float) -> Codes:
-    """Active entries, and those just below θ: they have value 0 but carry θ's straight-through gradient."""
-    return from_dense(a, (pre > log_theta.exp() - bandwidth / 2).detach())
+def log_threshold(theta: Tensor) -> Tensor:
+    """log θ; zero and below become the smallest normal number, which lets the same pre-activations through."""
+    return theta.clamp_min(torch.finfo(torch.float32).tiny).log()
 
 
-class SparseEncoder(nn.Module):
-    """x ↦ codes: W_enc, b_enc, a rule with its state, and the counters that tell dead latents."""
+class JumpReLUEncoder(SparseEncoder[JumpReLU]):
+    """a = pre · [pre > θ] with a learnt θ per latent."""
 
-    def __init__(self, d_in: int, d_dict: int, rule: Rule, generator: torch.Generator) -> None:
-        super().__init__()
-        check_rule(rule, d_dict)
-        rows = torch.randn(d_dict, d_in, generator=generator)
-        self.rule = rule
-        self.W_enc = nn.Parameter(rows / rows.norm(dim=1, keepdim=True))  # unit rows: pre ≈ N(0, 1) in scaled units
-        self.b_enc = nn.Parameter(torch.zeros(d_dict))
-        if isinstance(rule, JumpReLU):
-            self.log_theta = nn.Parameter(torch.full((d_dict,), rule.theta).log())
-        if isinstance(rule, BatchTopK):
-            self.register_buffer("threshold", torch.tensor(-torch.inf))
-            self.register_buffer("smallest_winner", torch.tensor(-torch.inf), persistent=False)  # of the last batch
-        self.register_buffer("tokens_since_fired", torch.zeros(d_dict, dtype=torch.int64))
-        self.k_now = rule.k if isinstance(rule, TopK | BatchTopK) else 0  # annealed by the training loop
-        self.dead = torch.zeros(0, dtype=torch.int64)  # latents AuxK works on; refreshed now and then
-
-    @property
-    def d_dict(self) -> int:
-        return self.W_enc.shape[0]
-
-    def pre_activations(self, x: Float[Tensor, "batch d_in"]) -> Float[Tensor, "batch d_dict"]:
-        return torch.addmm(self.b_enc, x, self.W_enc.T)
+    def __init__(self, W_enc: Float[Tensor, "d_dict d_in"], rule: JumpReLU) -> None:
+        super().__init__(W_enc, rule)
+        self.log_theta = nn.Parameter(torch.full((self.d_dict,), rule.theta, device=W_enc.device).log())
 
     def encode(self, x: Float[Tensor, "batch d_in"]) -> Codes:
-        """The training face in train mode, the deployed face in eval mode."""
-        match self.rule:
-            case TopK(k):
-                return encode_topk(x, self.W_enc, self.b_enc, self.k_now if self.training else k)
-            case BatchTopK() if self.training:
-                return encode_batch_topk(x, self.W_enc, self.b_enc, self.k_now, self.smallest_winner)
-            case _:
-                return encode_threshold(x, self.W_enc, self.b_enc, self.deployed_threshold)
-
-    @property
-    def deployed_threshold(self) -> Float[Tensor, ""] | Float[Tensor, "d_dict"]:
-        """θ of the deployed face: a number (BatchTopK), one per latent (JumpReLU) or zero (Relu)."""
-        match self.rule:
-            case BatchTopK():
-                return self.threshold
-            case JumpReLU():
-                return self.log_theta.detach().exp()
-            case Relu():
-                return self.b_enc.new_zeros(())
-        raise AssertionError(f"{self.rule} is deployed without a threshold")
+        return encode_threshold(x, self.W_enc, self.b_enc, self.deployed_threshold)
 
     def encode_with_penalty(
         self, x: Float[Tensor, "batch d_in"], W_dec: Float[Tensor, "d_dict targets_d_out"]
-    ) -> tuple[Codes, Float[Tensor, ""]]:
-        """Codes and the rule's penalty per token, which weighs a latent by ‖W_dec‖ (over all targets of a CLT)."""
-        if isinstance(self.rule, TopK | BatchTopK):
-            return self.encode(x), x.new_zeros(())
-        pre, norms = self.pre_activations(x), W_dec.norm(dim=1)
-        if isinstance(self.rule, Relu):
-            a = pre.relu()
-            return from_dense(a, a.detach() > 0), self.rule.l1 * (a @ norms).mean()
-        a, gate = jumprelu(pre, self.log_theta, self.rule.bandwidth)
-        below = ((self.log_theta.exp() - pre).relu() @ norms).mean()
-        penalty = self.rule.l0 * gate.sum(1).mean() + self.rule.preact * below
-        return _codes_within_the_kernel(a, pre, self.log_theta, self.rule.bandwidth), penalty
-
-    @torch.no_grad()
-    def update_statistics(self, codes: Codes) -> None:
-        """Advance the counters by one training batch, and BatchTopK's running threshold."""
-        fired = fire_counts(codes) > 0
-        self.tokens_since_fired += codes.n_rows
-        self.tokens_since_fired.masked_fill_(fired, 0)
-        if isinstance(self.rule, BatchTopK):
-            self.smallest_winner.copy_(smallest_positive(codes))
-            moved = self.threshold.lerp(self.smallest_winner, 1 - THRESHOLD_DECAY)
-            self.threshold.copy_(torch.where(self.threshold.isfinite(), moved, self.smallest_winner))
-
-    def refresh_dead(self, dead_after: int) -> None:
-        """List the latents that were silent for `dead_after` tokens (synchronises the device)."""
-        self.dead = (self.tokens_since_fired >= dead_after).nonzero()[:, 0]
-
-    def aux_activations(self, x: Float[Tensor, "batch d_in"]) -> Float[Tensor, "batch dead"]:
-        """The d_in/2 largest pre-activations among the dead, not rectified: a negative one must get a gradient."""
-        pre = torch.addmm(self.b_enc[self.dead], x, self.W_enc[self.dead].T)
-        k = min(self.W_enc.shape[1] // 2, len(self.dead))
-        values, indices = pre.topk(k, dim=1)
-        return torch.zeros_like(pre).scatter(1, indices, values)
-
-    @torch.no_grad()
-    def calibrate(self, batches: Iterable[Float[Tensor, "batch d_in"]]) -> None:
-        """Set BatchTopK's threshold so that these (held-out, scaled) tokens have k active latents on average."""
-        assert isinstance(self.rule, BatchTopK), f"{self.rule} has no threshold to calibrate"
-        k, n_tokens, largest, smallest = self.rule.k, 0, [], torch.full_like(self.threshold, -torch.inf)
-        for x in batches:  # twice k per batch leaves room for batches that hold more than their share of winners
-            codes = encode_batch_topk(x, self.W_enc, self.b_enc, min(2 * k, self.d_dict), smallest)
-            smallest = smallest_positive(codes)
-            largest.append(codes.values)
-            n_tokens += len(x)
-        values = torch.cat(largest)
-        assert n_tokens > 0, "calibration needs at least one batch of held-out tokens"
-        self.threshold.copy_(values.topk(k * n_tokens).values[-1].clamp_min(0))
-
-
-def smallest_positive(codes: Codes) -> Float[Tensor, ""]:
-    """The smallest value above zero; 0 where there is none."""
-    values = codes.values.detach()
-    smallest = values.masked_fill(values <= 0, torch.inf).amin()
-    return torch.where(smallest.isfinite(), smallest, 0.0)
-
-
-def codes_by_layer(codes: Any) -> tuple[Codes, ...]:
-    """One `Codes` per layer spanned, whatever coder they come from."""
-    return (codes,) if isinstance(codes, Codes) else codes
-
-
-class CoderOutput(NamedTuple):
-    y_hat: Float[Tensor, "*layer batch d_out"]  # raw units
-    codes: Any  # Codes; tuple[Codes, ...] for a cross-layer transcoder
-
-
-class Coder(nn.Module):
-    """What SAEs, transcoders and cross-layer transcoders share: encoders with statistics, and scales.
-
-    Subclasses define `encode`, `encode_with_penalty`, `decode`, `aux_reconstruction` and `initialise`.
-    They take and return raw activations; inside, x · x_scale and y · y_scale have mean norm √d.
-    """
-
-    config: CoderConfig
-    encoders: nn.ModuleList  # one SparseEncoder per layer spanned
-    x_scale: Float[Tensor, "layer"]
-    y_scale: Float[Tensor, "layer"]
-
-    def forward(self, x: Float[Tensor, "*layer batch d_in"]) -> CoderOutput:
-        codes = self.encode(x)
-        return CoderOutput(self.reconstruct(codes, x), codes)
+    ) -> TrainingCodes:
+        """The codes hold active entries, and those just below θ: they have value 0 but carry θ's gradient."""
+        pre, rule = self.pre_activations(x), self.rule
+        a, gate = jumprelu(pre, self.log_theta, rule.bandwidth)
+        below = ((self.log_theta.exp() - pre).relu() @ W_dec.norm(dim=1)).mean()
+        within_the_kernel = (pre > self.log_theta.exp() - rule.bandwidth / 2).detach()
+        return TrainingCodes(from_dense(a, within_the_kernel), rule.l0 * gate.sum(1).mean() + rule.preact * below)
 
     @property
-    def gate_parameters(self) -> int:
-        """Parameters that decide which latents are active: encoder weights, biases and thresholds."""
-        return sum(p.numel() for encoder in self.encoders for p in encoder.parameters())
+    def deployed_threshold(self) -> Float[Tensor, "d_dict"]:
+        return self.log_theta.detach().exp()
+
+    def load_threshold(self, theta: Float[Tensor, "d_dict"]) -> None:
+        self.log_theta.copy_(log_threshold(theta))
+
+
+# ----------------------------------------------------------------------------------------------------------------- Gated
+
+
+class GatedEncoder(SparseEncoder[Gated]):
+    """a = [π > 0] relu(e^r ⊙ (π − b_enc) + b_mag): the gate π is the pre-activation, its scaled copy the magnitude."""
+
+    def __init__(self, W_enc: Float[Tensor, "d_dict d_in"], rule: Gated) -> None:
+        super().__init__(W_enc, rule)
+        self.r_mag = nn.Parameter(torch.zeros_like(self.b_enc))
+        self.b_mag = nn.Parameter(torch.zeros_like(self.b_enc))
+
+    def gates(self, x: Float[Tensor, "batch d_in"]) -> Codes:
+        """relu(π), where it is positive."""
+        return encode_threshold(x, self.W_enc, self.b_enc, self.b_enc.new_zeros(()))
+
+    def encode(self, x: Float[Tensor, "batch d_in"]) -> Codes:
+        gates = self.gates(x)
+        linear = gates.values - self.b_enc[gates.cols]
+        magnitudes = (self.r_mag.exp()[gates.cols] * linear + self.b_mag[gates.cols]).relu()
+        return gates._replace(values=torch.where(gates.values > 0, magnitudes, 0.0))
+
+    def encode_with_penalty(
+        self, x: Float[Tensor, "batch d_in"], W_dec: Float[Tensor, "d_dict targets_d_out"]
+    ) -> TrainingCodes:
+        """The gate learns from the penalty and from the target rebuilt from `gates`: its step passes no gradient."""
+        linear = x @ self.W_enc.T
+        gate = (linear + self.b_enc).relu()
+        a = (self.r_mag.exp() * linear + self.b_mag).relu() * (gate.detach() > 0)
+        penalty = self.rule.l1 * (gate @ W_dec.norm(dim=1)).mean()
+        return TrainingCodes(from_dense(a, a.detach() > 0), penalty, from_dense(gate, gate.detach() > 0))
+
+    def centre(self, mean: Float[Tensor, "d_in"]) -> None:
+        super().centre(mean)
+        self.b_mag.copy_(self.b_enc)
 
     @property
-    def k(self) -> int | None:
-        """Trained number of active latents per token and layer; None where the rule has none."""
-        return self.config.rule.k if isinstance(self.config.rule, TopK | BatchTopK) else None
+    def magnitude(self) -> tuple[Float[Tensor, "d_dict"], Float[Tensor, "d_dict"]]:
+        return self.r_mag, self.b_mag
 
-    def reconstruct(self, codes: Any, x: Float[Tensor, "*layer batch d_in"]) -> Float[Tensor, "*layer batch d_out"]:
-        """ŷ from codes; x is read only by a skip connection."""
-        return self.decode(codes)
+    def load_magnitude(self, r: Float[Tensor, "d_dict"], b: Float[Tensor, "d_dict"]) -> None:
+        self.r_mag.copy_(r)
+        self.b_mag.copy_(b)
 
-    def update_statistics(self, codes: Any) -> None:
-        """Advance every encoder's counters by one training batch."""
-        for encoder, own in zip(self.encoders, codes_by_layer(codes)):
-            encoder.update_statistics(own)
-
-    @property
-    def n_dead(self) -> int:
-        return sum(len(encoder.dead) for encoder in self.encoders)
-
-    def set_k(self, k: int) -> None:
-        for encoder in self.encoders:
-            encoder.k_now = min(k, encoder.d_dict)
-
-    def refresh_dead(self, dead_after: int) -> None:
-        for encoder in self.encoders:
-            encoder.refresh_dead(dead_after)
-
-    def dead_fraction(self, window: int) -> float:
-        """Share of latents that were silent in the last `window` training tokens."""
-        silent = [(encoder.tokens_since_fired >= window).float().mean().item() for encoder in self.encoders]
-        return sum(silent) / len(silent)
-
-    def constrain_gradients(self) -> None:
-        """Before the optimiser's step; only SAEs constrain anything."""
-
-    def constrain_weights(self) -> None:
-        """After the optimiser's step; only SAEs constrain anything."""
+    def with_top_k(self, k: int) -> "SparseEncoder[Any]":
+        """An encoder of the same tensors that opens each token's k largest gates, where they are positive."""
+        return self._shared_with(_TopKGatedEncoder(self.W_enc, self.rule, k))
 
 
-def unscaled(
-    y: Float[Tensor, "*layer batch d_out"], b_dec: Float[Tensor, "*#layer batch d_out"], scale: Float[Tensor, "*#layer"]
-) -> Float[Tensor, "*layer batch d_out"]:
-    """(y + b_dec) / scale in one pass over memory."""
-    return torch.addcmul(b_dec / scale, y, 1 / scale)
+class _TopKGatedEncoder(GatedEncoder):
+    """Only the k largest gates of each token are open."""
+
+    def __init__(self, W_enc: Float[Tensor, "d_dict d_in"], rule: Gated, k: int) -> None:
+        super().__init__(W_enc, rule)
+        check_k(k, self.d_dict)
+        self.k_imposed = k
+
+    def gates(self, x: Float[Tensor, "batch d_in"]) -> Codes:
+        return encode_topk(x, self.W_enc, self.b_enc, self.k_imposed)
 
 
-def latent_bias(W_enc: Float[Tensor, "d_dict d_in"], mean: Float[Tensor, "d_in"]) -> Float[Tensor, "d_dict"]:
-    """b_enc = −W_enc E[x]: pre-activations start centred (sparsify's initialisation)."""
-    return -(W_enc @ mean)
+# -------------------------------------------------------------------------------------------------- from rule to encoder
+
+ENCODERS: dict[type[Rule], type[SparseEncoder[Any]]] = {
+    Relu: ReluEncoder,
+    TopK: TopKEncoder,
+    BatchTopK: BatchTopKEncoder,
+    JumpReLU: JumpReLUEncoder,
+    Gated: GatedEncoder,
+}
+
+
+def new_encoder(d_in: int, d_dict: int, *, rule: Rule, generator: torch.Generator) -> SparseEncoder[Any]:
+    """The encoder of a rule, with random rows of unit norm: pre ≈ N(0, 1) in scaled units."""
+    rows = torch.randn(d_dict, d_in, generator=generator)
+    return ENCODERS[type(rule)](rows / rows.norm(dim=1, keepdim=True), rule)

@@ -2,9 +2,8 @@
 
     W ≈ Σ_c U_c V_cᵀ,   h = x V,   Δ = W − V U   (all as d_in × d_out maps: y = x W + b)
     y = (h ⊙ m) U + m_Δ · (x Δ) + b = ((m − m_Δ) ⊙ h) U + m_Δ · (x W) + b          (exact: neither Δ nor V U is formed)
-    z = gate(clean inputs),   g_lo = clamp(z, 0, 1),   g_up = max(z, 0) for z ≤ 1, 1 + α (z − 1) above
-    m = g_lo + (1 − g_lo) r,   r ~ U(0, 1);   routing: a position that keeps the original map has m = m_Δ = 1
 
+Masks m come from `spd_masks.py`, importances from the gates of `spd_gates.py`.
 SPD: arXiv 2506.20790, with the later gates of goodfire-ai/spd. Parameter names are those of Goodfire's checkpoints.
 Any tensor may carry one leading axis `stack`: one toy with several seeds, trained side by side in batched products.
 """
@@ -12,16 +11,16 @@ Any tensor may carry one leading axis `stack`: one toy with several seeds, train
 import contextlib
 import fnmatch
 from collections.abc import Callable, Iterator, Mapping
-from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from config import GateConfig, SPDConfig
-from llama_simple_mlp import rotary_tables, rotate
+from patching import after, before
+from spd_gates import ComponentGate, GlobalMLPGate, GlobalTransformerGate, align, lower, upper
+from spd_masks import Mask
 
 
 class StackedLinear(nn.Module):
@@ -39,12 +38,6 @@ class StackedLinear(nn.Module):
 def weight_map(module: nn.Module) -> Float[Tensor, "*stack d_in d_out"]:
     """The module's weight as a map from its input: y = x W (+ b). A view."""
     return module.weight if isinstance(module, Conv1D | nn.Embedding) else module.weight.mT  # type: ignore[union-attr,return-value]
-
-
-def _align(p: Tensor, x: Tensor, inner: int) -> Tensor:
-    """View p (`*stack`, then `inner` own axes) so that it broadcasts against x (`*stack`, batch axes, `inner` axes)."""
-    stack = p.ndim - inner
-    return p.view(*p.shape[:stack], *[1] * (x.ndim - p.ndim), *p.shape[stack:])
 
 
 # ------------------------------------------------------------------------------------------------------- components
@@ -79,296 +72,6 @@ class TiedComponents(nn.Module):
     @property
     def U(self) -> Tensor:
         return self.__dict__["other"].V.mT
-
-
-# ------------------------------------------------------------------------------------------------------------- gates
-
-
-class _Affine(nn.Module):
-    """x W + b with W: d_in × d_out; weights N(0, gain/d_in), bias 0."""
-
-    def __init__(self, d_in: int, d_out: int, gain: float, lead: tuple[int, ...], generator: torch.Generator) -> None:
-        super().__init__()
-        self.W = nn.Parameter(torch.randn(*lead, d_in, d_out, generator=generator) * (gain / d_in) ** 0.5)
-        self.b = nn.Parameter(torch.zeros(*lead, d_out))
-
-    def forward(self, x: Tensor) -> Tensor:
-        return x @ self.W + _align(self.b, x, 1)
-
-
-class _ParallelAffine(nn.Module):
-    """One affine map per component, as a batched product. x: (..., C, d_in) → (..., C, d_out)."""
-
-    def __init__(
-        self, n: int, d_in: int, d_out: int, gain: float, lead: tuple[int, ...], generator: torch.Generator
-    ) -> None:
-        super().__init__()
-        self.W = nn.Parameter(torch.randn(*lead, n, d_in, d_out, generator=generator) * (gain / d_in) ** 0.5)
-        self.b = nn.Parameter(torch.zeros(*lead, n, d_out))
-
-    def forward(self, x: Tensor) -> Tensor:
-        lead = self.W.shape[:-3]
-        batch = x.shape[len(lead) : -2]
-        flat = x.reshape(*lead, -1, *x.shape[-2:]).transpose(-3, -2)  # (*lead, C, N, d_in)
-        y = flat @ self.W + self.b[..., None, :]
-        return y.transpose(-3, -2).reshape(*lead, *batch, *y.shape[-3:-2], y.shape[-1])
-
-
-def _mlp(
-    sizes: list[int], lead: tuple[int, ...], generator: torch.Generator, parallel: int | None = None
-) -> nn.Sequential:
-    """Affine maps with GELU between; He-normal hidden weights (gain 2), LeCun-normal output (gain 1)."""
-    layers: list[nn.Module] = []
-    for i, (d_in, d_out) in enumerate(zip(sizes, sizes[1:])):
-        gain = 1.0 if i == len(sizes) - 2 else 2.0
-        make = _Affine(d_in, d_out, gain, lead, generator) if parallel is None else _ParallelAffine(
-            parallel, d_in, d_out, gain, lead, generator)  # fmt: skip
-        layers += [make, nn.GELU()]
-    return nn.Sequential(*layers[:-1])
-
-
-def scalar_mlp(
-    h: Float[Tensor, "*#batch component"],
-    w1: Float[Tensor, "*#batch component hidden"],
-    b1: Float[Tensor, "*#batch component hidden"],
-    w2: Float[Tensor, "*#batch component hidden"],
-    b2: Float[Tensor, "*#batch component"],
-) -> Float[Tensor, "*batch component"]:
-    """Per component, a one-hidden-layer MLP on the scalar h_c: z = Σ_k w2_k gelu(w1_k h + b1_k) + b2."""
-    return (F.gelu(h[..., None] * w1 + b1) * w2).sum(-1) + b2
-
-
-# Φ(u) − ½ and gelu′(u) − ½ are odd: u P(u²)/Q(u²), fitted on |u| ≤ 5.5, where both have reached ±½. Error in float32 below 5e-7.
-_CDF = ((0.398942235, 0.0338527866, 0.00467726962, 0.000168827147, 6.35213218e-06, 2.27493234e-08),
-        (1.0, 0.25152227, 0.0286459528, 0.00188445314, 7.36479966e-05, 1.19750376e-06))  # fmt: skip
-_SLOPE = ((0.79788532, -0.0309439119, 0.0142190387, 2.05932732e-05, 3.58031937e-05, 1.90872134e-07),
-          (1.0, 0.294558746, 0.0409885194, 0.00352182007, 0.000192060362, 8.88711771e-06))  # fmt: skip
-
-
-def _polynomial(s: Tensor, a: tuple[float, ...]) -> Tensor:
-    return a[0] + s * (a[1] + s * (a[2] + s * (a[3] + s * (a[4] + s * a[5]))))
-
-
-def _gelu_and_slope(u: Tensor) -> tuple[Tensor, Tensor]:
-    """(gelu(u), gelu′(u)) without an exponential: a third of the time on a processor with AVX2."""
-    v = u.clamp(-5.5, 5.5)
-    s = v * v
-    cdf, slope = (0.5 + v * (_polynomial(s, P) / _polynomial(s, Q)) for P, Q in (_CDF, _SLOPE))
-    return u * cdf, slope
-
-
-def _scalar_forward(h: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor) -> tuple[Tensor, Tensor]:
-    """(z, dz/dh), positions last. h: (*stack, C, N); w1, b1, w2: (*stack, C, hidden)."""
-    gelu, slope = _gelu_and_slope(h[..., None, :] * w1[..., None] + b1[..., None])
-    return (gelu * w2[..., None]).sum(-2) + b2[..., None], (slope * (w1 * w2)[..., None]).sum(-2)
-
-
-def _scalar_backward(g: Tensor, h: Tensor, w1: Tensor, b1: Tensor, w2: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of w1, b1, w2, the hidden units recomputed."""
-    gelu, slope = _gelu_and_slope(h[..., None, :] * w1[..., None] + b1[..., None])
-    d = slope * g[..., None, :]
-    return (d * h[..., None, :]).sum(-1) * w2, d.sum(-1) * w2, (gelu * g[..., None, :]).sum(-1)
-
-
-_compiled_forward = torch.compile(_scalar_forward, dynamic=False)
-_compiled_backward = torch.compile(_scalar_backward, dynamic=False)
-
-
-class _ScalarMLP(torch.autograd.Function):
-    """`scalar_mlp` compiled: hidden units live in registers in both passes. Eager, they are written to memory many
-    times over; as one compiled expression, their gradient is still written once, and computed twice."""
-
-    @staticmethod
-    def forward(ctx, h: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor) -> Tensor:  # type: ignore[no-untyped-def,override]
-        lead = w1.shape[:-2]
-        flat = h.reshape(*lead, -1, h.shape[-1]).mT.contiguous()
-        z, slope = _compiled_forward(flat, w1, b1, w2, b2)
-        ctx.save_for_backward(flat, slope, w1, b1, w2)
-        return z.mT.reshape(h.shape)
-
-    @staticmethod
-    def backward(ctx, grad: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # type: ignore[no-untyped-def,override]
-        flat, slope, w1, b1, w2 = ctx.saved_tensors
-        g = grad.reshape(*w1.shape[:-2], -1, grad.shape[-1]).mT.contiguous()
-        return (g * slope).mT.reshape(grad.shape), *_compiled_backward(g, flat, w1, b1, w2), g.sum(-1)
-
-
-class ComponentGate(nn.Module):
-    """`mlp` (reads h_c), `vector_mlp` (reads x; one MLP per component) or `shared_mlp` (reads x; one MLP x → C)."""
-
-    compiled = False  # set by `ComponentModel.compile_gates`
-
-    def __init__(
-        self, kind: str, d_in: int, n: int, hidden: tuple[int, ...], lead: tuple[int, ...], g: torch.Generator
-    ) -> None:
-        super().__init__()
-        self.kind = kind
-        self.layers = {
-            "mlp": lambda: _mlp([1, *hidden, 1], lead, g, n),
-            "vector_mlp": lambda: _mlp([d_in, *hidden, 1], lead, g, n),
-            "shared_mlp": lambda: _mlp([d_in, *hidden, n], lead, g),
-        }[kind]()
-
-    def forward(
-        self, x: Float[Tensor, "*batch d_in"], h: Float[Tensor, "*batch own"]
-    ) -> Float[Tensor, "*batch component"]:
-        """z from the module's input x and its components' activations h, which a `shared_mlp` does not read."""
-        if self.kind == "shared_mlp":
-            return self.layers(x)
-        if self.kind == "vector_mlp":
-            return self.layers(x[..., None, :].expand(*h.shape, -1)).squeeze(-1)
-        if len(self.layers) != 3:
-            return self.layers(h[..., None]).squeeze(-1)
-        first, last = self.layers[0], self.layers[2]
-        if self.compiled:
-            return _ScalarMLP.apply(h, first.W.squeeze(-2), first.b, last.W.squeeze(-1), last.b.squeeze(-1))
-        w1, b1 = _align(first.W[..., 0, :], h[..., None], 2), _align(first.b, h[..., None], 2)
-        w2, b2 = _align(last.W[..., 0], h[..., None], 2), _align(last.b[..., 0], h, 1)
-        return scalar_mlp(h, w1, b1, w2, b2)
-
-
-class GlobalMLPGate(nn.Module):
-    """`global_shared_mlp`: all module inputs, concatenated in the order of their names → MLP → all components."""
-
-    def __init__(
-        self, d_in: int, n: int, hidden: tuple[int, ...], lead: tuple[int, ...], generator: torch.Generator
-    ) -> None:
-        super().__init__()
-        self.layers = _mlp([d_in, *hidden, n], lead, generator)
-
-    def forward(self, inputs: list[Tensor]) -> Tensor:
-        return self.layers(torch.cat(inputs, -1))
-
-
-class _GateAttention(nn.Module):
-    def __init__(self, d: int, heads: int, causal: bool, generator: torch.Generator) -> None:
-        super().__init__()
-        self.heads, self.causal = heads, causal
-        for name in ("q_proj", "k_proj", "v_proj", "out_proj"):
-            linear = nn.Linear(d, d, bias=False)
-            linear.weight.data = torch.randn(d, d, generator=generator) / d**0.5
-            self.add_module(name, linear)
-
-    def forward(self, x: Float[Tensor, "batch seq d"]) -> Float[Tensor, "batch seq d"]:
-        q, k, v = (
-            p(x).unflatten(-1, (self.heads, -1)).transpose(1, 2) for p in (self.q_proj, self.k_proj, self.v_proj)
-        )
-        cos, sin = (t.to(x) for t in rotary_tables(x.shape[1], q.shape[-1], 10_000.0, x.device))
-        z = F.scaled_dot_product_attention(rotate(q, cos, sin), rotate(k, cos, sin), v, is_causal=self.causal)
-        return self.out_proj(z.transpose(1, 2).flatten(-2))
-
-
-class _GateBlock(nn.Module):
-    def __init__(self, d: int, heads: int, hidden: int, causal: bool, generator: torch.Generator) -> None:
-        super().__init__()
-        self.attn = _GateAttention(d, heads, causal, generator)
-        self.mlp = _mlp([d, hidden, d], (), generator)
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = x + self.attn(F.rms_norm(x, x.shape[-1:]))
-        return x + self.mlp(F.rms_norm(x, x.shape[-1:]))
-
-
-class GlobalTransformerGate(nn.Module):
-    """`global_shared_transformer`: RMS-normed module inputs, concatenated → pre-norm blocks with RoPE → all components.
-
-    A bidirectional gate (Goodfire's) sees future tokens, so its masks can carry the next token; a causal one cannot.
-    """
-
-    def __init__(self, d_in: int, n: int, gate: GateConfig, generator: torch.Generator) -> None:
-        super().__init__()
-        assert gate.d_model % (2 * gate.heads) == 0, f"{gate.d_model=} must be a multiple of 2·{gate.heads=}"
-        self._input_projector = _Affine(d_in, gate.d_model, 1.0, (), generator)
-        self._blocks = nn.ModuleList(
-            _GateBlock(gate.d_model, gate.heads, gate.hidden[0], gate.causal, generator) for _ in range(gate.blocks)
-        )
-        self._output_head = _Affine(gate.d_model, n, 1.0, (), generator)
-
-    def forward(self, inputs: list[Tensor]) -> Tensor:
-        x = self._input_projector(torch.cat([F.rms_norm(x, x.shape[-1:]) for x in inputs], -1))
-        for block in self._blocks:
-            x = block(x)
-        return self._output_head(x)
-
-
-# ---------------------------------------------------------------------------------------------------------- sigmoids
-
-
-class _Lower(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, z: Tensor, alpha: float) -> Tensor:  # type: ignore[no-untyped-def,override]
-        ctx.save_for_backward(z)
-        ctx.alpha = alpha
-        return z.clamp(0, 1)
-
-    @staticmethod
-    def backward(ctx, grad: Tensor) -> tuple[Tensor, None]:  # type: ignore[no-untyped-def,override]
-        (z,) = ctx.saved_tensors
-        below = ctx.alpha * grad.clamp(max=0)  # only gradients that would raise g leak through
-        return torch.where(z <= 0, below, torch.where(z <= 1, grad, 0.0)), None
-
-
-def lower(z: Float[Tensor, "*batch"], alpha: float = 0.01) -> Float[Tensor, "*batch"]:
-    """clamp(z, 0, 1). Gradient G passes for 0 < z ≤ 1; αG for z ≤ 0 if G < 0; nothing above 1."""
-    return _Lower.apply(z, alpha)  # type: ignore[no-any-return]
-
-
-def upper(z: Float[Tensor, "*batch"], alpha: float = 0.01) -> Float[Tensor, "*batch"]:
-    """max(z, 0) up to 1, leaking with slope α above."""
-    return torch.where(z > 1, 1 + alpha * (z - 1), z.clamp_min(0))
-
-
-# ------------------------------------------------------------------------------------------------- masks and routing
-
-
-class Mask(NamedTuple):
-    """One module's mask; `delta` None: the path through Δ is closed."""
-
-    components: Float[Tensor, "*batch component"]
-    delta: Float[Tensor, "*batch"] | None
-
-
-def stochastic_masks(g_lo: Mapping[str, Tensor], generator: torch.Generator) -> dict[str, Mask]:
-    """m = g_lo + (1 − g_lo) r and m_Δ, all draws U(0, 1) per position."""
-    return {
-        path: Mask(_blend(g, torch.rand(g.shape, generator=generator, device=g.device)),
-                   torch.rand(g.shape[:-1], generator=generator, device=g.device))
-        for path, g in g_lo.items()
-    }  # fmt: skip
-
-
-def source_masks(
-    g_lo: Mapping[str, Tensor], sources: Mapping[str, Float[Tensor, "*batch component+1"]]
-) -> dict[str, Mask]:
-    """m = g_lo + (1 − g_lo) r with given sources r; the last channel is m_Δ."""
-    return {
-        path: Mask(_blend(g, sources[path][..., :-1]), sources[path][..., -1].expand(g.shape[:-1]))
-        for path, g in g_lo.items()
-    }
-
-
-def _blend(g: Tensor, r: Tensor) -> Tensor:
-    return torch.lerp(g, torch.ones_like(g), r.to(g.dtype)) if r.shape == g.shape else g + (1 - g) * r
-
-
-Routing = dict[str, Float[Tensor, "*batch"]]  # 1 where a position of a module goes through the decomposition
-
-
-def route_subset(paths: list[str], shape: tuple[int, ...], generator: torch.Generator) -> Routing:
-    """uniform-k-subset: k ~ U{1..M} per position, then k of the M modules, uniformly."""
-    k = torch.randint(1, len(paths) + 1, shape, generator=generator, device=generator.device)
-    rank = torch.rand(len(paths), *shape, generator=generator, device=generator.device).argsort(0).argsort(0)
-    return {path: (rank[i] < k).float() for i, path in enumerate(paths)}
-
-
-def routed(masks: Mapping[str, Mask], routing: Routing) -> dict[str, Mask]:
-    """Where a position is not routed, its mask is all ones with m_Δ = 1: the original map, by the Δ identity."""
-    out = {}
-    for path, (m, delta) in masks.items():
-        r = routing[path]
-        original = 1 - r if delta is None else 1 - r + r * delta
-        out[path] = Mask(torch.lerp(torch.ones_like(m), m, r[..., None].to(m.dtype)), original)
-    return out
 
 
 # --------------------------------------------------------------------------------------------------------- the model
@@ -512,13 +215,13 @@ class ComponentModel(nn.Module):
         part, h = self.components[path], self.component_activations(path, x)
         if mask.delta is None:
             out = (mask.components * h) @ part.U
-            return out if part.bias is None else out + _align(part.bias, out, 1)
+            return out if part.bias is None else out + align(part.bias, out, 1)
         assert y is not None
         delta = mask.delta.to(h.dtype).expand(h.shape[:-1])[..., None]
         out = ((mask.components - delta) * h) @ part.U
         if part.bias is None:
             return torch.addcmul(out, delta, y.to(out.dtype))
-        bias = _align(part.bias, out, 1)
+        bias = align(part.bias, out, 1)
         return out + delta * (y - bias) + bias
 
     @contextlib.contextmanager
@@ -536,13 +239,13 @@ class ComponentModel(nn.Module):
             for path, mask in masks.items():
                 delta = None if delta_masks is None else delta_masks.get(path)
                 hook = self._masking_hook(path, mask, delta)
-                stack.callback(self.target_model.get_submodule(path).register_forward_hook(hook).remove)
+                stack.enter_context(after(self.target_model.get_submodule(path), hook))
             yield
 
     def _masking_hook(
         self, path: str, mask: Tensor | Callable[[Tensor], Tensor], delta: Tensor | float | None
-    ) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], Tensor]:
-        def replace(_module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
+    ) -> Callable[[tuple[Tensor, ...], Tensor], Tensor]:
+        def replace(args: tuple[Tensor, ...], output: Tensor) -> Tensor:
             m = mask(args[0]) if callable(mask) else mask
             return self._masked(
                 path, args[0], output, Mask(m, None if delta is None else torch.as_tensor(delta, device=m.device))
@@ -560,12 +263,12 @@ class ComponentModel(nn.Module):
         """(inputs of all decomposed modules, output) of one clean forward pass of the target."""
         seen: dict[str, Tensor] = {}
 
-        def keep(path: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
-            return lambda _module, args: seen.__setitem__(path, args[0])
+        def keep(path: str) -> Callable[[tuple[Tensor, ...]], None]:
+            return lambda args: seen.__setitem__(path, args[0])
 
         with contextlib.ExitStack() as stack:
             for path in self.paths:
-                stack.callback(self.target_model.get_submodule(path).register_forward_pre_hook(keep(path)).remove)
+                stack.enter_context(before(self.target_model.get_submodule(path), keep(path)))
             output = _first(self.target_model(*args))
         return seen, output
 
@@ -613,63 +316,3 @@ def match_patterns(model: nn.Module, patterns: tuple[tuple[str, int], ...]) -> d
                 raise ValueError(f"{name!r} is matched twice, by {pattern!r} too: make the patterns disjoint")
             sizes[name] = n
     return sizes
-
-
-# ------------------------------------------------------------------------------------------------------- adversaries
-
-
-Objective = Callable[[dict[str, Tensor]], Tensor]
-
-
-def pgd_sources(objective: Objective, sources: dict[str, Tensor], steps: int, step_size: float) -> dict[str, Tensor]:
-    """r ← clamp(r + η · sign ∇_r objective, 0, 1), `steps` times; the best r met is returned, so that the objective
-    never falls below its start (published code returns the last one)."""
-    best, best_value = sources, next(iter(sources.values())).new_full((), -torch.inf)
-    for step in range(steps + 1):
-        leaves = {path: r.detach().requires_grad_() for path, r in sources.items()}
-        value = objective(leaves)
-        better = value.detach() > best_value  # stays on the device
-        best = {path: torch.where(better, r.detach(), best[path]) for path, r in leaves.items()}
-        best_value = torch.where(better, value.detach(), best_value)
-        if step < steps:
-            grads = torch.autograd.grad(value, list(leaves.values()))
-            sources = {p: (r + step_size * g.sign()).clamp(0, 1).detach() for (p, r), g in zip(leaves.items(), grads)}
-    return best
-
-
-class PersistentSources(nn.Module):
-    """Adversarial sources r ∈ [0, 1] kept across training steps; Adam ascent, clamped. State travels in checkpoints.
-
-    `shape`: () one vector for all positions, (seq,) one per position index, (batch, seq) one per batch slot.
-    """
-
-    def __init__(
-        self,
-        sizes: Mapping[str, int],
-        shape: tuple[int, ...],
-        lr: float,
-        betas: tuple[float, float],
-        generator: torch.Generator,
-    ) -> None:
-        super().__init__()
-        self.r = nn.ParameterDict(
-            {
-                p.replace(".", "-"): nn.Parameter(torch.rand(*shape, n + 1, generator=generator, device=generator.device))
-                for p, n in sizes.items()
-            }
-        )
-        self.optimiser = torch.optim.Adam(self.r.values(), lr=lr, betas=betas, maximize=True)
-
-    def sources(self) -> dict[str, Tensor]:
-        return {key.replace("-", "."): r for key, r in self.r.items()}
-
-    def ascend(self, value: Tensor, retain_graph: bool = False) -> None:
-        """One step of ascent on the gradient of `value`; the other leaves of the graph get none."""
-        params = list(self.r.values())
-        for p, g in zip(params, torch.autograd.grad(value, params, retain_graph=retain_graph)):
-            p.grad = g
-        self.optimiser.step()
-        with torch.no_grad():
-            for p in params:
-                p.clamp_(0, 1)
-                p.grad = None

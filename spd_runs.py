@@ -18,9 +18,8 @@ from torch import Tensor, nn
 
 from checkpoints import load_state, load_tensors
 from config import GateConfig, SPDConfig
-from logs import download_run_files
+from logs import cache_folder, download_run_files
 from spd_model import ComponentModel
-from token_stream import cache_folder
 
 RENAMED = (
     (r"^patched_model\.", "target_model."),
@@ -86,7 +85,14 @@ def _gate_config(state: dict[str, Tensor], raw: dict[str, Any]) -> GateConfig:
         d_model = state["_global_ci_fn._input_projector.W"].shape[1]
         hidden = state["_global_ci_fn._blocks.0.mlp.0.W"].shape[1]
         causal = bool(_find(section, ("is_causal", "causal")))  # those runs' gates are bidirectional
-        return GateConfig("global_shared_transformer", (hidden,), d_model, len(blocks), int(heads), causal)
+        return GateConfig(
+            kind="global_shared_transformer",
+            hidden=(hidden,),
+            d_model=d_model,
+            blocks=len(blocks),
+            heads=int(heads),
+            causal=causal,
+        )
     reverse = [key for key in state if key.startswith("_global_ci_fn.") and not key.startswith("_global_ci_fn.layers.")]
     if reverse:
         raise ValueError(
@@ -102,10 +108,10 @@ def _gate_config(state: dict[str, Tensor], raw: dict[str, Any]) -> GateConfig:
     )
     hidden = tuple(W.shape[-1] for _, W in layers[:-1])
     if scope:
-        return GateConfig("global_shared_mlp", hidden)
+        return GateConfig(kind="global_shared_mlp", hidden=hidden)
     first_W = layers[0][1]
     kind = "shared_mlp" if first_W.ndim == 2 else "mlp" if first_W.shape[-2] == 1 else "vector_mlp"
-    return GateConfig(kind, hidden)  # type: ignore[arg-type]
+    return GateConfig(kind=kind, hidden=hidden)  # type: ignore[arg-type]
 
 
 def _paths(state: dict[str, Tensor], model: nn.Module) -> dict[str, str]:
@@ -118,7 +124,7 @@ def _paths(state: dict[str, Tensor], model: nn.Module) -> dict[str, str]:
     return {name: modules[name] for name in names}
 
 
-def load_run(reference: str, target_model: nn.Module) -> ComponentModel:
+def load_spd_run(reference: str, target_model: nn.Module) -> ComponentModel:
     """The decomposition of a Goodfire run, in eval mode, on the target given (whose weights the run's must equal).
 
     Raises ValueError in one line for a folder that is no run, a truncated checkpoint, an unknown kind of gate, a target
@@ -131,7 +137,7 @@ def load_run(reference: str, target_model: nn.Module) -> ComponentModel:
     _check_target(state, target_model, reference)
     paths = _paths(state, target_model)
     sizes = {path: state[f"_components.{name}.V"].shape[1] for name, path in paths.items()}
-    config = SPDConfig(tuple(sizes.items()), _gate_config(state, raw))
+    config = SPDConfig(components=tuple(sizes.items()), gate=_gate_config(state, raw))
     model = ComponentModel(target_model, config, torch.Generator())
     own = {
         key: value.float()

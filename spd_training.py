@@ -20,11 +20,10 @@ from tqdm import tqdm
 
 from checkpoints import load_tensors, save_tensors
 from config import Recon, SPDTrainConfig, to_json
+from devices import keep_freed_memory
 from logs import Logger
 from losses import annealed_p, faithfulness, importance_minimality, mean_kl, squared_error
-from memory import keep_freed_memory
-from spd_model import (
-    ComponentModel,
+from spd_masks import (  # fmt: skip
     Mask,
     PersistentSources,
     pgd_sources,
@@ -32,7 +31,8 @@ from spd_model import (
     routed,
     source_masks,
     stochastic_masks,
-)  # fmt: skip
+)
+from spd_model import ComponentModel  # fmt: skip
 
 
 class Batches(Protocol):
@@ -43,7 +43,7 @@ class Batches(Protocol):
     def load_state_dict(self, state: dict[str, Any]) -> None: ...
 
 
-def learning_rate(config: SPDTrainConfig, step: int) -> float:
+def scheduled_rate(config: SPDTrainConfig, step: int) -> float:
     rise = min(1.0, (step + 1) / max(1.0, config.warmup * config.steps))
     if config.schedule == "constant":
         return config.lr * rise
@@ -123,7 +123,7 @@ class SPDTrainer:
         if c.clip is not None:
             torch.nn.utils.clip_grad_norm_(self.weights, c.clip)
         for group in self.optimiser.param_groups:
-            group["lr"] = learning_rate(c, self.steps_done)
+            group["lr"] = scheduled_rate(c, self.steps_done)
         self.optimiser.step()
         self.optimiser.zero_grad(set_to_none=True)
         self.steps_done += 1

@@ -10,22 +10,14 @@ Four kinds of source (`DatasetSpec.path`):
   a token folder  train.npy and val.npy, each one stream as it was packed; read without the package `datasets`
   anything else   a dataset for `datasets.load_dataset`: a hub name, or a local folder or file (txt, jsonl, parquet)
 
-The environment's files are ordered and split by a hash of their path inside their package (1 in 50 is validation), and
-near-duplicates are dropped: a file at least half of whose lines of 20 characters or more stand in earlier files.
-Validation files come first in that order, so no training file is a near-copy of one of them.
+The first two are read and split by `python_corpus.py`.
 """
 
-import ast
-import functools
 import hashlib
 import itertools
-import json
-import os
-import sysconfig
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -33,10 +25,15 @@ from jaxtyping import Int
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from logs import atomic_path
+from python_corpus import (
+    VALIDATION_SHARE,
+    Split,
+    docstring_documents,
+    environment_corpus,
+    environment_files,
+    python_documents,
+)
 
-Split = Literal["train", "val"]
-VALIDATION_SHARE = 50  # one document in this many is held out where a dataset has no validation split of its own
 DOCUMENTS_AT_ONCE = 64  # tokenised together, on all cores
 SHUFFLE_BUFFER = 10_000  # documents
 
@@ -48,86 +45,6 @@ class DatasetSpec:
     tokenised: bool = False
     train_split: str = "train"
     val_split: str = ""  # empty: one document in 50 of the training split is held out
-
-
-def cache_folder() -> Path:
-    """Where caches live: $NN_CACHE_HOME or ~/.cache/nn_decompositions."""
-    return Path(os.environ.get("NN_CACHE_HOME", Path.home() / ".cache" / "nn_decompositions"))
-
-
-# ------------------------------------------------------------------------------------------ the running environment
-
-
-class SourceFile(NamedTuple):
-    order: int  # a hash of `name`
-    name: str  # path inside the standard library or site-packages
-    path: str
-
-    @property
-    def split(self) -> Split:
-        return "train" if self.order % VALIDATION_SHARE else "val"
-
-
-@functools.cache
-def environment_files() -> list[SourceFile]:
-    """Every .py file of the standard library and site-packages, in the order of the hash of its name."""
-    files = []
-    for root in {Path(sysconfig.get_path("stdlib")), Path(sysconfig.get_path("purelib"))}:
-        for path in root.rglob("*.py"):
-            name = path.relative_to(root).as_posix()
-            if "site-packages/" not in name:
-                order = int(hashlib.sha256(name.encode()).hexdigest()[:16], 16)
-                files.append(SourceFile(order, name, str(path)))
-    return sorted(files)
-
-
-def read_source(path: str) -> str:
-    return Path(path).read_bytes().decode("utf-8", errors="ignore")
-
-
-def drop_near_duplicates(files: list[SourceFile]) -> list[SourceFile]:
-    """Files of 200 bytes to 500 kB most of whose lines are new, validation files first."""
-    seen: set[int] = set()
-    kept = []
-    for file in sorted(files, key=lambda f: (f.split == "train", f)):
-        if not 200 <= os.path.getsize(file.path) <= 500_000:
-            continue
-        lines = {hash(s) for line in read_source(file.path).split("\n") if len(s := line.strip()) >= 20}
-        if len(lines) >= 5 and len(lines & seen) < 0.5 * len(lines):
-            kept.append(file)
-        seen |= lines
-    return kept
-
-
-@functools.cache
-def environment_corpus(split: Split) -> list[SourceFile]:
-    """The de-duplicated files of one split; the list is cached under a fingerprint of names and sizes."""
-    files = environment_files()
-    listing = "\n".join(f"{f.path} {os.path.getsize(f.path)}" for f in files)
-    cache = cache_folder() / "corpus" / f"{hashlib.sha256(listing.encode()).hexdigest()[:16]}.json"
-    if not cache.exists():
-        kept = drop_near_duplicates(files)
-        with atomic_path(cache) as temporary:
-            temporary.write_text(json.dumps(kept))
-    return [f for f in (SourceFile(*row) for row in json.loads(cache.read_text())) if f.split == split]
-
-
-def python_documents(paths: list[str]) -> Iterator[dict[str, str]]:
-    for path in paths:
-        yield {"text": read_source(path)}
-
-
-def docstring_documents(paths: list[str]) -> Iterator[dict[str, str]]:
-    """One document per file: its docstrings of 200 characters or more, in order."""
-    for path in paths:
-        text = read_source(path)
-        if text.count('"""') < 2:
-            continue
-        tree = ast.parse(text)
-        owners = (n for n in ast.walk(tree) if isinstance(n, ast.Module | ast.ClassDef | ast.FunctionDef))
-        prose = [doc for owner in owners if len(doc := ast.get_docstring(owner) or "") >= 200]
-        if prose:
-            yield {"text": "\n\n".join(prose)}
 
 
 # --------------------------------------------------------------------------------------------------------- streams

@@ -1,23 +1,19 @@
-"""Toy targets whose mechanisms are known, several seeds stacked side by side, and how well a decomposition finds them.
+"""Toy targets whose mechanisms are known, several seeds stacked side by side.
 
 TMS:       out = relu(W₁ᵀ (I) W₁ x + b);  x_i ~ U[0, 1] with probability .05, else 0;  loss mean (x − out)²
 ResidMLP:  r ← r + W_out relu(W_in r) per layer, r₀ = x W_E, out = r W_Eᵀ;  x_i ~ U[−1, 1] w.p. .01;  label x + relu(x)
 
 Definitions, sizes and recipes: goodfire-ai/spd (arXiv 2506.20790).
-MMCS = mean_j max_c cos(U_c V_cj, W_j),  ML2R = mean_j ‖U_c V_cj‖ / ‖W_j‖ at that c, W_j the weights read by feature j.
 """
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from jaxtyping import Float
-from scipy.optimize import linear_sum_assignment
 from torch import Tensor, nn
 
-from config import SPDConfig
-from spd_model import ComponentModel, Mask, StackedLinear, weight_map
+from spd_model import StackedLinear
 
 
 @dataclass(frozen=True)
@@ -96,85 +92,6 @@ class ResidMLP(nn.Module):
         return y @ (R @ self.W_E.mT)
 
 
-class FoldedDecomposition(ComponentModel):
-    """A decomposition of a ResidMLP that never forms the embedding. The same parameters, functions and gradients.
-
-    The stream before a layer is  r = y R + Σ_l a_l U_l:  y = [x, m_Δ · hidden of each earlier layer] and R = [W_E; its
-    W_out] hold what passes through the target's own weights, a_l = (m − m_Δ) ⊙ h and U_l what passes through the
-    components of earlier mlp_out. Whatever reads r, M = W_in, V of mlp_in, a gate's first layer or the unembedding,
-    sees  r M = y (R M) + Σ_l a_l (U_l M).  R M and U_l M are multiplied out once a step for all of its passes: each
-    clean pass forgets those of the step before.
-    """
-
-    def __init__(self, target: ResidMLP, config: SPDConfig, generator: torch.Generator) -> None:
-        super().__init__(target, config, generator)
-        assert config.gate.kind in ("mlp", "shared_mlp"), f"{config.gate.kind=}"
-        self._products: dict[tuple[str, str], Tensor] = {}
-        R, self._rows = [target.W_E], []
-        for layer in target.layers:
-            self._rows.append(torch.cat(R, -2))
-            R.append(layer.mlp_out.weight.mT)
-        self._rows.append(torch.cat(R, -2))
-
-    def _read(self, name: str, M: Tensor, y: Tensor, writes: dict[int, Tensor], layer: int) -> Tensor:
-        """r M at the entrance of a layer; `name` is M's."""
-        part = y @ self._product(f"R{layer}", name, self._rows[layer], M)
-        for before, a in writes.items():
-            part = part + a @ self._product(f"U{before}", name, self.components[f"layers.{before}.mlp_out"].U, M)
-        return part
-
-    def _product(self, left: str, right: str, A: Tensor, B: Tensor) -> Tensor:
-        if (left, right) not in self._products:
-            self._products[left, right] = A @ B
-        return self._products[left, right]
-
-    def inputs_capture(self, x: Float[Tensor, "stack batch feature"]) -> tuple[dict[str, Tensor], Tensor]:  # type: ignore[override]
-        """(y before each mlp_in, hidden units before each mlp_out, of a clean pass; output)."""
-        self._products = {}
-        seen: dict[str, Tensor] = {}
-        return seen, self._forward(x, {}, seen)
-
-    def importance_logit(self, path: str, x: Tensor) -> Float[Tensor, "stack batch component"]:
-        if path.endswith("mlp_out"):
-            return super().importance_logit(path, x)
-        gate, layer = self._ci_fns[path.replace(".", "-")], int(path.split(".")[1])
-        if gate.kind == "mlp":
-            h = self._read(f"V{layer}", self.components[path].V, x, {}, layer)
-            return gate(h, h)
-        first, *rest = gate.layers
-        z = self._read(f"gate{layer}", first.W, x, {}, layer) + first.b[:, None]
-        for module in rest:
-            z = module(z)
-        return z
-
-    def run_masked(self, masks: Mapping[str, Mask], x: Tensor) -> Float[Tensor, "stack batch feature"]:  # type: ignore[override]
-        return self._forward(x, masks, {})
-
-    def _forward(self, x: Tensor, masks: Mapping[str, Mask], seen: dict[str, Tensor]) -> Tensor:
-        target, y, writes = self.target_model, x, {}
-        for i, layer in enumerate(target.layers):
-            read, write = f"layers.{i}.mlp_in", f"layers.{i}.mlp_out"
-            seen[read] = y
-            u = self._read(f"W{i}", layer.mlp_in.weight.mT, y, writes, i)
-            if read in masks:
-                part, (m, delta) = self.components[read], _opened(masks[read])
-                u = delta * u + ((m - delta) * self._read(f"V{i}", part.V, y, writes, i)) @ part.U
-            hidden = torch.relu(u)
-            seen[write] = hidden
-            if write in masks:
-                m, delta = _opened(masks[write])
-                writes[i] = (m - delta) * (hidden @ self.components[write].V)
-                hidden = delta * hidden
-            y = torch.cat([y, hidden], -1)
-        return self._read("W_U", target.W_E.mT, y, writes, len(target.layers))
-
-
-def _opened(mask: Mask) -> tuple[Tensor, Tensor]:
-    """(m, m_Δ) that broadcast against each other; a closed Δ is 0."""
-    m, delta = mask
-    return m, torch.zeros_like(m[..., :1]) if delta is None else delta[..., None]
-
-
 class ToyBatches:
     """Endless sparse features for all seeds at once; each draw is its own."""
 
@@ -239,76 +156,3 @@ def train_target(toy: Toy, stack: int, seed: int) -> nn.Module:
         best = (forward(x) - x).square().mean((1, 2)).argsort()[:keep].sort().values
         return TMS(W.detach()[best], b.detach()[best], toy.layers).requires_grad_(False).eval()
     return target.requires_grad_(False).eval()
-
-
-# ------------------------------------------------------------------------------------------------------- what it found
-
-
-def _reads(toy: Toy, model: ComponentModel) -> list[tuple[Tensor, Tensor, Tensor]]:
-    """(W, V, U) of each module that reads features, W and V's input axis taken to the feature basis."""
-    target, parts = model.target_model, model.components
-    paths = ["linear1"] if toy.kind == "tms" else [f"layers.{i}.mlp_in" for i in range(toy.layers)]
-    out = []
-    for path in paths:
-        W, V, U = weight_map(target.get_submodule(path)), parts[path].V.detach(), parts[path].U.detach()
-        out.append((W, V, U) if toy.kind == "tms" else (target.W_E @ W, target.W_E @ V, U))
-    return out
-
-
-def recovery(toy: Toy, model: ComponentModel) -> tuple[Float[Tensor, "stack"], Float[Tensor, "stack"]]:
-    """(MMCS, ML2R) of each seed, W_j what feature j feeds to one layer; means over layers."""
-    cosines, ratios = [], []
-    for W, V, U in _reads(toy, model):
-        dot = V * (W @ U.mT)  # ⟨U_c V_cj, W_j⟩: stack, feature, component
-        norm, length = V.abs() * U.norm(dim=-1)[:, None], W.norm(dim=-1, keepdim=True)
-        best, index = (dot / (norm * length).clamp_min(1e-12)).max(-1, keepdim=True)
-        cosines.append(best.mean((-1, -2)))
-        ratios.append((norm / length).gather(-1, index).mean((-1, -2)))
-    return torch.stack(cosines).mean(0), torch.stack(ratios).mean(0)
-
-
-def importance_matrix(toy: Toy, model: ComponentModel) -> dict[str, Float[Tensor, "stack feature component"]]:
-    """g_lo of every module for each feature alone, at 0.75."""
-    x = 0.75 * torch.eye(toy.features).expand(model.stack, -1, -1)
-    with torch.no_grad():
-        z = model.importance_logits(model.inputs_capture(x)[0])
-    return {path: model.lower(logit) for path, logit in z.items()}
-
-
-def permute_to_identity(g: Float[Tensor, "feature component"]) -> Float[Tensor, "feature component"]:
-    """Columns reordered so that the diagonal is as large as it can be (Hungarian); unmatched columns last, by mass."""
-    _, match = linear_sum_assignment(g.numpy(), maximize=True)
-    rest = [c for c in g.sum(0).argsort(descending=True).tolist() if c not in set(match)]
-    return g[:, list(match) + rest]
-
-
-def identity_error(g: Float[Tensor, "feature component"], tolerance: float) -> int:
-    """Entries off the diagonal above the tolerance, plus entries on it below 1 − tolerance, after permuting."""
-    g = permute_to_identity(g)
-    diagonal = g.diagonal()
-    off = (g > tolerance).sum() - (diagonal > tolerance).sum()
-    return int(off + (diagonal < 1 - tolerance).sum())
-
-
-def dense_error(g: Float[Tensor, "feature component"], k: int, tolerance: float) -> int:
-    """The k columns of most mass need an entry ≥ 1 − tolerance; any entry above the tolerance elsewhere is an error."""
-    g = g[:, g.sum(0).argsort(descending=True)]
-    return int((g[:, :k].amax(0) < 1 - tolerance).sum() + (g[:, k:] > tolerance).sum())
-
-
-def importance_errors(toy: Toy, g: dict[str, Float[Tensor, "stack feature component"]], tolerance: float) -> list[int]:
-    """Per seed, summed over modules: features read and written one by one; identities and ResidMLP outputs dense.
-
-    In a ResidMLP of several layers each input matrix has an identity of its own (features are spread over all layers)
-    and each output matrix is dense of its layer's width.
-    """
-    stack = next(iter(g.values())).shape[0]
-    if toy.kind == "tms":
-        ones, dense = ["linear1", "linear2"], [path for path in g if path.startswith("hidden")]
-    else:
-        ones, dense = ([path for path in g if path.endswith(end)] for end in ("mlp_in", "mlp_out"))
-    return [
-        sum(identity_error(g[p][s], tolerance) for p in ones)
-        + sum(dense_error(g[p][s], toy.width, tolerance) for p in dense)
-        for s in range(stack)
-    ]

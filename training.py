@@ -4,8 +4,8 @@
     step = project the gradient (SAE) → clip → Adam → renormalise (SAE)
 
 One forward of the target feeds all coders; each has its own optimiser, schedule, metrics and checkpoint. On a CPU they
-step side by side. Nothing in a step synchronises the device: metrics are read, dead latents listed and NaN looked for
-every `metrics_every` steps.
+step side by side. What differs between kinds of coders is asked of the coder. Nothing in a step synchronises the
+device: metrics are read, dead latents listed and NaN looked for every `metrics_every` steps.
 k falls from 4k to k over the first `anneal` of the steps (linear). The learning rate rises over `warmup`, stays, and
 falls linearly to zero over the last `decay`. The deployed threshold is set on tokens of the stream that come after the
 last training batch, so that neither training nor evaluation has seen them.
@@ -36,19 +36,18 @@ from checkpoints import (
     save_checkpoint,
     save_tensors,
 )
-from config import BatchTopK, TrainConfig, to_json
+from coder import Coder, codes_by_layer
+from config import TrainConfig, to_json
+from devices import keep_freed_memory
 from logs import Logger, git_commit
 from losses import auxk, fvu
-from memory import keep_freed_memory
-from sae import BaseAutoencoder
-from sparsity import ActivationStats, Coder, codes_by_layer
 from target_models import TargetModel
 from threads import in_threads
 
 ANNEAL_FROM = 4  # times k; the field starts at 10k, whose first steps cost more than all the others together
 
 
-def learning_rate(tokens: int, d_dict: int) -> float:
+def default_learning_rate(tokens: int, d_dict: int) -> float:
     """Default peak learning rate of Adam: 2e-4 / √(d_dict / 2¹⁴) · max(1, 10⁸ / tokens)^0.4.
 
     The first factor is the field's rule for runs of 10⁸ tokens and more (sparsify, dictionary_learning); the second
@@ -66,14 +65,14 @@ def schedule(step: int, steps: int, config: TrainConfig) -> float:
     return min(1.0, rise, fall)
 
 
-def annealed_k(k: int, step: int, steps: int, config: TrainConfig) -> int:
+def annealed_k(k: int, step: int, *, steps: int, config: TrainConfig) -> int:
     """ANNEAL_FROM · k at the first step, k from `anneal` of the steps on, linear between."""
     progress = min(1.0, step / max(1.0, config.anneal * steps))
     return round(k * (ANNEAL_FROM - (ANNEAL_FROM - 1) * progress))
 
 
 def recipe(config: TrainConfig, data: DataConfig) -> str:
-    """What decides how a coder is trained, beside its own configuration; metrics and checkpoints leave it as it is."""
+    """Training settings that change the result, as text; two coders with equal recipes are interchangeable."""
     c = config
     return (
         f"lr {c.lr:.6g}, warmup {c.warmup:g}, decay {c.decay:g}, anneal {ANNEAL_FROM}k over {c.anneal:g}, "
@@ -82,7 +81,7 @@ def recipe(config: TrainConfig, data: DataConfig) -> str:
 
 
 @dataclass
-class Student:
+class CoderRun:
     """A coder with all that its training owns."""
 
     name: str
@@ -91,32 +90,16 @@ class Student:
     variance: Float[Tensor, "*layer"]  # E‖y − ȳ‖² of its targets
     optimiser: torch.optim.Adam
     logger: Logger
-    seconds: float = 0.0  # its share of the clock's
-
-    def view(self, batch: ActivationBatch) -> tuple[Tensor, Tensor]:
-        """(x, y): (batch, d) for a coder of one layer, (layer, batch, d) for a cross-layer transcoder."""
-        if isinstance(self.coder, BaseAutoencoder):
-            return batch.targets[self.rows[0]], batch.targets[self.rows[0]]
-        if self.variance.ndim == 0:
-            return batch.inputs[self.rows[0]], batch.targets[self.rows[0]]
-        return batch.inputs[self.rows], batch.targets[self.rows]
+    seconds: float = 0.0  # wall-clock seconds attributed to this coder
 
 
-def student_stats(coder: Coder, stats: ActivationStats, rows: list[int]) -> ActivationStats:
-    """The rows of the store's statistics a coder needs; an SAE's input is the MLP's output."""
-    x_mean, x_scale, y_mean, y_scale, variance, n = stats
-    if isinstance(coder, BaseAutoencoder):
-        x_mean, x_scale = y_mean, y_scale
-    return ActivationStats(x_mean[rows], x_scale[rows], y_mean[rows], y_scale[rows], variance[rows], n)
-
-
-def training_step(student: Student, batch: ActivationBatch, config: TrainConfig, lr: float) -> Float[Tensor, "3"]:
+def training_step(run: CoderRun, batch: ActivationBatch, *, config: TrainConfig, lr: float) -> Float[Tensor, "3"]:
     """One step of one coder; returns (loss, FVU, L0 per layer), still on the device."""
-    coder, optimiser = student.coder, student.optimiser
-    x, y = student.view(batch)
-    codes, penalty = coder.encode_with_penalty(x)
+    coder, optimiser = run.coder, run.optimiser
+    x, y = coder.view(*batch, run.rows)
+    codes, penalty = coder.encode_with_penalty(x, y, run.variance)
     y_hat = coder.reconstruct(codes, x)
-    error = fvu(y, y_hat, student.variance).mean()
+    error = fvu(y, y_hat, run.variance).mean()
     loss = error + penalty
     if coder.n_dead:
         k_aux = coder.config.d_in // 2 * len(coder.encoders)
@@ -137,34 +120,34 @@ def training_step(student: Student, batch: ActivationBatch, config: TrainConfig,
     return torch.stack([loss.detach(), error.detach(), l0])
 
 
-def _side_by_side[B](function: Callable[[Student], B], students: Sequence[Student], device: torch.device) -> list[B]:
-    """[function(student) for student in students]; on a CPU at once, beginning with those that took longest so far."""
+def _side_by_side[B](function: Callable[[CoderRun], B], runs: Sequence[CoderRun], device: torch.device) -> list[B]:
+    """[function(run) for run in runs]; on a CPU at once, beginning with those that took longest so far."""
     if device.type != "cpu":  # one queue
-        return [function(student) for student in students]
-    order = sorted(range(len(students)), key=lambda i: -students[i].seconds)
-    results = dict(zip(order, in_threads(function, [students[i] for i in order])))
-    return [results[i] for i in range(len(students))]
+        return [function(run) for run in runs]
+    order = sorted(range(len(runs)), key=lambda i: -runs[i].seconds)
+    results = dict(zip(order, in_threads(function, [runs[i] for i in order])))
+    return [results[i] for i in range(len(runs))]
 
 
 def group_step(
-    students: Sequence[Student], batch: ActivationBatch, config: TrainConfig, lr: float
-) -> Float[Tensor, "student 3"]:
-    """`training_step` of every student, on a CPU side by side; the clock's time is divided among them."""
+    runs: Sequence[CoderRun], batch: ActivationBatch, *, config: TrainConfig, lr: float
+) -> Float[Tensor, "run 3"]:
+    """`training_step` of every run, on a CPU side by side; the clock's time is divided among them."""
 
-    def timed(student: Student) -> tuple[Tensor, float]:
+    def timed(run: CoderRun) -> tuple[Tensor, float]:
         begin = time.perf_counter()
-        return training_step(student, batch, config, lr), time.perf_counter() - begin
+        return training_step(run, batch, config=config, lr=lr), time.perf_counter() - begin
 
     began = time.perf_counter()
-    readings, spent = zip(*_side_by_side(timed, students, batch.inputs.device))
+    readings, spent = zip(*_side_by_side(timed, runs, batch.inputs.device))
     shared = (time.perf_counter() - began) / sum(spent)
-    for student, seconds in zip(students, spent):
-        student.seconds += seconds * shared
+    for run, seconds in zip(runs, spent):
+        run.seconds += seconds * shared
     return torch.stack(readings)
 
 
 def train_group(
-    coders: Sequence[Coder], target: TargetModel, data: DataConfig, config: TrainConfig, folder: Path
+    coders: Sequence[Coder], target: TargetModel, *, data: DataConfig, config: TrainConfig, folder: Path
 ) -> list[Checkpoint]:
     """Train all coders on one pass over one stream; checkpoints land in folder / name.
 
@@ -177,33 +160,37 @@ def train_group(
     assert len(set(names)) == len(names), f"two coders share a name: {names}"
     todo = [
         (name, coder) for name, coder in zip(names, coders)
-        if not is_trained(folder / name, coder.config, config.tokens, fingerprint, how)
+        if not is_trained(folder / name, coder.config, train_tokens=config.tokens, fingerprint=fingerprint, recipe=how)
     ]  # fmt: skip
     if len(todo) < len(coders):
         print(f"{len(coders) - len(todo)} of {len(coders)} coders are already trained in {folder}")
     if todo:
-        _train(todo, target, data, config, folder)
+        _train(todo, target, data=data, config=config, folder=folder)
     return [load_checkpoint(str(folder / name), str(target.device)) for name in names]
 
 
-def train_encoder(coder: Coder, target: TargetModel, data: DataConfig, config: TrainConfig, folder: Path) -> Checkpoint:
+def train_encoder(
+    coder: Coder, target: TargetModel, *, data: DataConfig, config: TrainConfig, folder: Path
+) -> Checkpoint:
     """A group of one."""
-    return train_group([coder], target, data, config, folder)[0]
+    return train_group([coder], target, data=data, config=config, folder=folder)[0]
 
 
 def _train(
-    todo: list[tuple[str, Coder]], target: TargetModel, data: DataConfig, config: TrainConfig, folder: Path
+    todo: list[tuple[str, Coder]], target: TargetModel, *, data: DataConfig, config: TrainConfig, folder: Path
 ) -> None:
     steps = -(-config.tokens // data.batch_tokens)  # at least the tokens asked for
     if config.tokens < data.batch_tokens:
         raise ValueError(f"{config.tokens} training tokens are less than a batch of {data.batch_tokens}: ask for more")
     keep_freed_memory()
     store = ActivationsStore(target, data)
-    students = [enrol(name, coder, store, config, folder) for name, coder in todo]
-    group = hashlib.sha256(" ".join(student.name for student in students).encode()).hexdigest()[:12]
+    runs = [start_run(name, coder, store=store, config=config, folder=folder) for name, coder in todo]
+    group = hashlib.sha256(" ".join(run.name for run in runs).encode()).hexdigest()[:12]
     state_file = folder / f"group_{group}.pt"
-    settings = [to_json(config), dataclasses.asdict(data), [s.name for s in students], store.fingerprint()]
-    start = _resume(students, store, settings, config.dead_after, state_file) if state_file.exists() else 0
+    settings = [to_json(config), dataclasses.asdict(data), [s.name for s in runs], store.fingerprint()]
+    start = 0
+    if state_file.exists():
+        start = _resume(runs, store, settings=settings, dead_after=config.dead_after, file=state_file)
     bar = tqdm(range(start, steps), initial=start, total=steps, unit="step", mininterval=1.0)
     began, last_good = time.perf_counter(), start
     for step in bar:
@@ -211,93 +198,89 @@ def _train(
         if batch is None:
             seen = f"{step * data.batch_tokens:,} of {config.tokens:,} training tokens"
             raise ValueError(f"dataset {target.data.path!r} ended after {seen}: ask for fewer")
-        for student in students:
-            if student.coder.k is not None:
-                student.coder.set_k(annealed_k(student.coder.k, step, steps, config))
-        readings = group_step(students, batch, config, config.lr * schedule(step, steps, config))
+        for run in runs:
+            if run.coder.k is not None:
+                run.coder.set_k(annealed_k(run.coder.k, step, steps=steps, config=config))
+        readings = group_step(runs, batch, config=config, lr=config.lr * schedule(step, steps, config))
         reads, saves = (step + 1) % config.metrics_every == 0, (step + 1) % config.checkpoint_every == 0
         if reads or saves or step + 1 == steps:
             speed = (step + 1 - start) * data.batch_tokens / (time.perf_counter() - began)
-            _read_metrics(students, readings, step, speed, last_good, bar, config)
+            _read_metrics(runs, readings, step=step, speed=speed, last_good=last_good, bar=bar, config=config)
         if saves:
-            _save_state(students, store, settings, step + 1, state_file)
+            _save_state(runs, store, settings=settings, step=step + 1, file=state_file)
             last_good = step + 1
-    overhead = (time.perf_counter() - began - sum(s.seconds for s in students)) / len(students)
+    overhead = (time.perf_counter() - began - sum(s.seconds for s in runs)) / len(runs)
     held_out = list(itertools.islice(store, max(1, config.calibration_tokens // data.batch_tokens)))
     if not held_out:
         raise ValueError(f"dataset {target.data.path!r} leaves no tokens to calibrate on: ask for fewer")
 
-    def calibrate(student: Student) -> None:
-        if isinstance(student.coder.config.rule, BatchTopK):
-            student.coder.calibrate([student.view(batch)[0] for batch in held_out])
+    def calibrate(run: CoderRun) -> None:
+        run.coder.calibrate([run.coder.view(*batch, run.rows)[0] for batch in held_out])
 
-    _side_by_side(calibrate, students, store.target.device)
-    for student in students:
-        seconds = student.seconds + max(overhead, 0.0)
+    _side_by_side(calibrate, runs, store.target.device)
+    for run in runs:
+        seconds = run.seconds + max(overhead, 0.0)
         record = TrainingRecord(
-            student.name, target.name, target.fingerprint, config.tokens, seconds, config.seed, git_commit(),
-            recipe(config, data),
+            name=run.name, target=target.name, target_fingerprint=target.fingerprint, train_tokens=config.tokens,
+            train_seconds=seconds, seed=config.seed, commit=git_commit(), recipe=recipe(config, data),
         )  # fmt: skip
-        save_checkpoint(folder / student.name, student.coder, record)
-        student.logger.close()
+        save_checkpoint(folder / run.name, run.coder, record)
+        run.logger.close()
     state_file.unlink(missing_ok=True)
 
 
-def enrol(name: str, coder: Coder, store: ActivationsStore, config: TrainConfig, folder: Path) -> Student:
-    site = getattr(coder.config, "site", "mlp_out")
+def start_run(name: str, coder: Coder, *, store: ActivationsStore, config: TrainConfig, folder: Path) -> CoderRun:
+    site = coder.config.site
     if site != store.target.site:
         raise ValueError(
             f"{name} is of {site}, the target is read at {store.target.site}: use at_site(target, {site!r})"
         )
     rows = [store.config.layers.index(layer) for layer in coder.config.layers]
-    stats = student_stats(coder, store.stats, rows)
+    stats = coder.stats_of(store.stats, rows)
     coder.to(store.target.device).train()
     coder.initialise(stats)
-    variance = stats.y_variance if hasattr(coder, "decode_layer") else stats.y_variance[0]
     optimiser = torch.optim.Adam(coder.parameters(), lr=config.lr, betas=config.betas, fused=True)
     logger = Logger(name, folder / name, {"coder": to_json(coder.config), "train": to_json(config)})
-    return Student(name, coder, rows, variance, optimiser, logger)
+    return CoderRun(name, coder, rows, coder.variance(stats), optimiser, logger)
 
 
 def _read_metrics(
-    students: list[Student], readings: Float[Tensor, "student 3"], step: int, speed: float, last_good: int,
+    runs: list[CoderRun], readings: Float[Tensor, "run 3"], *, step: int, speed: float, last_good: int,
     bar: "tqdm[int]", config: TrainConfig,
 ) -> None:  # fmt: skip
-    for student, (loss, error, l0) in zip(students, readings.tolist()):
+    for run, (loss, error, l0) in zip(runs, readings.tolist()):
         if not math.isfinite(loss):
-            raise RuntimeError(
-                f"loss of {student.name} is {loss} at step {step}; the last good state is step {last_good}"
-            )
-        student.coder.refresh_dead(config.dead_after)
-        dead = student.coder.n_dead / sum(encoder.d_dict for encoder in student.coder.encoders)
-        student.logger.log(step, {"loss": loss, "fvu": error, "l0": l0, "dead": dead, "tokens_per_second": speed})
+            raise RuntimeError(f"loss of {run.name} is {loss} at step {step}; the last good state is step {last_good}")
+        run.coder.refresh_dead(config.dead_after)
+        dead = run.coder.n_dead / sum(encoder.d_dict for encoder in run.coder.encoders)
+        run.logger.log(step, {"loss": loss, "fvu": error, "l0": l0, "dead": dead, "tokens_per_second": speed})
     loss, error, l0 = readings.mean(0).tolist()
     bar.set_postfix_str(f"{speed:,.0f} tokens/s, loss {loss:.3f}, FVU {error:.3f}, L0 {l0:.1f}, dead {dead:.1%}")
 
 
-def _save_state(students: list[Student], store: ActivationsStore, settings: object, step: int, file: Path) -> None:
+def _save_state(runs: list[CoderRun], store: ActivationsStore, *, settings: object, step: int, file: Path) -> None:
     state = {
         "settings": repr(settings),
         "step": step,
         "store": store.state_dict(),
-        "students": {
+        "runs": {
             s.name: {"coder": s.coder.state_dict(), "optimiser": s.optimiser.state_dict(), "seconds": s.seconds}
-            for s in students
+            for s in runs
         },
     }
     save_tensors(file, state)
 
 
-def _resume(students: list[Student], store: ActivationsStore, settings: object, dead_after: int, file: Path) -> int:
+def _resume(runs: list[CoderRun], store: ActivationsStore, *, settings: object, dead_after: int, file: Path) -> int:
     """Restore everything that decides the steps to come; returns the step to go on from."""
     state = load_tensors(file, str(store.target.device))
     if state["settings"] != repr(settings):
         raise ValueError(f"{file} is the state of a run with other settings: delete it or choose another folder")
     store.load_state_dict(state["store"])
-    for student in students:
-        own = state["students"][student.name]
-        student.coder.load_state_dict(own["coder"])
-        student.optimiser.load_state_dict(own["optimiser"])
-        student.seconds = own["seconds"]
-        student.coder.refresh_dead(dead_after)
+    for run in runs:
+        own = state["runs"][run.name]
+        run.coder.load_state_dict(own["coder"])
+        run.optimiser.load_state_dict(own["optimiser"])
+        run.seconds = own["seconds"]
+        run.coder.refresh_dead(dead_after)
     return state["step"]  # type: ignore[no-any-return]

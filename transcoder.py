@@ -6,24 +6,29 @@ Decoder norms are free. Initialisation (methods: sparsify, arXiv 2501.18823): b_
 W_dec and W_skip zero, so that training starts at the mean ablation and nothing has to be unlearnt.
 """
 
+from typing import ClassVar
+
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from config import BatchTopK, EncoderConfig, JumpReLU, Relu, TopK
-from sparse_ops import Codes, decode
-from sparsity import ActivationStats, Coder, SparseEncoder, latent_bias, unscaled
+from coder import ActivationStats, LayerCoder
+from config import BatchTopK, EncoderConfig, Gated, JumpReLU, Relu, Rule, TopK
+from sparse_ops import Codes
+from sparsity import new_encoder
 
 
-class BaseTranscoder(Coder):
-    """x: Float["batch d_in"] ↦ y_hat: Float["batch d_out"], raw units."""
+class BaseTranscoder(LayerCoder):
+    """x: Float["batch d_in"] ↦ y_hat: Float["batch d_out"], raw units; a subclass bears the name of its rule."""
 
     config: EncoderConfig
+    rule_type: ClassVar[type[Rule]]
 
     def __init__(self, config: EncoderConfig, generator: torch.Generator) -> None:
         super().__init__()
+        assert isinstance(config.rule, self.rule_type), f"{type(self).__name__} is no coder of {config.rule}"
         self.config = config
-        self.encoder = SparseEncoder(config.d_in, config.d_dict, config.rule, generator)
+        self.encoder = new_encoder(config.d_in, config.d_dict, rule=config.rule, generator=generator)
         self.W_dec = nn.Parameter(torch.zeros(config.d_dict, config.d_out))
         self.b_dec = nn.Parameter(torch.zeros(config.d_out))
         if config.skip:
@@ -32,25 +37,18 @@ class BaseTranscoder(Coder):
         self.register_buffer("y_scale", torch.ones(1))
 
     @property
-    def encoders(self) -> tuple[SparseEncoder, ...]:  # type: ignore[override]
-        return (self.encoder,)
+    def skip(self) -> nn.Parameter | None:
+        return self.W_skip if self.config.skip else None
+
+    def encoder_input(self, x: Float[Tensor, "batch d_in"]) -> Float[Tensor, "batch d_in"]:
+        return x * self.x_scale
 
     @torch.no_grad()
     def initialise(self, stats: ActivationStats) -> None:
         self.x_scale.copy_(stats.x_scale)
         self.y_scale.copy_(stats.y_scale)
         self.b_dec.copy_(stats.y_mean[0] * self.y_scale)
-        self.encoder.b_enc.copy_(latent_bias(self.encoder.W_enc, stats.x_mean[0] * self.x_scale))
-
-    def encode(self, x: Float[Tensor, "batch d_in"]) -> Codes:
-        return self.encoder.encode(x * self.x_scale)
-
-    def encode_with_penalty(self, x: Float[Tensor, "batch d_in"]) -> tuple[Codes, Float[Tensor, ""]]:
-        return self.encoder.encode_with_penalty(x * self.x_scale, self.W_dec)
-
-    def decode(self, codes: Codes) -> Float[Tensor, "batch d_out"]:
-        """The codes' part and the bias; a skip's part is `skip_output`."""
-        return unscaled(decode(codes, self.W_dec), self.b_dec, self.y_scale)
+        self.encoder.centre(stats.x_mean[0] * self.x_scale)
 
     def skip_output(self, x: Float[Tensor, "batch d_in"]) -> Float[Tensor, "batch d_out"]:
         return (x * self.x_scale) @ self.W_skip.T / self.y_scale
@@ -58,37 +56,40 @@ class BaseTranscoder(Coder):
     def reconstruct(self, codes: Codes, x: Float[Tensor, "batch d_in"]) -> Float[Tensor, "batch d_out"]:
         return self.decode(codes) + self.skip_output(x) if self.config.skip else self.decode(codes)
 
-    def aux_reconstruction(self, x: Float[Tensor, "batch d_in"]) -> Float[Tensor, "batch d_out"]:
-        """What the dead latents would write, without b_dec: AuxK's ê in raw units."""
-        dead = self.encoder.dead
-        return self.encoder.aux_activations(x * self.x_scale) @ self.W_dec[dead] / self.y_scale
-
-    def calibrate(self, batches: list[Float[Tensor, "batch d_in"]]) -> None:
-        """Set the deployed threshold on held-out MLP inputs (raw units)."""
-        self.encoder.calibrate(x * self.x_scale for x in batches)
-
 
 class VanillaTranscoder(BaseTranscoder):
     """Relu with an L1 penalty."""
+
+    rule_type = Relu
 
 
 class TopKTranscoder(BaseTranscoder):
     """The k largest of each token."""
 
+    rule_type = TopK
+
 
 class BatchTopKTranscoder(BaseTranscoder):
     """The k·B largest of a batch; a threshold when deployed."""
+
+    rule_type = BatchTopK
 
 
 class JumpReLUTranscoder(BaseTranscoder):
     """A learnt threshold per latent."""
 
+    rule_type = JumpReLU
 
-TRANSCODERS: dict[type, type[BaseTranscoder]] = {
-    Relu: VanillaTranscoder,
-    TopK: TopKTranscoder,
-    BatchTopK: BatchTopKTranscoder,
-    JumpReLU: JumpReLUTranscoder,
+
+class GatedTranscoder(BaseTranscoder):
+    """A gate says which latents are active, a magnitude how much."""
+
+    rule_type = Gated
+
+
+TRANSCODERS: dict[type[Rule], type[BaseTranscoder]] = {
+    cls.rule_type: cls
+    for cls in (VanillaTranscoder, TopKTranscoder, BatchTopKTranscoder, JumpReLUTranscoder, GatedTranscoder)
 }
 
 

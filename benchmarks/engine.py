@@ -28,11 +28,12 @@ from torch import Tensor
 
 from activation_store import ActivationBatch
 from clt import CrossLayerTranscoder
+from coder import ActivationStats
 from config import BatchTopK, CLTConfig, EncoderConfig, TopK, TrainConfig
+from devices import keep_freed_memory
 from logs import atomic_path
-from memory import keep_freed_memory
-from sparse_ops import dense_encode_batch_topk, dense_encode_topk
-from training import Student, group_step
+from sparse_encode import dense_encode_batch_topk, dense_encode_topk
+from training import CoderRun, group_step
 from transcoder import build_transcoder
 
 os.environ["SPARSIFY_DISABLE_TRITON"] = "1"  # as sparsify asks for on a processor without CUDA
@@ -101,23 +102,28 @@ def adam(parameters: list[Tensor], loss: Callable[[], Tensor]) -> Step:
     return step
 
 
-def student_of(coder) -> Student:  # type: ignore[no-untyped-def]
+def run_of(coder) -> CoderRun:  # type: ignore[no-untyped-def]
     """A coder with targets of variance d."""
     coder.train()
     optimiser = torch.optim.Adam(coder.parameters(), lr=1e-4, fused=True)
-    layers, d = list(coder.config.layers), float(coder.config.d_in)
-    variance = torch.full((len(layers),), d) if hasattr(coder, "decode_layer") else torch.tensor(d)
-    return Student("", coder, layers, variance, optimiser, None)  # type: ignore[arg-type]
+    rows, d = list(coder.config.layers), coder.config.d_in
+    n = len(rows)
+    means, ones = torch.zeros(n, d), torch.ones(n)
+    variance = coder.variance(ActivationStats(means, ones, means, ones, d * ones, n_tokens=1))
+    return CoderRun("", coder, rows, variance, optimiser, None)  # type: ignore[arg-type]
 
 
-def our_step(students: Sequence[Student], x: Tensor, y: Tensor) -> Step:
-    """One step of all students, side by side; x, y: (layer, batch, d)."""
-    batch, config = ActivationBatch(x, y), TrainConfig(1, lr=1e-4)
-    return lambda: group_step(students, batch, config, 1e-4)
+def our_step(runs: Sequence[CoderRun], x: Tensor, y: Tensor) -> Step:
+    """One step of all runs, side by side; x, y: (layer, batch, d)."""
+    batch, config = ActivationBatch(x, y), TrainConfig(tokens=1, lr=1e-4)
+    return lambda: group_step(runs, batch, config=config, lr=1e-4)
 
 
 def coder_of(size: Size, rule: TopK | BatchTopK, layer: int = 0):  # type: ignore[no-untyped-def]
-    coder = build_transcoder(EncoderConfig(layer, size.d, size.d, size.d_dict, rule), torch.Generator().manual_seed(0))
+    coder = build_transcoder(
+        EncoderConfig(layer=layer, d_in=size.d, d_out=size.d, d_dict=size.d_dict, rule=rule),
+        torch.Generator().manual_seed(0),
+    )
     torch.nn.init.normal_(coder.W_dec, std=0.01)
     return coder
 
@@ -168,8 +174,8 @@ def peers(s: Settings) -> list[Row]:
                  ("", "encoder product, bf16"): lambda x=x_low, W=W_low: x @ W.T}  # fmt: skip
         for rule in (TopK(size.k), BatchTopK(size.k)):
             name = type(rule).__name__
-            steps[name, "ours"] = our_step([student_of(coder_of(size, rule))], x[None], y[None])
-            steps[name, SIDE_BY_SIDE] = our_step([student_of(coder_of(size, rule)) for _ in range(4)], x[None], y[None])
+            steps[name, "ours"] = our_step([run_of(coder_of(size, rule))], x[None], y[None])
+            steps[name, SIDE_BY_SIDE] = our_step([run_of(coder_of(size, rule)) for _ in range(4)], x[None], y[None])
             steps[name, "dense twin"] = dense_step(size, rule, x, y)
         steps |= peer_steps(size, x, y)
         names = {f"{rule}|{what}": step for (rule, what), step in steps.items()}
@@ -185,7 +191,8 @@ def peers(s: Settings) -> list[Row]:
 
 def clt_coder(n: int, size: Size) -> CrossLayerTranscoder:
     coder = CrossLayerTranscoder(
-        CLTConfig(tuple(range(n)), size.d, size.d, size.d_dict, BatchTopK(size.k)), torch.Generator().manual_seed(0)
+        CLTConfig(layers=tuple(range(n)), d_in=size.d, d_out=size.d, d_dict=size.d_dict, rule=BatchTopK(size.k)),
+        torch.Generator().manual_seed(0),
     )
     for W in coder.W_dec:
         torch.nn.init.normal_(W, std=0.01)
@@ -210,7 +217,7 @@ def clt(s: Settings) -> list[Row]:
     x, y = torch.randn(2, n, size.batch, size.d, generator=torch.Generator().manual_seed(1))
     ours = clt_coder(n, size)
     product = {"product": lambda: x[0] @ ours.encoders[0].W_enc.detach().T}
-    steps = {"ours": our_step([student_of(ours)], x, y), "dense twin": dense_clt_step(size, x, y)}
+    steps = {"ours": our_step([run_of(ours)], x, y), "dense twin": dense_clt_step(size, x, y)}
     seconds = medians(product | steps, s.repeats)
     return [
         Row("clt, 4 layers", *size, "BatchTopK", name, f"{seconds['product'] / seconds[name]:.3f}",
@@ -247,7 +254,8 @@ def clt_growth(s: Settings) -> list[Row]:
 
 def tiny_harvest(batch: int) -> Callable[[], tuple[Tensor, Tensor]]:
     """One forward of the embedded model on a batch of random tokens: MLP inputs and outputs, (layer, batch, d)."""
-    from target_models import capture, load_target
+    from patching import capture
+    from target_models import load_target
 
     target = load_target("tiny", "cpu")
     tokens = torch.randint(target.vocab_size, (batch // 128, 128), generator=torch.Generator().manual_seed(0))
@@ -263,22 +271,22 @@ def main_job(s: Settings) -> list[Row]:
     """One step of each coder that main.py trains, and the harvest they share: with the engine and with dense twins."""
     harvest = tiny_harvest(2048)
     x, y = harvest()
-    students, twins = [], []
+    runs, twins = [], []
     for i, k in [(i, k) for i in range(len(x)) for k in (8, 32)]:
         size = Size(x.shape[-1], 1536, k, 2048)
-        students.append(student_of(coder_of(size, BatchTopK(k), i)))
+        runs.append(run_of(coder_of(size, BatchTopK(k), i)))
         twins.append(dense_step(size, BatchTopK(k), x[i], y[i]))
     size = size._replace(k=16)
-    students.append(student_of(clt_coder(len(x), size)))
+    runs.append(run_of(clt_coder(len(x), size)))
     twins.append(dense_clt_step(size, x, y))
-    ours = {"side by side": [our_step(students, x, y)], "one by one": [our_step([s], x, y) for s in students]}
+    ours = {"side by side": [our_step(runs, x, y)], "one by one": [our_step([s], x, y) for s in runs]}
 
     def together(steps: list[Step]) -> Step:
         return lambda: (harvest(), [step() for step in steps])
 
     seconds = medians({name: together(steps) for name, steps in (ours | {"dense twins": twins}).items()}, s.repeats + 2)
     return [
-        Row("main.py", *size._replace(k=0), "BatchTopK", f"one step of its {len(students)} coders, {name}", "",
+        Row("main.py", *size._replace(k=0), "BatchTopK", f"one step of its {len(runs)} coders, {name}", "",
             f"{own / seconds['side by side']:.2f}") for name, own in seconds.items()
     ]  # fmt: skip
 
@@ -288,9 +296,9 @@ def group(s: Settings) -> list[Row]:
     harvest = tiny_harvest(2048)
     x, y = harvest()
     size = Size(x.shape[-1], 1536, 0, 2048)
-    students = [student_of(coder_of(size, BatchTopK(k), i)) for i in range(len(x)) for k in (4, 8, 16, 32)]
-    alone = {str(i): our_step([student], x, y) for i, student in enumerate(students)}
-    all_of_them = our_step(students, x, y)
+    runs = [run_of(coder_of(size, BatchTopK(k), i)) for i in range(len(x)) for k in (4, 8, 16, 32)]
+    alone = {str(i): our_step([run], x, y) for i, run in enumerate(runs)}
+    all_of_them = our_step(runs, x, y)
     seconds = medians(alone | {"forward": harvest, "together": lambda: (harvest(), all_of_them())}, s.repeats + 2)
     apart, n = sum(seconds[name] for name in alone), len(alone)
     one = seconds["together"] / (apart + seconds["forward"])
@@ -309,7 +317,7 @@ def peak_memory(of: str) -> int:
     rule, what = of.split("|")
     kind = {"TopK": TopK, "BatchTopK": BatchTopK}[rule](size.k)
     ours = what == "ours"
-    step = our_step([student_of(coder_of(size, kind))], x[None], y[None]) if ours else dense_step(size, kind, x, y)
+    step = our_step([run_of(coder_of(size, kind))], x[None], y[None]) if ours else dense_step(size, kind, x, y)
     step()
     Path("/proc/self/clear_refs").write_text("5")  # forget the peak so far
     before = status("VmRSS")

@@ -22,9 +22,10 @@ from torch import Tensor
 from activation_store import ActivationsStore, DataConfig
 from config import BatchTopK, EncoderConfig, TrainConfig
 from logs import atomic_path
-from sparse_ops import Codes, dense_decode, dense_encode_batch_topk, from_dense, to_dense
+from sparse_encode import dense_encode_batch_topk
+from sparse_ops import Codes, dense_decode, from_dense, to_dense
 from target_models import load_target
-from training import annealed_k, enrol, learning_rate, schedule, training_step
+from training import annealed_k, default_learning_rate, schedule, start_run, training_step
 from transcoder import BatchTopKTranscoder
 
 matplotlib.use("Agg")
@@ -50,7 +51,7 @@ class DenseTranscoder(BatchTopKTranscoder):
         a = dense_encode_batch_topk(x * self.x_scale, e.W_enc, e.b_enc, e.k_now)
         return from_dense(a, a.detach() > 0)
 
-    def encode_with_penalty(self, x: Tensor) -> tuple[Codes, Tensor]:
+    def encode_with_penalty(self, x: Tensor, y: Tensor, variance: Tensor) -> tuple[Codes, Tensor]:
         return self.encode(x), x.new_zeros(())
 
     def decode(self, codes: Codes) -> Tensor:
@@ -69,22 +70,24 @@ def missed_by_bf16(coder: BatchTopKTranscoder, x: Tensor) -> float:
 
 def main(s: Settings) -> None:
     target = load_target("tiny", "cpu")
-    store = ActivationsStore(target, DataConfig((s.layer,), s.batch, seed=s.seed))
+    store = ActivationsStore(target, DataConfig(layers=(s.layer,), batch_tokens=s.batch, seed=s.seed))
     tokens = s.steps * s.batch
-    config = TrainConfig(tokens, lr=learning_rate(tokens, s.d_dict), seed=s.seed)
-    students = []
+    config = TrainConfig(tokens=tokens, lr=default_learning_rate(tokens, s.d_dict), seed=s.seed)
+    runs = []
     for cls in (BatchTopKTranscoder, DenseTranscoder):
-        shape = EncoderConfig(s.layer, target.d_model, target.d_model, s.d_dict, BatchTopK(s.k))
+        shape = EncoderConfig(
+            layer=s.layer, d_in=target.d_model, d_out=target.d_model, d_dict=s.d_dict, rule=BatchTopK(s.k)
+        )
         coder = cls(shape, torch.Generator().manual_seed(s.seed))
-        students.append(enrol("", coder, store, config, Path(tempfile.mkdtemp())))
+        runs.append(start_run("", coder, store=store, config=config, folder=Path(tempfile.mkdtemp())))
     rows: list[tuple[object, ...]] = []
     for step in range(s.steps):
         batch, lr, fvus = next(store), config.lr * schedule(step, s.steps, config), []
-        for student in students:
-            student.coder.set_k(annealed_k(s.k, step, s.steps, config))
-            fvus.append(training_step(student, batch, config, lr)[1].item())
+        for run in runs:
+            run.coder.set_k(annealed_k(s.k, step, steps=s.steps, config=config))
+            fvus.append(training_step(run, batch, config=config, lr=lr)[1].item())
         last = step % 50 == 0 or step + 1 == s.steps
-        missed = f"{missed_by_bf16(students[0].coder, students[0].view(batch)[0]):.5f}" if last else ""
+        missed = f"{missed_by_bf16(runs[0].coder, runs[0].coder.view(*batch, runs[0].rows)[0]):.5f}" if last else ""
         rows.append((step, f"{fvus[0]:.6f}", f"{fvus[1]:.6f}", missed))
         if last:
             print(*rows[-1], flush=True)

@@ -56,9 +56,9 @@ from llama_simple_mlp import LlamaSimpleMLP, LlamaSimpleMLPConfig, initialise
 from logs import atomic_path, errors_in_one_line, git_commit
 from sparse_ops import Layout
 from spd_training import SPDTrainer, train_spd
-from target_models import ASSETS, Parts, TargetModel, load_target, load_tokenizer, make_target
+from target_models import ASSETS, Loaded, TargetModel, load_target, load_tokenizer, make_target
 from token_stream import DatasetSpec, TokenStream
-from training import learning_rate, train_group
+from training import default_learning_rate, train_group
 
 HERE = Path(__file__).parent
 ROW = 2**12  # tokens that are written at a time
@@ -139,7 +139,10 @@ def engine(bench: Bench) -> None:
         ours = {}
         given = batches(size, 1, bench.device)
         for rule in (TopK(size.k), BatchTopK(size.k)):
-            config, name = EncoderConfig(0, size.d, size.d, size.d_dict, rule), type(rule).__name__
+            config, name = (
+                EncoderConfig(layer=0, d_in=size.d, d_out=size.d, d_dict=size.d_dict, rule=rule),
+                type(rule).__name__,
+            )
             with bench.guarded(f"{name}: ours", size):
                 ours[name] = bench.milliseconds(our_step(config, given, bench.device))
                 bench.row(f"{name}: ours", size, ours[name], (step_work(size), "bf16"), ours[name])
@@ -236,7 +239,7 @@ def random_target(bench: Bench, d: int) -> TargetModel:
     heads = max(2, d // 64)
     model = LlamaSimpleMLP(LlamaSimpleMLPConfig(tiny.context, tiny.vocab_size, 4, heads, d, 4 * d, heads))
     initialise(model, torch.Generator().manual_seed(0))
-    return make_target("random", Parts(model, tiny.tokenizer, tiny.context, tiny.data), bench.device)
+    return make_target("random", Loaded(model, tiny.tokenizer, tiny.context, tiny.data), bench.device)
 
 
 def training(bench: Bench) -> None:
@@ -246,16 +249,23 @@ def training(bench: Bench) -> None:
         what = "nine coders on tiny" if size.d == 192 else f"nine coders on a random target of d {size.d}"
         with bench.guarded(what, size):
             target = target_of(bench) if size.d == 192 else random_target(bench, size.d)
-            coders = [EncoderConfig(i, size.d, size.d, size.d_dict, BatchTopK(k)) for i in range(4) for k in (8, 32)]
+            coders = [
+                EncoderConfig(layer=i, d_in=size.d, d_out=size.d, d_dict=size.d_dict, rule=BatchTopK(k))
+                for i in range(4) for k in (8, 32)
+            ]  # fmt: skip
             configs = [*coders, clt_config(size._replace(k=16), 4)]
             tokens = size.batch * (4 if bench.mini else 100)
-            data = DataConfig((0, 1, 2, 3), size.batch, *((256, 4) if bench.mini else ()))
+            data = DataConfig(layers=(0, 1, 2, 3), batch_tokens=size.batch)
+            data = replace(data, buffer_tokens=256, model_batch=4) if bench.mini else data
             train = TrainConfig(
-                tokens, learning_rate(tokens, size.d_dict), dead_after=tokens // 5, calibration_tokens=size.batch
+                tokens=tokens,
+                lr=default_learning_rate(tokens, size.d_dict),
+                dead_after=tokens // 5,
+                calibration_tokens=size.batch,
             )
             folder = bench.scratch / str(size)
             built = [build_coder(config, torch.Generator().manual_seed(0)) for config in configs]
-            trained = train_group(built, target, data, train, folder)
+            trained = train_group(built, target, data=data, config=train, folder=folder)
             last = metrics(Path(trained[0].path))[-1]
             speed = last["tokens_per_second"]
             bench.row(what, size, 1e3 * size.batch / speed, note=f"{note}{speed:.0f} tokens/s, FVU {last['fvu']:.3f}")
@@ -265,7 +275,7 @@ def training(bench: Bench) -> None:
 def profile(bench: Bench) -> None:
     size = Size(16, 64, 4, 32) if bench.mini else Size(768, 32_768, 32, 8192)
     small = size if bench.mini else Size(768, 4096, 16, 4096)
-    wide = EncoderConfig(0, size.d, size.d, size.d_dict, TopK(size.k))
+    wide = EncoderConfig(layer=0, d_in=size.d, d_out=size.d, d_dict=size.d_dict, rule=TopK(size.k))
     cases: dict[str, tuple[CoderConfig, Size]] = {
         "TopK": (wide, size), "BatchTopK": (replace(wide, rule=BatchTopK(size.k)), size),
         "CLT, 4 layers": (clt_config(small, 4), small),
@@ -320,8 +330,10 @@ def spd(bench: Bench) -> None:
         return bench.row("tiny", note=f"skipped: no token folder {bench.args.tokens}: call with --prepare first")
     last = str(bench.output if (bench.output / "config.json").exists() else ASSETS / "spd_tiny")
     (model, record), (copy, _) = load_spd(last, target), load_spd(last, target)
+    random_masks = Recon(coefficient=0.5, source="stochastic", routing="subset")
+    the_rulers = Recon(coefficient=0.5, source="deployed", routing="all")
     train = SPDTrainConfig(
-        10_000, 1e-3, (Recon(0.5, "stochastic", "subset"), Recon(0.5, "deployed", "all")), 5e-4, "kl", p=(0.4, 0.4),
+        steps=10_000, lr=1e-3, recon=(random_masks, the_rulers), minimality=5e-4, distance="kl", p=(0.4, 0.4),
         split=True, faithfulness=1e4, final=0.1, warmup=0.05, faithful_steps=0, clip=1.0, metrics_every=20,
         checkpoint_every=10**9, seed=record.train_tokens,
     )  # fmt: skip

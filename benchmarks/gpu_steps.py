@@ -10,32 +10,29 @@ from torch import Tensor
 
 from activation_store import ActivationBatch
 from checkpoints import build_coder
+from coder import ActivationStats
 from config import BatchTopK, CLTConfig, CoderConfig, EncoderConfig, JumpReLU, Relu, Rule, SAEConfig, TopK, TrainConfig
 from losses import fvu
 from sae import BaseAutoencoder
-from sparse_ops import dense_encode_batch_topk, dense_encode_topk
-from sparsity import Coder, SparseEncoder, jumprelu
-from training import Student, group_step
+from sparse_encode import dense_encode_batch_topk, dense_encode_topk
+from sparsity import SparseEncoder, jumprelu
+from training import CoderRun, group_step
 
 
-def student_of(config: CoderConfig, device: str) -> Student:
+def run_of(config: CoderConfig, device: str) -> CoderRun:
     """A coder with decoders and scales that are neither zero nor one."""
     coder = build_coder(config, torch.Generator().manual_seed(0)).to(device).train()
     generator = torch.Generator(device).manual_seed(1)
     with torch.no_grad():
-        for W in decoders(coder):
+        for W in coder.decoders:
             W.normal_(std=0.01, generator=generator)
         coder.constrain_weights()
         coder.x_scale.fill_(0.7)
         coder.y_scale.fill_(1.3 if coder.y_scale is not coder.x_scale else 0.7)
-    variance = torch.full((len(config.layers),), float(config.d_in), device=device)
-    variance = variance if isinstance(config, CLTConfig) else variance[0]
+    rows, variance = list(range(len(config.layers))), float(config.d_in)
+    stats = ActivationStats(*[torch.full((len(rows),), variance, device=device)] * 5, n_tokens=1)
     optimiser = torch.optim.Adam(coder.parameters(), lr=1e-4, fused=True)
-    return Student("", coder, list(range(len(config.layers))), variance, optimiser, None)  # type: ignore[arg-type]
-
-
-def decoders(coder: Coder) -> list[Tensor]:
-    return list(coder.W_dec) if isinstance(coder.config, CLTConfig) else [coder.W_dec]
+    return CoderRun("", coder, rows, coder.variance(stats), optimiser, None)  # type: ignore[arg-type]
 
 
 def batches(size: Size, layers: int, device: str) -> Iterator[ActivationBatch]:
@@ -45,10 +42,10 @@ def batches(size: Size, layers: int, device: str) -> Iterator[ActivationBatch]:
     return itertools.cycle([ActivationBatch(*pair) for pair in made])
 
 
-def our_loss(student: Student, batch: ActivationBatch) -> Tensor:
-    x, y = student.view(batch)
-    codes, penalty = student.coder.encode_with_penalty(x)
-    return fvu(y, student.coder.reconstruct(codes, x), student.variance).mean() + penalty
+def our_loss(run: CoderRun, batch: ActivationBatch) -> Tensor:
+    x, y = run.coder.view(*batch, run.rows)
+    codes, penalty = run.coder.encode_with_penalty(x, y, run.variance)
+    return fvu(y, run.coder.reconstruct(codes, x), run.variance).mean() + penalty
 
 
 def dense_codes(encoder: SparseEncoder, z: Tensor, W_dec: Tensor) -> tuple[Tensor, Tensor]:
@@ -69,11 +66,11 @@ def dense_codes(encoder: SparseEncoder, z: Tensor, W_dec: Tensor) -> tuple[Tenso
     raise AssertionError(f"{encoder.rule} has no dense twin here")
 
 
-def dense_loss(student: Student, batch: ActivationBatch) -> Tensor:
-    coder, (x, y) = student.coder, student.view(batch)
+def dense_loss(run: CoderRun, batch: ActivationBatch) -> Tensor:
+    coder, (x, y) = run.coder, run.coder.view(*batch, run.rows)
     across, shift = isinstance(coder.config, CLTConfig), coder.b_dec if isinstance(coder, BaseAutoencoder) else 0.0
     wide, penalties = [], []
-    for x_i, scale, encoder, W_dec in zip(x if across else x[None], coder.x_scale, coder.encoders, decoders(coder)):
+    for x_i, scale, encoder, W_dec in zip(x if across else x[None], coder.x_scale, coder.encoders, coder.decoders):
         a, penalty = dense_codes(encoder, x_i * scale - shift, W_dec)
         wide.append(a @ W_dec)
         penalties.append(penalty)
@@ -81,14 +78,14 @@ def dense_loss(student: Student, batch: ActivationBatch) -> Tensor:
         y_hat = (coder._gather(wide) + coder.b_dec[:, None]) / coder.y_scale[:, None, None]
     else:
         y_hat = (wide[0] + coder.b_dec) / coder.y_scale
-    if hasattr(coder, "W_skip"):
+    if coder.skip is not None:
         y_hat = y_hat + coder.skip_output(x)
-    return fvu(y, y_hat, student.variance).mean() + torch.stack(penalties).mean()
+    return fvu(y, y_hat, run.variance).mean() + torch.stack(penalties).mean()
 
 
 def our_step(config: CoderConfig, given: Iterator[ActivationBatch], device: str) -> Step:
-    student, train = student_of(config, device), TrainConfig(1, lr=1e-4)
-    return lambda: group_step([student], next(given), train, 1e-4)
+    run, train = run_of(config, device), TrainConfig(tokens=1, lr=1e-4)
+    return lambda: group_step([run], next(given), config=train, lr=1e-4)
 
 
 def adam_step(parameters: Sequence[Tensor], loss: Callable[[], Tensor]) -> Step:
@@ -104,30 +101,30 @@ def adam_step(parameters: Sequence[Tensor], loss: Callable[[], Tensor]) -> Step:
 
 
 def dense_step(config: CoderConfig, given: Iterator[ActivationBatch], device: str) -> Step:
-    student = student_of(config, device)
-    return adam_step(list(student.coder.parameters()), lambda: dense_loss(student, next(given)))
+    run = run_of(config, device)
+    return adam_step(list(run.coder.parameters()), lambda: dense_loss(run, next(given)))
 
 
 def largest_error(config: CoderConfig, batch: ActivationBatch, device: str) -> float:
     """Of the loss and of every gradient: ‖ours − dense‖ / ‖dense‖, the largest."""
     found = []
     for loss_of in (our_loss, dense_loss):
-        student = student_of(config, device)
-        loss = loss_of(student, batch)
+        run = run_of(config, device)
+        loss = loss_of(run, batch)
         loss.backward()
-        found.append([loss.detach(), *(p.grad for p in student.coder.parameters())])
+        found.append([loss.detach(), *(p.grad for p in run.coder.parameters())])
     return max(((a - b).norm() / b.norm().clamp_min(1e-20)).item() for a, b in zip(*found))
 
 
 def coder_configs(size: Size, rule: Rule) -> dict[str, CoderConfig]:
     d, d_dict = size.d, size.d_dict
     return {
-        "SAE": SAEConfig(0, "mlp_out", d, d_dict, rule),
-        "transcoder": EncoderConfig(0, d, d, d_dict, rule),
-        "transcoder, skip": EncoderConfig(0, d, d, d_dict, rule, skip=True),
-        "CLT, 2 layers": CLTConfig((0, 1), d, d, d_dict, rule),
+        "SAE": SAEConfig(layer=0, site="mlp_out", d_in=d, d_dict=d_dict, rule=rule),
+        "transcoder": EncoderConfig(layer=0, d_in=d, d_out=d, d_dict=d_dict, rule=rule),
+        "transcoder, skip": EncoderConfig(layer=0, d_in=d, d_out=d, d_dict=d_dict, rule=rule, skip=True),
+        "CLT, 2 layers": CLTConfig(layers=(0, 1), d_in=d, d_out=d, d_dict=d_dict, rule=rule),
     }
 
 
 def clt_config(size: Size, layers: int) -> CLTConfig:
-    return CLTConfig(tuple(range(layers)), size.d, size.d, size.d_dict, BatchTopK(size.k))
+    return CLTConfig(layers=tuple(range(layers)), d_in=size.d, d_out=size.d, d_dict=size.d_dict, rule=BatchTopK(size.k))

@@ -1,4 +1,4 @@
-"""Which peak learning rate, and which initial decoder, suit a run of a given length? Behind `training.learning_rate`.
+"""Which peak learning rate, and which initial decoder, suit a run of a given length? Behind `training.default_learning_rate`.
 
 All coders of a run see the same batches; they differ in learning rate and initial decoder. Appends held-out FVU of the
 deployed face, mean over layers, to results/learning_rate.csv.
@@ -20,11 +20,11 @@ from tqdm import tqdm
 
 from activation_store import ActivationsStore, DataConfig
 from clt import CrossLayerTranscoder
+from coder import Coder
 from config import BatchTopK, CLTConfig, EncoderConfig, TrainConfig
 from losses import fvu
-from sparsity import Coder
 from target_models import TargetModel, load_target
-from training import Student, annealed_k, enrol, schedule, training_step
+from training import CoderRun, annealed_k, schedule, start_run, training_step
 from transcoder import BaseTranscoder, build_transcoder
 
 Initial = Literal["zero", "tied", "response"]  # decoder rows: 0; the encoder's; what the MLP answers to the encoder's
@@ -78,44 +78,54 @@ def new_coders(s: Settings, target: TargetModel, kind: str) -> list[Coder]:
     layers, d = tuple(range(target.n_layers)), target.d_model
     generator = torch.Generator().manual_seed(s.seed)
     if kind == "clt":
-        return [CrossLayerTranscoder(CLTConfig(layers, d, d, s.d_dict, BatchTopK(s.k)), generator)]
-    return [build_transcoder(EncoderConfig(i, d, d, s.d_dict, BatchTopK(s.k)), generator) for i in layers]
+        return [
+            CrossLayerTranscoder(
+                CLTConfig(layers=layers, d_in=d, d_out=d, d_dict=s.d_dict, rule=BatchTopK(s.k)), generator
+            )
+        ]
+    return [
+        build_transcoder(EncoderConfig(layer=i, d_in=d, d_out=d, d_dict=s.d_dict, rule=BatchTopK(s.k)), generator)
+        for i in layers
+    ]
 
 
 def main(s: Settings) -> None:
     target = load_target(s.target, s.device)
-    data = DataConfig(tuple(range(target.n_layers)), s.batch, seed=s.seed)
+    data = DataConfig(layers=tuple(range(target.n_layers)), batch_tokens=s.batch, seed=s.seed)
     store = ActivationsStore(target, data)
-    config = TrainConfig(s.tokens, lr=0.0, seed=s.seed)
+    config = TrainConfig(tokens=s.tokens, lr=0.0, seed=s.seed)
     unused = tempfile.mkdtemp()
-    groups: list[tuple[str, Initial, float, list[Student]]] = []
+    groups: list[tuple[str, Initial, float, list[CoderRun]]] = []
     for kind, initial, lr in itertools.product(s.kinds, s.initials, s.lrs):
-        students = [enrol("", coder, store, config, Path(unused)) for coder in new_coders(s, target, kind)]
-        for student in students:
-            set_decoder(student.coder, initial, target, store.stats.x_mean[student.rows[0]])
-        groups.append((kind, initial, lr, students))
+        runs = [
+            start_run("", coder, store=store, config=config, folder=Path(unused))
+            for coder in new_coders(s, target, kind)
+        ]
+        for run in runs:
+            set_decoder(run.coder, initial, target, store.stats.x_mean[run.rows[0]])
+        groups.append((kind, initial, lr, runs))
     steps = s.tokens // s.batch
     for step in tqdm(range(steps), mininterval=10):
-        batch, k = next(store), annealed_k(s.k, step, steps, config)
-        for _, _, lr, students in groups:
-            for student in students:
-                student.coder.set_k(k)
-                training_step(student, batch, config, lr * schedule(step, steps, config))
+        batch, k = next(store), annealed_k(s.k, step, steps=steps, config=config)
+        for _, _, lr, runs in groups:
+            for run in runs:
+                run.coder.set_k(k)
+                training_step(run, batch, config=config, lr=lr * schedule(step, steps, config))
     calibration = list(itertools.islice(store, 32))
     held_out = list(itertools.islice(ActivationsStore(target, data, split="val"), s.held_out // s.batch))
     rows = []
-    for kind, initial, lr, students in groups:
+    for kind, initial, lr, runs in groups:
         by_layer: list[float] = []
         l0 = 0.0
-        for student in students:
-            student.coder.calibrate([student.view(batch)[0] for batch in calibration])
-            student.coder.eval()
+        for run in runs:
+            run.coder.calibrate([run.coder.view(*batch, run.rows)[0] for batch in calibration])
+            run.coder.eval()
             errors = []
             with torch.no_grad():
                 for batch in held_out:
-                    x, y = student.view(batch)
-                    y_hat, codes = student.coder(x)
-                    errors.append(fvu(y, y_hat, student.variance))
+                    x, y = run.coder.view(*batch, run.rows)
+                    y_hat, codes = run.coder(x)
+                    errors.append(fvu(y, y_hat, run.variance))
                     parts = (codes,) if kind == "transcoder" else codes
                     l0 += sum(len(own.values) / own.n_rows for own in parts)
             by_layer += torch.stack(errors).mean(0).flatten().tolist()

@@ -22,9 +22,10 @@ import tyro
 from torch import Tensor
 
 from config import GateConfig, Recon, SPDConfig, SPDTrainConfig
+from devices import keep_freed_memory
 from logs import atomic_path
-from memory import keep_freed_memory
-from spd_model import ComponentModel, lower, upper
+from spd_gates import lower, upper
+from spd_model import ComponentModel
 from spd_training import SPDTrainer
 from toy_models import TMS, TOYS, Toy, ToyBatches
 
@@ -103,11 +104,19 @@ def stacked(toy: Toy, C: int, minimality: float, p: float, seeds: int) -> SPDTra
     g = torch.Generator().manual_seed(1)
     W = torch.randn(seeds, toy.width, toy.features, generator=g) / toy.width**0.5
     target = TMS(W, torch.zeros(seeds, toy.features), 0).requires_grad_(False)
-    config = SPDConfig((("linear1", C), ("linear2", C)), GateConfig("mlp", (16,)), (("linear1", "linear2"),))
+    config = SPDConfig(
+        components=(("linear1", C), ("linear2", C)),
+        gate=GateConfig(kind="mlp", hidden=(16,)),
+        tied=(("linear1", "linear2"),),
+    )
     model = ComponentModel(target, config, g)
     model.compile_gates()
-    recon = (Recon(1.0), Recon(1.0, routing="layerwise"))
-    return SPDTrainer(model, SPDTrainConfig(1000, 1e-3, recon, minimality, p=(p, p), schedule="constant"), False)
+    recon = (Recon(coefficient=1.0), Recon(coefficient=1.0, routing="layerwise"))
+    return SPDTrainer(
+        model,
+        SPDTrainConfig(steps=1000, lr=1e-3, recon=recon, minimality=minimality, p=(p, p), schedule="constant"),
+        False,
+    )
 
 
 def seconds(function: Callable[[Tensor], object], x: Tensor) -> float:

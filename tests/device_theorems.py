@@ -22,23 +22,35 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import make_small_target
-from test_replacement import clt, saes, transcoders
+from small import clt, make_small_target, saes, transcoders
 from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
+import baselines
 import evaluation
 import interop
 import main
+import measure
 import study
 import training
 from activation_store import ActivationsStore, DataConfig
+from baselines import (
+    AffineReplacement,
+    IdentityReplacement,
+    MeanReplacement,
+    NeuronsReplacement,
+    ZeroReplacement,
+    fit_affine,
+)
 from checkpoints import TrainingRecord, build_coder, save_checkpoint
+from coder import Coder, codes_by_layer
+from coder_replacements import CLTReplacement, SAEReplacement, TranscoderReplacement
 from config import (
     BatchTopK,
     CLTConfig,
     EncoderConfig,
     GateConfig,
+    Gated,
     JumpReLU,
     Recon,
     Relu,
@@ -51,27 +63,34 @@ from config import (
 )
 from evaluation import PROTOCOLS, evaluate
 from pareto import read_points
-from replacement import CLT, SAE, SPD, Affine, Identity, Mean, Neurons, Replacement, Transcoder, Zero, fit_affine
-from sparsity import Coder, codes_by_layer
+from patching import capture
+from replacement import Replacement
 from spd_model import ComponentModel
+from spd_replacement import SPDReplacement
 from spd_training import SPDTrainer
-from target_models import Parts, TargetModel, capture, make_target
+from target_models import Loaded, TargetModel, make_target
 from token_stream import DatasetSpec
-from training import Student, enrol, group_step, train_group
+from training import CoderRun, group_step, start_run, train_group
 
 Waiting = Callable[[], contextlib.AbstractContextManager[Counter[str]]]
 D, LATENTS, K, SILENT = 16, 48, 4, 10
-RULES = {"relu": Relu(0.01), "topk": TopK(K), "batchtopk": BatchTopK(K), "jumprelu": JumpReLU(0.01)}
+RULES = {
+    "relu": Relu(0.01),
+    "topk": TopK(K),
+    "batchtopk": BatchTopK(K),
+    "jumprelu": JumpReLU(0.01),
+    "gated": Gated(0.01),
+}
 KINDS: dict[str, Callable[[Rule], Any]] = {
-    "sae": lambda rule: SAEConfig(1, "mlp_out", D, LATENTS, rule),
-    "transcoder": lambda rule: EncoderConfig(0, D, D, LATENTS, rule),
-    "transcoder-skip": lambda rule: EncoderConfig(1, D, D, LATENTS, rule, skip=True),
-    "clt": lambda rule: CLTConfig((0, 1), D, D, LATENTS, rule),
+    "sae": lambda rule: SAEConfig(layer=1, site="mlp_out", d_in=D, d_dict=LATENTS, rule=rule),
+    "transcoder": lambda rule: EncoderConfig(layer=0, d_in=D, d_out=D, d_dict=LATENTS, rule=rule),
+    "transcoder-skip": lambda rule: EncoderConfig(layer=1, d_in=D, d_out=D, d_dict=LATENTS, rule=rule, skip=True),
+    "clt": lambda rule: CLTConfig(layers=(0, 1), d_in=D, d_out=D, d_dict=LATENTS, rule=rule),
 }
 every_kind = pytest.mark.parametrize("kind", KINDS)
 every_rule = pytest.mark.parametrize("rule", RULES)
-DATA = DataConfig((0, 1), batch_tokens=32, buffer_tokens=256, model_batch=4)
-TRAIN = TrainConfig(32 * 12, 3e-3, metrics_every=4, checkpoint_every=5, calibration_tokens=128, dead_after=64)
+DATA = DataConfig(layers=(0, 1), batch_tokens=32, buffer_tokens=256, model_batch=4)
+TRAIN = TrainConfig(tokens=32 * 12, lr=3e-3, metrics_every=4, checkpoint_every=5, calibration_tokens=128, dead_after=64)
 
 
 @pytest.fixture(scope="module")
@@ -101,7 +120,7 @@ def no_collection(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def on(target: TargetModel, device: str) -> TargetModel:
     """A copy of the target on another device."""
-    return make_target(target.name, Parts(copy.deepcopy(target.model), *_rest(target)), device)
+    return make_target(target.name, Loaded(copy.deepcopy(target.model), *_rest(target)), device)
 
 
 def _rest(target: TargetModel) -> tuple[Any, ...]:
@@ -123,31 +142,31 @@ def assert_close(found: Any, expected: Any, rtol: float = 1e-4) -> None:
 # ---------------------------------------------------------------------------------------------------------- one step
 
 
-def enrolled(target: TargetModel, kind: str, rule: str, folder: Path, store: ActivationsStore) -> Student:
-    """A student some of whose latents cannot fire, so that AuxK has work."""
-    student = enrol(kind, coder_of(kind, rule), store, TRAIN, folder / str(target.device))
+def enrolled(target: TargetModel, kind: str, rule: str, folder: Path, store: ActivationsStore) -> CoderRun:
+    """A run of a coder some of whose latents cannot fire, so that AuxK has work."""
+    run = start_run(kind, coder_of(kind, rule), store=store, config=TRAIN, folder=folder / str(target.device))
     with torch.no_grad():
-        for encoder in student.coder.encoders:
+        for encoder in run.coder.encoders:
             encoder.b_enc[:SILENT] = -8.0
-    if student.coder.k is not None:
-        student.coder.set_k(K)
-    return student
+    if run.coder.k is not None:
+        run.coder.set_k(K)
+    return run
 
 
 def stepped(
     target: TargetModel, kind: str, rule: str, folder: Path, state: dict[str, Any] | None = None
-) -> tuple[list[Tensor], Student]:
-    """Readings of four steps, AuxK on from the second, and the student after them."""
+) -> tuple[list[Tensor], CoderRun]:
+    """Readings of four steps, AuxK on from the second, and the run after them."""
     store = ActivationsStore(target, DATA)
     if state is not None:
         store.load_state_dict(tree_map_only(Tensor, lambda x: x.to(target.device), state))
-    student = enrolled(target, kind, rule, folder, store)
+    run = enrolled(target, kind, rule, folder, store)
     readings = []
     for batch in itertools.islice(store, 4):
-        readings.append(group_step([student], batch, TRAIN, 1e-3))
-        student.coder.refresh_dead(1)
-        assert student.coder.n_dead >= SILENT * len(student.coder.encoders)
-    return readings, student
+        readings.append(group_step([run], batch, config=TRAIN, lr=1e-3))
+        run.coder.refresh_dead(1)
+        assert run.coder.n_dead >= SILENT * len(run.coder.encoders)
+    return readings, run
 
 
 @every_kind
@@ -169,12 +188,12 @@ def test_a_step_never_waits_for_the_device(
 ) -> None:
     target = on(cpu, device)
     store = ActivationsStore(target, DATA)
-    student = enrolled(target, kind, rule, tmp_path, store)
-    group_step([student], next(store), TRAIN, 1e-3)
-    student.coder.refresh_dead(1)
-    group_step([student], next(store), TRAIN, 1e-3)
+    run = enrolled(target, kind, rule, tmp_path, store)
+    group_step([run], next(store), config=TRAIN, lr=1e-3)
+    run.coder.refresh_dead(1)
+    group_step([run], next(store), config=TRAIN, lr=1e-3)
     with waiting() as waits:
-        group_step([student], next(store), TRAIN, 1e-3)
+        group_step([run], next(store), config=TRAIN, lr=1e-3)
     assert not waits, waits
 
 
@@ -187,7 +206,9 @@ GROUP = [("transcoder", "batchtopk"), ("transcoder-skip", "topk"), ("sae", "relu
 def trained(target: TargetModel, folder: Path, group: Sequence[tuple[str, str]] = GROUP) -> dict[str, Any]:
     """Name → tensors of a group trained together."""
     coders = [coder_of(*pair) for pair in group]
-    return {c.record.name: c.coder.state_dict() for c in train_group(coders, target, DATA, TRAIN, folder)}
+    return {
+        c.record.name: c.coder.state_dict() for c in train_group(coders, target, data=DATA, config=TRAIN, folder=folder)
+    }
 
 
 def test_a_group_trains_on_the_device_as_on_the_cpu(cpu: TargetModel, device: str, tmp_path: Path) -> None:
@@ -210,11 +231,11 @@ def test_an_interrupted_run_ends_on_the_device_as_if_it_had_not_been(
     target, step = on(cpu, device), training.group_step
     straight = trained(target, tmp_path / "straight", GROUP[-3:])
 
-    def interrupted(students: Any, batch: Any, config: Any, lr: float) -> Tensor:
+    def interrupted(runs: Any, batch: Any, *, config: Any, lr: float) -> Tensor:
         if len(steps) == 8:
             raise KeyboardInterrupt
         steps.append(lr)
-        return step(students, batch, config, lr)
+        return step(runs, batch, config=config, lr=lr)
 
     steps: list[float] = []
     monkeypatch.setattr(training, "group_step", interrupted)
@@ -233,10 +254,12 @@ def test_a_calibrated_threshold_is_the_cpus(kind: str, cpu: TargetModel, device:
     state = ActivationsStore(cpu, DATA).state_dict()
     found = []
     for target in (on(cpu, device), cpu):
-        _, student = stepped(target, kind, "batchtopk", tmp_path, state)
-        batches = [student.view(batch)[0] for batch in itertools.islice(ActivationsStore(target, DATA, "val"), 4)]
-        student.coder.calibrate(batches)
-        deployed = student.coder.eval()
+        _, run = stepped(target, kind, "batchtopk", tmp_path, state)
+        batches = [
+            run.coder.view(*batch, run.rows)[0] for batch in itertools.islice(ActivationsStore(target, DATA, "val"), 4)
+        ]
+        run.coder.calibrate(batches)
+        deployed = run.coder.eval()
         codes = [own for x in batches for own in codes_by_layer(deployed.encode(x))]
         active = sum((own.values > 0).sum().item() for own in codes)
         assert active == pytest.approx(K * 4 * DATA.batch_tokens * len(deployed.encoders), abs=len(deployed.encoders))
@@ -249,26 +272,39 @@ def test_a_calibrated_threshold_is_the_cpus(kind: str, cpu: TargetModel, device:
 SOURCES = ("stochastic", "pgd", "persistent", "importance", "deployed", "ones")
 ROUTINGS = ("all", "layerwise", "subset")
 GATES = {
-    "mlp": GateConfig("mlp", (5,)),
-    "deep-mlp": GateConfig("mlp", (5, 4)),
-    "vector_mlp": GateConfig("vector_mlp", (5,)),
-    "shared_mlp": GateConfig("shared_mlp", (5,)),
-    "global_mlp": GateConfig("global_shared_mlp", (5,)),
-    "causal_transformer": GateConfig("global_shared_transformer", (16,), 8, 2, 2, True),
-    "transformer": GateConfig("global_shared_transformer", (16,), 8, 2, 2, False),
+    "mlp": GateConfig(kind="mlp", hidden=(5,)),
+    "deep-mlp": GateConfig(kind="mlp", hidden=(5, 4)),
+    "vector_mlp": GateConfig(kind="vector_mlp", hidden=(5,)),
+    "shared_mlp": GateConfig(kind="shared_mlp", hidden=(5,)),
+    "global_mlp": GateConfig(kind="global_shared_mlp", hidden=(5,)),
+    "causal_transformer": GateConfig(
+        kind="global_shared_transformer", hidden=(16,), d_model=8, blocks=2, heads=2, causal=True
+    ),
+    "transformer": GateConfig(
+        kind="global_shared_transformer", hidden=(16,), d_model=8, blocks=2, heads=2, causal=False
+    ),
 }
 TOKENS = torch.randint(60, (4, 12), generator=torch.Generator().manual_seed(1))
 
 
 def decomposition_of(target: TargetModel, gate: str) -> ComponentModel:
-    config = SPDConfig((("h.*.mlp.c_fc", 12), ("h.*.mlp.down_proj", 14)), GATES[gate])
+    config = SPDConfig(components=(("h.*.mlp.c_fc", 12), ("h.*.mlp.down_proj", 14)), gate=GATES[gate])
     return ComponentModel(target.model, config, torch.Generator().manual_seed(0)).to(target.device)
 
 
 def trainer_of(target: TargetModel, gate: str, *recon: Recon, autocast: bool = False) -> SPDTrainer:
     """After its warm-up."""
     config = SPDTrainConfig(
-        10, 1e-3, recon, 1e-3, "kl", p=(2.0, 1.0), frequency=0.1, faithfulness=1.0, faithful_steps=3, clip=1.0
+        steps=10,
+        lr=1e-3,
+        recon=recon,
+        minimality=1e-3,
+        distance="kl",
+        p=(2.0, 1.0),
+        frequency=0.1,
+        faithfulness=1.0,
+        faithful_steps=3,
+        clip=1.0,
     )
     trainer = SPDTrainer(decomposition_of(target, gate), config, autocast)
     trainer.warm_up()
@@ -294,14 +330,16 @@ def test_an_spd_step_on_the_device_is_the_cpus(
 ) -> None:
     """Every source of masks, under every routing: losses, weights, gates and adversaries."""
     steps = {"pgd": 3, "persistent": 2}.get(source, 1)
-    compare_spd(cpu, device, "shared_mlp", Recon(1.0, source, routing, steps=steps, step_size=0.1))  # type: ignore
+    compare_spd(
+        cpu, device, "shared_mlp", Recon(coefficient=1.0, source=source, routing=routing, steps=steps, step_size=0.1)
+    )  # type: ignore
 
 
 @pytest.mark.parametrize("gate", GATES)
 def test_every_gate_steps_on_the_device_as_on_the_cpu(
     gate: str, cpu: TargetModel, device: str, same_draws: None
 ) -> None:
-    compare_spd(cpu, device, gate, Recon(1.0, "stochastic", "subset"))
+    compare_spd(cpu, device, gate, Recon(coefficient=1.0, routing="subset"))
 
 
 def test_a_least_squares_start_on_the_device_is_the_cpus(cpu: TargetModel, device: str) -> None:
@@ -328,24 +366,24 @@ def every_replacement(target: TargetModel) -> list[Replacement]:
     )
     plain = [coder.to(device) for coder in transcoders(layers)]
     return [
-        SAE([coder.to(device) for coder in saes(layers)]),
-        Transcoder(plain),
-        Transcoder(plain, top_k=2),
-        Transcoder([coder.to(device) for coder in transcoders(layers, Relu(0.01), skip=True)]),
-        Transcoder([coder.to(device) for coder in transcoders(layers, JumpReLU(0.01))], variant="jumprelu"),
-        CLT(clt(layers).to(device)),
-        CLT(clt(layers, TopK(3)).to(device), variant="topk3"),
-        SPD(target, local),
-        SPD(target, local, threshold=0.5, delta=True),
-        SPD(target, local, top_k=3, matrices=["c_fc"]),
-        SPD(target, scalar, top_k=3),
-        SPD(target, wide, top_k=4),
-        SPD(target, attending, delta=True),
-        Neurons(target, layers, 5),
-        Affine(layers, fit_affine([(x, y)])),
-        Identity(layers),
-        Zero(layers),
-        Mean(layers, y.mean(1)),
+        SAEReplacement([coder.to(device) for coder in saes(layers)]),
+        TranscoderReplacement(plain),
+        TranscoderReplacement(plain, top_k=2),
+        TranscoderReplacement([coder.to(device) for coder in transcoders(layers, Relu(0.01), skip=True)]),
+        TranscoderReplacement([coder.to(device) for coder in transcoders(layers, JumpReLU(0.01))], variant="jumprelu"),
+        CLTReplacement(clt(layers).to(device)),
+        CLTReplacement(clt(layers, TopK(3)).to(device), variant="topk3"),
+        SPDReplacement(target, local),
+        SPDReplacement(target, local, threshold=0.5, delta=True),
+        SPDReplacement(target, local, top_k=3, matrices=["c_fc"]),
+        SPDReplacement(target, scalar, top_k=3),
+        SPDReplacement(target, wide, top_k=4),
+        SPDReplacement(target, attending, delta=True),
+        NeuronsReplacement(target, layers, 5),
+        AffineReplacement(layers, fit_affine([(x, y)])),
+        IdentityReplacement(layers),
+        ZeroReplacement(layers),
+        MeanReplacement(layers, y.mean(1)),
     ]
 
 
@@ -377,14 +415,22 @@ def test_the_ruler_on_the_device_reads_what_it_reads_on_the_cpu(cpu: TargetModel
 def test_a_foreign_dictionary_is_measured_on_the_device_as_on_the_cpu(
     cpu: TargetModel, device: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """`evaluation.main`: an imported transcoder beside all baselines."""
-    monkeypatch.setattr(study, "BASELINE_TOKENS", 8192)
-    monkeypatch.setattr(evaluation, "load_target", lambda name, place: on(cpu, place))
-    record = TrainingRecord("n", cpu.name, cpu.fingerprint, 512, 1.0, 3, "c")
+    """`measure.main`: an imported transcoder beside all baselines."""
+    monkeypatch.setattr(baselines, "BASELINE_TOKENS", 8192)
+    monkeypatch.setattr(measure, "load_target", lambda name, place: on(cpu, place))
+    record = TrainingRecord(
+        name="n",
+        target=cpu.name,
+        target_fingerprint=cpu.fingerprint,
+        train_tokens=512,
+        train_seconds=1.0,
+        seed=3,
+        commit="c",
+    )
     save_checkpoint(tmp_path / "ours", transcoders(range(2))[1], record)
     interop.export("saelens", (str(tmp_path / "ours"),), tmp_path / "foreign")
     for place in (device, "cpu"):
-        evaluation.main(
+        measure.main(
             (str(tmp_path / "foreign"),), tokens=320, top_k=(2,), neurons=(4,), format="saelens", device=place,
             points=tmp_path / place / "points.csv",
         )  # fmt: skip
@@ -395,7 +441,7 @@ def test_the_main_job_on_the_device_gives_the_cpus_table(
     cpu: TargetModel, device: str, same_draws: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """From loading the target to the report: transcoders and a CLT trained, SPD trained, all measured."""
-    monkeypatch.setattr(study, "BASELINE_TOKENS", 8192)
+    monkeypatch.setattr(baselines, "BASELINE_TOKENS", 8192)
     monkeypatch.setattr(study, "draw", lambda points, path: None)
     monkeypatch.setattr(main, "load_target", lambda name, place: on(cpu, place))
     for place in (device, "cpu"):

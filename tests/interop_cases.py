@@ -7,12 +7,13 @@ from torch import Tensor
 
 import interop
 from checkpoints import TrainingRecord, build_coder, load_checkpoint, save_checkpoint
-from config import BatchTopK, CLTConfig, CoderConfig, EncoderConfig, JumpReLU, Relu, Rule, SAEConfig, TopK
+from coder import Coder
+from config import BatchTopK, CLTConfig, CoderConfig, EncoderConfig, Gated, JumpReLU, Relu, Rule, SAEConfig, TopK
 from sparse_ops import to_dense
-from sparsity import Coder
 
 D, F, B, N = 6, 20, 40, 3
 RULES = [Relu(l1=0.0), TopK(3), BatchTopK(3), JumpReLU(l0=0.0)]
+GATED = Gated(l1=0.0)  # which SAELens alone has a word for, of an SAE
 
 
 def random_coder(config: CoderConfig, seed: int = 0) -> Coder:
@@ -31,15 +32,15 @@ def random_coder(config: CoderConfig, seed: int = 0) -> Coder:
 
 
 def sae(rule: Rule, layer: int = 1) -> Coder:
-    return random_coder(SAEConfig(layer, "resid", D, F, rule))
+    return random_coder(SAEConfig(layer=layer, site="resid", d_in=D, d_dict=F, rule=rule))
 
 
 def transcoder(rule: Rule, skip: bool = False, layer: int = 1, d_out: int = D) -> Coder:
-    return random_coder(EncoderConfig(layer, D, d_out, F, rule, skip), layer)
+    return random_coder(EncoderConfig(layer=layer, d_in=D, d_out=d_out, d_dict=F, rule=rule, skip=skip), layer)
 
 
 def clt(rule: Rule) -> Coder:
-    return random_coder(CLTConfig(tuple(range(N)), D, D, F, rule))
+    return random_coder(CLTConfig(layers=tuple(range(N)), d_in=D, d_out=D, d_dict=F, rule=rule))
 
 
 def inputs(coder: Coder) -> Tensor:
@@ -62,7 +63,19 @@ def assert_same(a: tuple[Tensor, Tensor], b: tuple[Tensor, Tensor]) -> None:
 
 
 def save(folder: Path, coder: Coder, name: str = "coder") -> str:
-    save_checkpoint(folder / name, coder, TrainingRecord(name, "hf:org/model", "f" * 16, 10, 1.0, 0, ""))
+    save_checkpoint(
+        folder / name,
+        coder,
+        TrainingRecord(
+            name=name,
+            target="hf:org/model",
+            target_fingerprint="f" * 16,
+            train_tokens=10,
+            train_seconds=1.0,
+            seed=0,
+            commit="",
+        ),
+    )
     return str(folder / name)
 
 

@@ -24,25 +24,28 @@ sys.path[:0] = [str(root), str(root / "tests")]
 for module in sorted(file.stem for file in root.glob("*.py")):
     __import__(module)
 
+import dataclasses
 import torch
 from conftest import make_small_target
+import baselines, evaluation, measure, recipes
+from coder_replacements import as_replacements
 from config import BatchTopK
-import dataclasses, evaluation, study, target_models
+from spd_replacement import spd_replacements
 from token_stream import DatasetSpec
 
 torch.set_num_threads(1)
-study.BASELINE_TOKENS = 8192
+baselines.BASELINE_TOKENS = 8192
 tokens = DatasetSpec(str(folder), tokenised=True, val_split="val")
 target = dataclasses.replace(make_small_target(folder), data=tokens)
-makers = (study.transcoder_configs, study.sae_configs, study.clt_configs)
+makers = (recipes.transcoder_configs, recipes.sae_configs, recipes.clt_configs)
 configs = [config for make in makers for config in make(target, (0, 1), [BatchTopK(4)], 32)]
-trained = study.train_coders(configs, target, 1024, 128, 0, folder / "checkpoints")
-spd = study.train_decomposition(target, (0, 1), 8, 4, 2, 2, 0, folder / "checkpoints")
-replacements = study.as_replacements(trained) + study.baselines(target, (0, 1), (4,))
-replacements += study.spd_replacements(target, spd, (0, 1))
-measured = evaluation.evaluate(target, replacements, study.held_out_tokens(target, 256))
-evaluation.load_target = lambda name, device: target
-evaluation.main((trained[0].path,), tokens=256, protocols=("free",), device="cpu", points=folder / "points.csv")
+trained = recipes.train_coders(configs, target, 1024, 128, 0, folder / "checkpoints")
+spd = recipes.train_decomposition(target, (0, 1), 8, 4, 2, 2, 0, folder / "checkpoints")
+replacements = as_replacements(trained) + baselines.baselines(target, (0, 1), (4,))
+replacements += spd_replacements(target, spd, (0, 1))
+measured = evaluation.evaluate(target, replacements, evaluation.held_out_tokens(target, 256))
+measure.load_target = lambda name, device: target
+measure.main((trained[0].path,), tokens=256, protocols=("free",), device="cpu", points=folder / "points.csv")
 assert not ABSENT & set(sys.modules), ABSENT & set(sys.modules)
 print(len(measured.points), "rows measured without", len(ABSENT), "packages")
 """

@@ -42,12 +42,12 @@ from device_theorems import (  # noqa: F401  # fixtures and tests: collected her
 )
 from torch import Tensor
 
-from activation_store import ActivationBatch, ActivationsStore, DataConfig
+from activation_store import ActivationBatch, ActivationsStore
 from checkpoints import build_coder
+from coder import ActivationStats
 from config import EncoderConfig, Recon
-from sparse_ops import (
-    decode,
-    dense_decode,
+from patching import capture
+from sparse_encode import (
     dense_encode_batch_topk,
     dense_encode_threshold,
     dense_encode_topk,
@@ -55,9 +55,9 @@ from sparse_ops import (
     encode_threshold,
     encode_topk,
 )
-from sparsity import ActivationStats
-from target_models import TargetModel, capture
-from training import enrol, group_step
+from sparse_ops import decode, dense_decode
+from target_models import TargetModel
+from training import group_step, start_run
 
 pytestmark = [
     pytest.mark.cuda,
@@ -121,7 +121,7 @@ def test_a_sum_over_segments_is_plain_indexing(
     n: int, d: int, lengths: list[int], dtype: torch.dtype, device: str
 ) -> None:
     """Also of a table whose rows lie apart; summed in float32, rounded once."""
-    from sparse_triton import segment_sums
+    from sparse_triton import triton_segment_sums
 
     starts = torch.tensor([0, *lengths]).cumsum(0).to(device)
     index = torch.randint(n, (sum(lengths),), generator=torch.Generator().manual_seed(1)).to(device)
@@ -130,19 +130,19 @@ def test_a_sum_over_segments_is_plain_indexing(
         table = table.to(dtype)
         rows = weights[:, None].double() * table[index].double()
         slow = torch.stack([rows[a:b].sum(0) for a, b in zip(starts[:-1].tolist(), starts[1:].tolist())])
-        fast = segment_sums(index, starts, weights, table)
+        fast = triton_segment_sums(index, starts, weights, table)
         assert fast.device == torch.device(device) and fast.dtype == dtype
         torch.testing.assert_close(fast.double(), slow, rtol=1e-2 if dtype == torch.bfloat16 else 1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize(("n", "m", "d", "pairs"), [(4, 6, 5, 37), (300, 200, 300, 1600), (1, 1, 1, 0)])
 def test_a_product_of_pairs_is_plain_indexing(n: int, m: int, d: int, pairs: int, device: str) -> None:
-    from sparse_triton import pair_dots
+    from sparse_triton import triton_pair_dots
 
     a, b = random(device, (n, d), (m, d + 1))
     b, g = b[:, 1:], torch.Generator().manual_seed(1)
     rows, cols = (torch.randint(size, (pairs,), generator=g).to(device) for size in (n, m))
-    fast = pair_dots(a, rows, b, cols)
+    fast = triton_pair_dots(a, rows, b, cols)
     torch.testing.assert_close(fast.double(), (a[rows].double() * b[cols].double()).sum(1), rtol=1e-4, atol=1e-4)
 
 
@@ -190,11 +190,12 @@ def large_steps(kind: str, rule: str, device: str, folder: Path) -> list[Tensor]
     ones = torch.ones(2, device=device)
     stats = ActivationStats(torch.zeros(2, d, device=device), ones, torch.zeros(2, d, device=device), ones, ones * d, n)
     target = SimpleNamespace(site="mlp_out", device=torch.device(device))
-    student = enrol(kind, coder, SimpleNamespace(target=target, stats=stats, config=DATA), TRAIN, folder)  # type: ignore
+    store: Any = SimpleNamespace(target=target, stats=stats, config=DATA)
+    run = start_run(kind, coder, store=store, config=TRAIN, folder=folder)
     for _ in range(3):
-        student.coder.refresh_dead(1)
-        group_step([student], ActivationBatch(*random(device, (2, n, d), (2, n, d))), TRAIN, 1e-3)
-    return list(student.coder.state_dict().values())
+        run.coder.refresh_dead(1)
+        group_step([run], ActivationBatch(*random(device, (2, n, d), (2, n, d))), config=TRAIN, lr=1e-3)
+    return list(run.coder.state_dict().values())
 
 
 @every_kind
@@ -207,7 +208,7 @@ def test_a_step_taken_twice_is_the_same_to_the_last_bit(kind: str, rule: str, de
 @pytest.mark.parametrize("source", ["stochastic", "pgd", "persistent"])
 def test_an_spd_step_never_waits_for_the_device(source: str, cpu: TargetModel, device: str, waiting: Waiting) -> None:
     """With random numbers of the device's own generator, and products in bf16."""
-    recon = Recon(1.0, source, "subset", steps=2)  # type: ignore[arg-type]
+    recon = Recon(coefficient=1.0, source=source, routing="subset", steps=2)  # type: ignore[arg-type]
     trainer, tokens = trainer_of(on(cpu, device), "causal_transformer", recon, autocast=True), TOKENS.to(device)
     trainer.step(tokens)
     with waiting():
@@ -224,7 +225,9 @@ def relative_error(found: Tensor, exact: Tensor) -> float:
 
 def test_a_coders_products_are_float32(device: str) -> None:
     """TF32 would err by 3e-4, bf16 by 3e-3."""
-    coder = build_coder(EncoderConfig(0, 512, 512, 1024, RULES["relu"]), torch.Generator().manual_seed(0)).to(device)
+    coder = build_coder(
+        EncoderConfig(layer=0, d_in=512, d_out=512, d_dict=1024, rule=RULES["relu"]), torch.Generator().manual_seed(0)
+    ).to(device)
     x, W_dec = random(device, (256, 512), (1024, 512))
     coder.W_dec.data.copy_(W_dec)
     pre = x.double() @ coder.encoder.W_enc.double().T
@@ -240,14 +243,16 @@ def test_activations_are_harvested_in_bf16_where_it_is_fast(
     assert relative_error(capture(target, TOKENS, (0, 1)).outputs.cpu(), exact) < 1e-5  # NN_BF16 is off
     monkeypatch.delenv("NN_BF16")
     assert low < relative_error(capture(target, TOKENS, (0, 1)).outputs.cpu(), exact) < high
-    store = ActivationsStore(target, DataConfig((0, 1), 32, 256, 4))
+    store = ActivationsStore(target, DATA)
     assert store.buffer.dtype == torch.float16 and next(store).inputs.dtype == torch.float32
 
 
 def test_spd_trains_in_bf16_where_asked_and_keeps_its_weights_in_float32(cpu: TargetModel, device: str) -> None:
     losses = []
     for autocast in (False, True):
-        trainer = trainer_of(on(cpu, device), "shared_mlp", Recon(1.0, "deployed"), autocast=autocast)
+        trainer = trainer_of(
+            on(cpu, device), "shared_mlp", Recon(coefficient=1.0, source="deployed"), autocast=autocast
+        )
         losses.append(trainer.step(TOKENS.to(device))[0])
         assert {p.dtype for p in trainer.model.parameters()} == {torch.float32}
     assert losses[0] != losses[1] and relative_error(losses[1], losses[0].double()) < 0.05

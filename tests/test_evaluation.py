@@ -4,24 +4,21 @@ import math
 
 import pytest
 import torch
-from test_replacement import SEQ, D, F, H, all_methods, clean, clt, make_tiny, run, some_tokens, transcoders
+from small import SEQ, D, F, H, all_methods, clean, clt, make_tiny, run, some_tokens, the, transcoders
 from torch import Tensor
 
+from baselines import IdentityReplacement, MeanReplacement, NeuronsReplacement, ZeroReplacement
+from coder_replacements import CLTReplacement, TranscoderReplacement
 from config import BatchTopK, EncoderConfig, Relu, TopK
-from evaluation import PROTOCOLS, Measurement, binary_entropy, bootstrap_interval, evaluate
+from evaluation import PROTOCOLS, evaluate
 from losses import cross_entropy, kl_divergence
-from pareto import ParetoPoint
-from replacement import CLT, Identity, Mean, Neurons, Origin, Replacement, Transcoder, Zero, replaced
+from metrics import binary_entropy, bootstrap_interval
+from replacement import Origin, Replacement, replaced_logits
 from target_models import TargetModel
 from transcoder import build_transcoder
 
 
-def the(measured: Measurement, method: str, protocol: str, layers: tuple[int, ...]) -> ParetoPoint:
-    (point,) = [p for p in measured.points if (p.method, p.protocol, p.layers) == (method, protocol, layers)]
-    return point
-
-
-def dictionary_of(target: TargetModel, tokens: Tensor, layer: int, active: int) -> Transcoder:
+def dictionary_of(target: TargetModel, tokens: Tensor, layer: int, active: int) -> TranscoderReplacement:
     """A hand-made transcoder that equals the MLP on these tokens with `active` parts for each: a perfect decomposition.
 
     Latent (t, j) reads the unit direction of the t-th input and is above threshold for that input alone; the `active`
@@ -31,13 +28,17 @@ def dictionary_of(target: TargetModel, tokens: Tensor, layer: int, active: int) 
     unit, norm = x / x.norm(dim=1, keepdim=True), x.norm(dim=1)
     gap = norm - (x @ unit.T - 1e9 * torch.eye(len(x))).amax(0)  # by how much it beats the next along its direction
     assert (gap > 1e-3).all(), f"the inputs must be distinct: {gap.min()=}"
-    coder = build_transcoder(EncoderConfig(layer, D, D, active * len(x), Relu(0.0)), torch.Generator())
+    coder = build_transcoder(
+        EncoderConfig(layer=layer, d_in=D, d_out=D, d_dict=active * len(x), rule=Relu(0.0)), torch.Generator()
+    )
     with torch.no_grad():  # pre = 1 − 2 (norm − x·unit) / gap: 1 at its own input, at most −1 at every other
         coder.encoder.W_enc.copy_((2 * unit / gap[:, None]).repeat_interleave(active, 0))
         coder.encoder.b_enc.copy_((1 - 2 * norm / gap).repeat_interleave(active))
         coder.W_dec.copy_((y / active).repeat_interleave(active, 0))
         coder.b_dec.zero_()
-    return Transcoder([coder], origin=Origin(seed=3, train_tokens=77, train_seconds=1.5, checkpoint="hand/made"))
+    return TranscoderReplacement(
+        [coder], origin=Origin(seed=3, train_tokens=77, train_seconds=1.5, checkpoint="hand/made")
+    )
 
 
 def test_a_perfect_decomposition_lands_exactly_on_every_axis_and_protocol() -> None:
@@ -45,10 +46,10 @@ def test_a_perfect_decomposition_lands_exactly_on_every_axis_and_protocol() -> N
     tokens[:, 0] = torch.arange(4)  # what a first position holds depends on its token alone
     n, parts = 4 * (SEQ - 1), active * 4 * SEQ
     perfect = dictionary_of(target, tokens, 1, active)
-    measured = evaluate(target, [perfect, Mean([1], torch.zeros(1, D))], tokens)
+    measured = evaluate(target, [perfect, MeanReplacement([1], torch.zeros(1, D))], tokens)
     with torch.inference_mode():
         ce = cross_entropy(target.logits(tokens), tokens).mean().item()
-        ce_zero = cross_entropy(run(target, tokens, Zero([1]).begin(), [1]), tokens).mean().item()
+        ce_zero = cross_entropy(run(target, tokens, ZeroReplacement([1]).begin(), [1]), tokens).mean().item()
     for protocol in PROTOCOLS:
         p = the(measured, "transcoder", protocol, (1,))
         assert (p.l0, p.l0_p95, p.l0_per_mlp, p.active_params) == (active, active, active, active * 2 * D)
@@ -68,7 +69,7 @@ def test_a_perfect_decomposition_lands_exactly_on_every_axis_and_protocol() -> N
 def test_axes_of_a_clt_are_those_of_the_table() -> None:
     """Σ L0_i (n−i)/n active parts per MLP, Σ L0_i (d_in + (n−i) d_out) parameters; `single`: what writes to it."""
     target, tokens, n = make_tiny(3), some_tokens(), 3
-    measured = evaluate(target, [CLT(clt(range(n), TopK(5)), top_k=None)], tokens)
+    measured = evaluate(target, [CLTReplacement(clt(range(n), TopK(5)), top_k=None)], tokens)
     for protocol in ("frozen", "free"):
         p = the(measured, "clt", protocol, (0, 1, 2))
         rows = [d for d in measured.layers if d.protocol == protocol and d.layers == (0, 1, 2)]
@@ -98,7 +99,7 @@ def test_neurons_count_their_k_and_a_dense_map_its_parameters() -> None:
 
 def test_identity_costs_exactly_nothing_and_full_neurons_almost() -> None:
     target, tokens = make_tiny(2), some_tokens()
-    measured = evaluate(target, [Identity(range(2)), Neurons(target, range(2), H)], tokens)
+    measured = evaluate(target, [IdentityReplacement(range(2)), NeuronsReplacement(target, range(2), H)], tokens)
     for p in measured.points:
         if p.method == "identity":
             assert (p.ce_degradation, p.ce_low, p.ce_high, p.kl, p.fvu, p.tail_max) == (0,) * 6
@@ -115,7 +116,7 @@ def slow(
     pass_ = replacement.begin() if protocol == "free" else replacement.frozen(captured)
     y_hat: dict[int, Tensor] = {}
     with torch.inference_mode():
-        p, q = target.logits(tokens), replaced(target, tokens, pass_, layers, y_hat.__setitem__)
+        p, q = target.logits(tokens), replaced_logits(target, tokens, pass_, layers, y_hat.__setitem__)
     fvu, mse = [], []
     for layer in layers:
         y = captured.outputs[replacement.layers.index(layer)][:, 1:].flatten(0, 1)
@@ -171,7 +172,7 @@ def test_first_positions_are_not_counted() -> None:
         coder.encoder.b_enc.fill_(-1)
         coder.encoder.W_enc[0] = x[0, 0] * 10  # one token, seen alone: the same input each time
         coder.encoder.b_enc[0] = -10 * x[0, 0] @ x[0, 0] + 1
-    p = evaluate(target, [Transcoder([coder])], tokens, ["frozen"]).points[0]
+    p = evaluate(target, [TranscoderReplacement([coder])], tokens, ["frozen"]).points[0]
     assert (p.l0, p.bits_per_token, p.active_params) == (0, 0, 0)
 
 
@@ -186,7 +187,7 @@ def test_evaluation_leaves_model_and_random_state_alone() -> None:
 
 def test_codes_at_native_sparsity_do_not_depend_on_the_batch() -> None:
     target, tokens = make_tiny(2), some_tokens(6)
-    coders = [CLT(clt(range(2), BatchTopK(4))), Transcoder(transcoders(range(2)))]
+    coders = [CLTReplacement(clt(range(2), BatchTopK(4))), TranscoderReplacement(transcoders(range(2)))]
     one, six = (evaluate(target, coders, tokens, ["free"], batch=b).points for b in (1, 6))
     for a, b in zip(one, six):
         assert (a.l0, a.bits_per_token) == (b.l0, b.bits_per_token)
@@ -211,11 +212,13 @@ def test_binary_entropy_of_never_always_and_half() -> None:
 
 def test_nothing_to_measure_is_refused() -> None:
     with pytest.raises(ValueError, match="no held-out sequences"):
-        evaluate(make_tiny(1), [Identity([0])], torch.zeros(0, SEQ, dtype=torch.int64))
+        evaluate(make_tiny(1), [IdentityReplacement([0])], torch.zeros(0, SEQ, dtype=torch.int64))
 
 
 def test_the_detail_names_what_was_active() -> None:
-    detail = evaluate(make_tiny(1), [Transcoder(transcoders([0], Relu(0.0)))], some_tokens(), ["free"]).layers[0]
+    detail = evaluate(
+        make_tiny(1), [TranscoderReplacement(transcoders([0], Relu(0.0)))], some_tokens(), ["free"]
+    ).layers[0]
     assert (detail.layer, detail.module) == (0, "latents")
     assert detail.fired is not None and 0 < detail.fired <= 1
     assert 0 < detail.l0_median <= detail.l0_p95 <= F

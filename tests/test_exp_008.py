@@ -19,7 +19,9 @@ from typing import Any
 import pytest
 import torch
 
-import study
+import baselines
+import checkpoints
+import recipes
 import target_models
 from activation_store import DataConfig
 from token_stream import DatasetSpec
@@ -204,12 +206,15 @@ def test_jacobian_of_a_linear_map_is_its_matrix(module: Any) -> None:
 
 
 def test_identity_replacement_is_faithful_and_mean_ablation_is_not(module: Any) -> None:
-    from replacement import Mean, Neurons
+    from baselines import MeanReplacement, NeuronsReplacement
     from target_models import load_target
 
     target = load_target("tiny", "cpu")
     tokens = torch.randint(4096, (3, 12), generator=generator())
-    methods = {"all": Neurons(target, (2,), target.d_mlp), "mean": Mean((2,), torch.zeros(1, target.d_model))}
+    methods = {
+        "all": NeuronsReplacement(target, (2,), target.d_mlp),
+        "mean": MeanReplacement((2,), torch.zeros(1, target.d_model)),
+    }
     rows = module("faithfulness").measure(target, 2, methods, tokens)
     for row in rows:
         if row.method in ("all", "mean"):
@@ -259,9 +264,10 @@ def outputs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     }
     with pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(str(FOLDER))
-        patch.setattr(study, "CHECKPOINTS", root / "checkpoints")
-        patch.setattr(study, "BASELINE_TOKENS", 8192)
-        patch.setattr(study, "DataConfig", functools.partial(DataConfig, buffer_tokens=4096, model_batch=8))
+        patch.setattr(checkpoints, "CHECKPOINTS", root / "checkpoints")
+        patch.setattr(baselines, "BASELINE_TOKENS", 8192)
+        for user in (baselines, recipes):
+            patch.setattr(user, "DataConfig", functools.partial(DataConfig, buffer_tokens=4096, model_batch=8))
         corpus = DatasetSpec(str(some_python(root / "corpus")), val_split="val")
         target = dataclasses.replace(target_models.load_target("tiny", "cpu"), data=corpus)
         patch.setattr(target_models, "load_target", lambda name, device: target)

@@ -7,8 +7,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from conftest import make_small_target, write_corpus
+from small import make_small_target, write_corpus
 
+import baselines
+import recipes
 import study
 import target_models
 import workers
@@ -62,15 +64,15 @@ def target(tmp_path_factory: pytest.TempPathFactory) -> TargetModel:
 def checkpoints(target: TargetModel, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Holds a decomposition, as after exp_004; the scripts add their coders and find each other's."""
     folder = tmp_path_factory.mktemp("checkpoints")
-    study.train_decomposition(target, range(4), 8, 4, steps=1, batch=2, seed=0, folder=folder / target.name)
+    recipes.train_decomposition(target, range(4), 8, 4, steps=1, batch=2, seed=0, folder=folder / target.name)
     return folder
 
 
 @pytest.fixture
 def call(target: TargetModel, checkpoints: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str, list[str]], None]:
     """Run a script as its command line does, with the small target in the place of `tiny`."""
-    monkeypatch.setattr(study, "CHECKPOINTS", checkpoints)
-    monkeypatch.setattr(study, "BASELINE_TOKENS", 8192)
+    monkeypatch.setattr("checkpoints.CHECKPOINTS", checkpoints)
+    monkeypatch.setattr(baselines, "BASELINE_TOKENS", 8192)
     monkeypatch.setattr(target_models, "load_target", lambda name, device: target)
     monkeypatch.setattr(
         workers, "run_jobs", lambda jobs, devices: [job.function(*job.args, devices[0]) for job in jobs]

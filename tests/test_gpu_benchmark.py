@@ -10,7 +10,7 @@ import time
 from pathlib import Path
 
 import pytest
-from conftest import write_corpus
+from small import write_corpus
 from transformers import PreTrainedTokenizerFast
 
 from target_models import ASSETS, load_tokenizer

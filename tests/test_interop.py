@@ -12,6 +12,7 @@ import pytest
 import torch
 import yaml
 from interop_cases import (
+    GATED,
     RULES,
     B,
     D,
@@ -33,16 +34,17 @@ from torch import Tensor
 
 import interop
 from checkpoints import build_coder, load_checkpoint
+from coder import Coder
 from config import BatchTopK, EncoderConfig, JumpReLU, Relu, Rule, SAEConfig, TopK
-from dictionary_parts import build, fold
-from foreign_formats import FORMATS, Dictionary, Place
+from folding import build, fold
+from foreign_files import Place
+from foreign_formats import FORMATS, Dictionary
 from sparse_ops import to_dense
-from sparsity import Coder
 
 # ----------------------------------------------------------------------------------------- the same function, both ways
 
 
-@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("rule", [*RULES, GATED])
 @pytest.mark.parametrize("make", [sae, transcoder, lambda rule: transcoder(rule, skip=True), clt])
 def test_folding_the_scales_changes_neither_activations_nor_outputs(make: Callable[[Rule], Coder], rule: Rule) -> None:
     coder = make(rule)
@@ -106,6 +108,24 @@ def test_saelens(tmp_path: Path, make: Callable[[Rule], Coder], rule: Rule) -> N
     assert load_checkpoint(str(tmp_path / "back"), "cpu").record.target == "org/model"
 
 
+@pytest.mark.parametrize("centred", [True, False])
+def test_saelens_gated(tmp_path: Path, centred: bool) -> None:
+    """Also one whose encoder does not subtract b_dec from what it reads."""
+    folder = exported("saelens", tmp_path, coder := sae(GATED))
+    t, x = load_file(folder / "sae_weights.safetensors"), inputs(coder)
+    cfg = json.loads((folder / "cfg.json").read_text())
+    assert cfg["architecture"] == "gated" and cfg["apply_b_dec_to_input"]
+    assert set(t) == {"W_enc", "b_gate", "b_mag", "r_mag", "W_dec", "b_dec"}
+    (folder / "cfg.json").write_text(json.dumps(cfg | {"apply_b_dec_to_input": centred}))
+    z = x - t["b_dec"] if centred else x
+    a = (z @ t["W_enc"] + t["b_gate"] > 0) * (z @ (t["W_enc"] * t["r_mag"].exp()) + t["b_mag"]).relu()
+    back = imported("saelens", folder, tmp_path / "back")
+    assert_same((a, a @ t["W_dec"] + t["b_dec"]), ours(back))
+    assert back.config == coder.config
+    if centred:
+        assert_same(ours(back), ours(coder))
+
+
 def test_saelens_topk_that_ranks_by_decoder_norm(tmp_path: Path) -> None:
     folder = exported("saelens", tmp_path, sae(TopK(3)))
     cfg = json.loads((folder / "cfg.json").read_text())
@@ -135,7 +155,7 @@ def test_sparsify(tmp_path: Path, make: Callable[[Rule], Coder]) -> None:
 
 
 def test_sparsify_derives_the_number_of_latents_when_it_says_zero(tmp_path: Path) -> None:
-    coder = random_coder(SAEConfig(2, "mlp_out", D, 4 * D, TopK(2)))
+    coder = random_coder(SAEConfig(layer=2, site="mlp_out", d_in=D, d_dict=4 * D, rule=TopK(2)))
     folder = exported("sparsify", tmp_path, coder) / "layers.2.mlp"
     cfg = json.loads((folder / "cfg.json").read_text()) | {"num_latents": 0}
     (folder / "cfg.json").write_text(json.dumps(cfg))
@@ -369,7 +389,7 @@ def test_bad_configurations_are_refused_in_one_line(tmp_path: Path, format: str,
         ("upstream", {"top_k": F + 1}, "exceeds d_dict"),
         ("upstream", {"top_k": "3"}, "not a positive whole number"),
         ("upstream", {"layers": "[2, 1]"}, "not ascending numbers"),
-        ("saelens", {"architecture": "gated"}, "use one of"),
+        ("saelens", {"architecture": "temporal"}, "use one of"),
         ("saelens", {"normalize_activations": "layer_norm"}, "fold its normalisation"),
         ("saelens", {"metadata": None}, "SAELens 6"),
         ("saelens", {"metadata": {"hook_name": "blocks.0.attn.hook_z"}}, "--site"),
@@ -407,6 +427,13 @@ def test_what_a_file_asks_and_no_coder_does_is_refused(
         ("dictionary_learning", lambda: transcoder(Relu(0.0)), "no Relu transcoder"),
         ("circuit-tracer", lambda: transcoder(TopK(3), layer=0), "no TopK transcoder"),
         ("circuit-tracer", lambda: transcoder(Relu(0.0), layer=1), "each layer from 0"),
+        ("upstream", lambda: transcoder(GATED), "upstream has no Gated transcoder"),
+        ("upstream", lambda: clt(GATED), "upstream has no Gated cross-layer transcoder"),
+        ("saelens", lambda: transcoder(GATED), "saelens has no Gated transcoder"),
+        ("sparsify", lambda: sae(GATED), "sparsify has no Gated SAE"),
+        ("dictionary_learning", lambda: sae(GATED), "dictionary_learning has no Gated SAE"),
+        ("circuit-tracer", lambda: transcoder(GATED, layer=0), "circuit-tracer has no Gated transcoder"),
+        ("circuit-tracer", lambda: clt(GATED), "circuit-tracer has no Gated cross-layer transcoder"),
         ("crosslayer-coding", lambda: clt(Relu(0.0)), "read, not written"),
         ("gguf", lambda: clt(Relu(0.0)), "unknown format"),
     ],
@@ -420,7 +447,7 @@ def test_what_a_format_cannot_say_is_not_written(
 
 
 def test_a_batch_topk_without_threshold_is_not_exported(tmp_path: Path) -> None:
-    coder = build_coder(EncoderConfig(0, D, D, F, BatchTopK(3)), torch.Generator())
+    coder = build_coder(EncoderConfig(layer=0, d_in=D, d_out=D, d_dict=F, rule=BatchTopK(3)), torch.Generator())
     with pytest.raises(SystemExit, match="calibrate"):
         exported("saelens", tmp_path, coder)
 
@@ -445,10 +472,10 @@ def test_a_transcoder_without_a_layer_asks_for_it(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("config", "page"),
     [
-        (SAEConfig(3, "resid", D, F, TopK(3)), "3-nnd-res-20"),
-        (SAEConfig(3, "mlp_out", D, F, TopK(3)), "3-nnd-mlp-20"),
-        (SAEConfig(3, "attn_out", D, F, TopK(3)), "3-nnd-att-20"),
-        (EncoderConfig(3, D, D, F, Relu(0.0)), "3-nnd-transcoder-20"),
+        (SAEConfig(layer=3, site="resid", d_in=D, d_dict=F, rule=TopK(3)), "3-nnd-res-20"),
+        (SAEConfig(layer=3, site="mlp_out", d_in=D, d_dict=F, rule=TopK(3)), "3-nnd-mlp-20"),
+        (SAEConfig(layer=3, site="attn_out", d_in=D, d_dict=F, rule=TopK(3)), "3-nnd-att-20"),
+        (EncoderConfig(layer=3, d_in=D, d_out=D, d_dict=F, rule=Relu(0.0)), "3-nnd-transcoder-20"),
     ],
 )
 def test_neuronpedia_tells_the_coders_of_one_layer_apart(config: SAEConfig | EncoderConfig, page: str) -> None:
@@ -464,7 +491,7 @@ def test_neuronpedia_tells_the_coders_of_one_layer_apart(config: SAEConfig | Enc
      ("h.1.attn", (1, "attn_out")), ("blocks.2.hook_attn_out", (2, "attn_out")), ("transformer.h.5", (5, "resid"))],
 )  # fmt: skip
 def test_places(hook: str, place: tuple[int, str]) -> None:
-    from foreign_formats import find_place
+    from foreign_files import find_place
 
     assert find_place(Path("cfg.json"), hook, Place()) == place
 

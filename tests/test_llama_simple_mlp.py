@@ -6,7 +6,7 @@ import pytest
 import torch
 import transformers
 
-from llama_simple_mlp import LlamaSimpleMLP, LlamaSimpleMLPConfig, initialise, load_run
+from llama_simple_mlp import LlamaSimpleMLP, LlamaSimpleMLPConfig, initialise, load_target_run
 from losses import cross_entropy
 
 
@@ -66,8 +66,8 @@ def test_a_run_directory_loads_its_latest_step(tmp_path: Path) -> None:
         "use_grouped_query_attention: true\nrms_norm_eps: 1.0e-6\n"
     )
     with pytest.raises(ValueError, match="not a training run"):
-        load_run(tmp_path)
+        load_target_run(tmp_path)
     torch.save({"wte.weight": torch.zeros(1)}, tmp_path / "model_step_900.pt")
     torch.save({f"_orig_mod.{k}": v for k, v in model.state_dict().items()}, tmp_path / "model_step_1000.pt")
     tokens = torch.arange(10)[None]
-    assert torch.equal(load_run(tmp_path)(tokens)[0], model(tokens)[0])
+    assert torch.equal(load_target_run(tmp_path)(tokens)[0], model(tokens)[0])

@@ -9,22 +9,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pareto import (
-    BASELINES,
-    STYLES,
     LayerPoint,
     ParetoPoint,
-    _spread,
-    base,
-    dominates,
-    draw,
-    family,
-    front,
     markdown_table,
     read_layers,
     read_points,
     write_layers,
     write_points,
 )
+from pareto_figure import BASELINES, STYLES, _Mark, _spread, base, draw, family, front
 
 DESIGN = (
     "target, method, layers, k, seed, protocol, tokens, l0, l0_p95, l0_per_mlp, active_params, bits_per_token, ce, "
@@ -37,8 +30,10 @@ def point(
     method: str = "transcoder", x: float | None = 8.0, y: float = 0.1, protocol: str = "free", **more: object
 ) -> ParetoPoint:
     default = ParetoPoint(
-        "tiny", method, (0, 1), 8, 0, protocol, 1000, x, x, x, x, x, 2 + y, y, 0.9 * y, 1.1 * y, 0.9, None, 0.2, 0.1,
-        1 / 3, None, 10**6, 1234, 1.5, "checkpoints/a b", "abc", 0.5, 0.75,
+        target="tiny", method=method, layers=(0, 1), k=8, seed=0, protocol=protocol, tokens=1000, l0=x, l0_p95=x,
+        l0_per_mlp=x, active_params=x, bits_per_token=x, ce=2 + y, ce_degradation=y, ce_low=0.9 * y, ce_high=1.1 * y,
+        ce_recovered_zero=0.9, ce_recovered_mean=None, kl=0.2, fvu=0.1, mse=1 / 3, dead=None, train_tokens=10**6,
+        gate_params=1234, train_seconds=1.5, checkpoint="checkpoints/a b", commit="abc", tail_p999=0.5, tail_max=0.75,
     )  # fmt: skip
     return dataclasses.replace(default, **more)
 
@@ -81,31 +76,50 @@ def test_csv_round_trip_is_exact(
 
 def test_layer_rows_round_trip(tmp_path: Path) -> None:
     rows = [
-        LayerPoint("tiny", "clt", (1,), 4, None, "single", "", 0, "latents", 0.1, 3, 7, 0.5, None, None, None, None),
-        LayerPoint("tiny", "mean", (1,), None, None, "free", "", 1, "", None, None, None, None, 1 / 7, 2.0, 3.0, 4.0),
-    ]
+        LayerPoint(
+            target="tiny", method="clt", layers=(1,), k=4, seed=None, protocol="single", checkpoint="", layer=0,
+            module="latents", l0=0.1, l0_median=3, l0_p95=7, fired=0.5, fvu=None, mse=None, tail_p999=None, tail_max=None,
+        ),
+        LayerPoint(
+            target="tiny", method="mean", layers=(1,), k=None, seed=None, protocol="free", checkpoint="", layer=1,
+            module="", l0=None, l0_median=None, l0_p95=None, fired=None, fvu=1 / 7, mse=2.0, tail_p999=3.0, tail_max=4.0,
+        ),
+    ]  # fmt: skip
     write_layers(tmp_path / "layers.csv", rows)
     assert read_layers(tmp_path / "layers.csv") == rows
 
 
-def test_a_csv_with_other_columns_is_refused(tmp_path: Path) -> None:
-    (tmp_path / "points.csv").write_text("target,method\ntiny,clt\n")
-    with pytest.raises(ValueError, match="columns of a ParetoPoint"):
-        read_points(tmp_path / "points.csv")
+def test_a_column_that_is_unknown_or_missing_without_a_default_is_refused(tmp_path: Path) -> None:
+    file = tmp_path / "points.csv"
+    write_points(file, [point()])
+    whole = file.read_text()
+    file.write_text(whole.replace("kl,", "kj,"))
+    with pytest.raises(ValueError, match=r"points.csv: column 'kj' of a ParetoPoint is unknown: write it anew"):
+        read_points(file)
+    file.write_text("target,method\ntiny,clt\n")
+    with pytest.raises(ValueError, match="column 'active_params' of a ParetoPoint is missing"):
+        read_points(file)
+
+
+def test_a_column_with_a_default_may_be_absent_and_columns_stand_in_any_order(tmp_path: Path) -> None:
+    """Tables of before a metric was added can be read, and drawn again."""
+    file = tmp_path / "points.csv"
+    write_points(file, [point()])
+    rows = [line.split(",") for line in file.read_text().splitlines()]
+    file.write_text("\n".join(",".join(reversed(row[:-2])) for row in rows) + "\n")
+    assert read_points(file) == [point(tail_p999=None, tail_max=None)]
 
 
 @given(st.lists(st.tuples(st.integers(1, 6), st.integers(1, 6)), min_size=1, max_size=12))
 def test_the_front_is_what_nothing_dominates(coordinates: list[tuple[int, int]]) -> None:
-    points = [point(x=float(x), y=float(y)) for x, y in coordinates]
-    best = front(points, "l0")
-    assert best == sorted(best, key=lambda p: p.l0)
-    assert not any(dominates(a, b, "l0") for a in best for b in best)
-    assert all(p in best or any(dominates(q, p, "l0") for q in best) for p in points)
-    assert not any(dominates(p, p, "l0") for p in points)
+    marks = [_Mark(x, y, y, y) for x, y in coordinates]
+    best = front(marks)
 
+    def dominates(a: _Mark, b: _Mark) -> bool:
+        return a.x <= b.x and a.y <= b.y and (a.x, a.y) != (b.x, b.y)
 
-def test_a_point_without_the_axis_is_on_no_front() -> None:
-    assert front([point("mean", None), point()], "l0") == [point()]
+    assert best == sorted(best) and len(set(best)) == len(best)
+    assert set(best) == {m for m in marks if not any(dominates(other, m) for other in marks)}
 
 
 @given(st.lists(st.floats(0, 1), min_size=1, max_size=12), st.floats(0.01, 0.3))

@@ -1,112 +1,18 @@
 """Theorems about replacements, on a random two- or four-layer model."""
 
-from collections.abc import Sequence
-
 import pytest
 import torch
+from small import SEQ, D, F, H, all_methods, clean, clt, make_tiny, randomise, run, saes, some_tokens, transcoders
 from torch import Tensor
 
-from clt import CrossLayerTranscoder
-from config import BatchTopK, CLTConfig, EncoderConfig, JumpReLU, Relu, SAEConfig, TopK
-from llama_simple_mlp import LlamaSimpleMLP, LlamaSimpleMLPConfig, initialise
-from replacement import (
-    CLT,
-    SAE,
-    Affine,
-    Identity,
-    Mean,
-    Neurons,
-    Pass,
-    Replacement,
-    Transcoder,
-    Zero,
-    fit_affine,
-    replaced,
-)
-from sae import build_sae
+from baselines import IdentityReplacement, MeanReplacement, NeuronsReplacement, ZeroReplacement, fit_affine
+from coder import Coder
+from coder_replacements import CLTReplacement, SAEReplacement, TranscoderReplacement, deployed
+from config import BatchTopK, EncoderConfig, Gated, JumpReLU, Relu, TopK
+from patching import capture
+from replacement import Pass, replaced_logits
 from sparse_ops import to_dense
-from sparsity import Coder
-from target_models import Captured, Parts, TargetModel, capture, make_target
-from token_stream import DatasetSpec
-from transcoder import BaseTranscoder, build_transcoder
-
-D, H, F, VOCAB, SEQ = 16, 48, 32, 40, 7
-
-
-def make_tiny(n_layer: int = 3, seed: int = 0) -> TargetModel:
-    g = torch.Generator().manual_seed(seed)
-    model = LlamaSimpleMLP(LlamaSimpleMLPConfig(16, VOCAB, n_layer, 2, D, H, 1))
-    initialise(model, g)
-    with torch.no_grad():
-        for p in model.parameters():
-            p.mul_(8 if p.ndim == 2 else 1)  # far enough from zero that every MLP matters
-    return make_target("random", Parts(model, None, 16, DatasetSpec("python")), "cpu")  # type: ignore[arg-type]
-
-
-def some_tokens(n: int = 4, seed: int = 1) -> Tensor:
-    return torch.randint(VOCAB, (n, SEQ), generator=torch.Generator().manual_seed(seed))
-
-
-@torch.no_grad()
-def randomise(coder: Coder, seed: int = 2) -> Coder:
-    g = torch.Generator().manual_seed(seed)
-    for p in coder.parameters():
-        p.normal_(std=0.3, generator=g)
-    for encoder in coder.encoders:
-        if isinstance(encoder.rule, JumpReLU):
-            encoder.log_theta.fill_(-1.0)
-        if isinstance(encoder.rule, BatchTopK):
-            encoder.threshold.fill_(0.2)
-    return coder
-
-
-def transcoders(layers: Sequence[int], rule: object = BatchTopK(4), skip: bool = False) -> list[BaseTranscoder]:
-    g = torch.Generator().manual_seed(5)
-    return [randomise(build_transcoder(EncoderConfig(i, D, D, F, rule, skip), g), i) for i in layers]  # type: ignore
-
-
-def saes(layers: Sequence[int]) -> list[Coder]:
-    g = torch.Generator().manual_seed(6)
-    return [randomise(build_sae(SAEConfig(i, "mlp_out", D, F, TopK(3)), g), i) for i in layers]
-
-
-def clt(layers: Sequence[int], rule: object = BatchTopK(4)) -> CrossLayerTranscoder:
-    g = torch.Generator().manual_seed(7)
-    return randomise(CrossLayerTranscoder(CLTConfig(tuple(layers), D, D, F, rule), g))  # type: ignore
-
-
-def run(target: TargetModel, tokens: Tensor, pass_: Pass, layers: Sequence[int]) -> Tensor:
-    with torch.inference_mode():
-        return replaced(target, tokens, pass_, layers, lambda layer, y_hat: None)
-
-
-def clean(target: TargetModel, tokens: Tensor, layers: Sequence[int]) -> Captured:
-    """fp32, unlike `capture`, which may use bf16."""
-    seen: list[tuple[Tensor, Tensor]] = []
-
-    class Watch(Pass):
-        def __call__(self, layer: int, x: Tensor, y: Tensor) -> Tensor:
-            seen.append((x, y))
-            return y
-
-    run(target, tokens, Watch(Identity(layers), None), layers)
-    return Captured(*(torch.stack(kept) for kept in zip(*seen)))
-
-
-def all_methods(target: TargetModel, layers: Sequence[int]) -> list[Replacement]:
-    x, y = (kept.flatten(1, 2) for kept in clean(target, some_tokens(32, 9), layers))
-    return [
-        SAE(saes(layers)),
-        Transcoder(transcoders(layers)),
-        Transcoder(transcoders(layers, skip=True)),
-        Transcoder(transcoders(layers), top_k=2),
-        CLT(clt(layers)),
-        Neurons(target, layers, 5),
-        Affine(layers, fit_affine([(x, y)])),
-        Identity(layers),
-        Zero(layers),
-        Mean(layers, y.mean(1)),
-    ]
+from transcoder import build_transcoder
 
 
 def test_identity_replacement_preserves_logits() -> None:
@@ -114,7 +20,7 @@ def test_identity_replacement_preserves_logits() -> None:
     layers = range(target.n_layers)
     with torch.inference_mode():
         original = target.logits(tokens)
-    identity = Identity(layers)
+    identity = IdentityReplacement(layers)
     for pass_ in (identity.begin(), identity.frozen(clean(target, tokens, layers))):
         assert torch.equal(run(target, tokens, pass_, layers), original)
         assert torch.equal(run(target, tokens, pass_, [1]), original)
@@ -127,7 +33,10 @@ def test_zero_and_mean_write_zero_and_the_mean_but_not_at_the_first_position() -
         h = target.model.wte(tokens)
         h = h + block.attn(block.rms_1(h))
         own = block.mlp(block.rms_2(h))
-        for value, replacement in ((torch.zeros(D), Zero([0])), (torch.ones(D), Mean([0], torch.ones(1, D)))):
+        for value, replacement in (
+            (torch.zeros(D), ZeroReplacement([0])),
+            (torch.ones(D), MeanReplacement([0], torch.ones(1, D))),
+        ):
             written = torch.cat([own[:, :1], value.expand_as(own)[:, 1:]], 1)
             expected = target.model.lm_head(target.model.ln_f(h + written))
             torch.testing.assert_close(run(target, tokens, replacement.begin(), [0]), expected)
@@ -136,7 +45,7 @@ def test_zero_and_mean_write_zero_and_the_mean_but_not_at_the_first_position() -
 def test_a_failure_inside_a_patched_forward_leaves_the_model_unpatched() -> None:
     target, tokens = make_tiny(), some_tokens()
 
-    class Fails(Identity):
+    class Fails(IdentityReplacement):
         def write(self, pass_: Pass, layer: int, x: Tensor, y: Tensor) -> Tensor:
             if layer == 1:
                 raise ValueError("deliberate")
@@ -153,8 +62,13 @@ def test_a_failure_inside_a_patched_forward_leaves_the_model_unpatched() -> None
 def test_an_mlp_that_nobody_reads_is_computed_at_first_positions_alone() -> None:
     """The logits are those of a replacement for which every MLP is computed in full."""
     target, tokens = make_tiny(), some_tokens()
-    coders = [randomise(build_transcoder(EncoderConfig(i, D, D, F, TopK(4)), torch.Generator()), i) for i in range(3)]
-    skims, reads = Transcoder(coders), Transcoder(coders)
+    coders = [
+        randomise(
+            build_transcoder(EncoderConfig(layer=i, d_in=D, d_out=D, d_dict=F, rule=TopK(4)), torch.Generator()), i
+        )
+        for i in range(3)
+    ]
+    skims, reads = TranscoderReplacement(coders), TranscoderReplacement(coders)
     reads.reads_y = True
     seen: list[int] = []
     handles = [block.mlp.register_forward_hook(lambda _m, _a, y: seen.append(y.shape[1])) for block in target.model.h]
@@ -170,7 +84,9 @@ def test_every_layer_is_replaced_by_its_own_function() -> None:
     seen: list[tuple[int, Tensor]] = []
     means = torch.arange(3.0)[:, None].expand(3, D)
     with torch.inference_mode():
-        replaced(target, tokens, Mean(range(3), means).begin(), range(3), lambda i, y_hat: seen.append((i, y_hat)))
+        replaced_logits(
+            target, tokens, MeanReplacement(range(3), means).begin(), range(3), lambda i, y_hat: seen.append((i, y_hat))
+        )
     assert [i for i, _ in seen] == [0, 1, 2]
     for i, y_hat in seen:
         assert (y_hat == i).all()
@@ -191,7 +107,7 @@ def test_free_codes_follow_the_replaced_stream_and_frozen_ones_do_not() -> None:
     target, tokens, layers = make_tiny(), some_tokens(), range(3)
     captured = clean(target, tokens, layers)
     for replacement in all_methods(target, layers):
-        if replacement.has_codes:
+        if replacement.follows_stream:
             free, frozen = replacement.begin(), replacement.frozen(captured)
             run(target, tokens, free, layers)
             run(target, tokens, frozen, layers)
@@ -205,24 +121,27 @@ def test_single_layer_of_a_clt_is_written_by_clean_codes_of_earlier_layers() -> 
     target, tokens, coder = make_tiny(), some_tokens(), clt(range(3))
     captured = clean(target, tokens, range(3))
     x = captured.inputs.flatten(1, 2)
-    replacement = CLT(coder)
+    replacement = CLTReplacement(coder)
     pass_ = replacement.frozen(captured)
     got: list[Tensor] = []
     with torch.inference_mode():
-        replaced(target, tokens, pass_, [1], lambda layer, y_hat: got.append(y_hat))
+        replaced_logits(target, tokens, pass_, [1], lambda layer, y_hat: got.append(y_hat))
         coder.eval()
         expected = coder.decode_layer(1, [coder.encode_layer(0, x[0]), coder.encode_layer(1, x[1])])
     torch.testing.assert_close(got[0].flatten(0, 1), expected)
     assert set(pass_.active) == {(0, "latents"), (1, "latents")}
-    assert [(m.layer, m.writes, m.part_parameters) for m in replacement.modules([1])] == [(0, 1, 2 * D), (1, 1, 2 * D)]
-    writes = [(m.layer, m.writes, m.part_parameters) for m in replacement.modules(range(3))]
+    assert [(m.layer, m.writes, m.part_parameters) for m in replacement.part_groups([1])] == [
+        (0, 1, 2 * D),
+        (1, 1, 2 * D),
+    ]
+    writes = [(m.layer, m.writes, m.part_parameters) for m in replacement.part_groups(range(3))]
     assert writes == [(0, 3, 4 * D), (1, 2, 3 * D), (2, 1, 2 * D)]
 
 
 @pytest.mark.parametrize("rule", [Relu(0.1), TopK(3), BatchTopK(3), JumpReLU(0.01)])
 def test_top_k_override_takes_the_largest_positive_pre_activations(rule: object) -> None:
     (coder,) = transcoders([0], rule)
-    replacement = Transcoder([coder], top_k=6)
+    replacement = TranscoderReplacement([coder], top_k=6)
     x = torch.randn(20, D, generator=torch.Generator().manual_seed(3))
     pre = coder.encoder.pre_activations(x * coder.x_scale)
     expected = pre.relu() * torch.zeros_like(pre).scatter(1, pre.topk(6).indices, 1)
@@ -231,11 +150,41 @@ def test_top_k_override_takes_the_largest_positive_pre_activations(rule: object)
     assert coder.encoder.rule == rule and coder.training
 
 
+@pytest.mark.parametrize("rule", [Relu(0.1), TopK(3), BatchTopK(3), JumpReLU(0.01), Gated(0.1)])
+@pytest.mark.parametrize("top_k", [None, 2])
+def test_a_deployed_view_holds_the_coders_own_tensors(rule: object, top_k: int | None) -> None:
+    for coder in (transcoders([0], rule)[0], clt(range(2), rule)):
+        own = dict([*coder.named_parameters(), *coder.named_buffers()])
+        view = deployed(coder, top_k)
+        shared = dict([*view.named_parameters(), *view.named_buffers()])
+        assert shared.keys() <= own.keys() and all(value is own[name] for name, value in shared.items())
+        assert not any(module.training for module in view.modules()) and all(e.training for e in coder.encoders)
+    with pytest.raises(ValueError, match="k=99 exceeds d_dict"):
+        deployed(coder, 99)
+
+
+def test_top_k_override_opens_the_largest_gates() -> None:
+    """Of a gated coder; where all may be open, the code is its own."""
+    (coder,) = transcoders([0], Gated(0.1))
+    x = torch.randn(20, D, generator=torch.Generator().manual_seed(3))
+    pre, whole = coder.encoder.pre_activations(x * coder.x_scale), to_dense(coder.encode(x))
+    for k in (6, F):
+        opened = torch.zeros_like(pre).scatter(1, pre.topk(k).indices, 1)
+        found = to_dense(TranscoderReplacement([coder], top_k=k).encode(0, x, x))
+        torch.testing.assert_close(found, whole * opened)
+    assert torch.equal(found, whole) and (whole > 0).sum() > 20 * 6
+
+
 def test_a_replacement_never_mutates_its_coder() -> None:
     target, tokens, layers = make_tiny(), some_tokens(), range(3)
     coders: list[Coder] = [*transcoders(layers), *saes(layers), clt(layers)]
     before = [{key: value.clone() for key, value in coder.state_dict().items()} for coder in coders]
-    for replacement in (Transcoder(coders[:3]), SAE(coders[3:6]), CLT(coders[6]), Transcoder(coders[:3], top_k=2)):  # type: ignore
+    for replacement in (
+        TranscoderReplacement(coders[:3]),
+        SAEReplacement(coders[3:6]),
+        CLTReplacement(coders[6]),
+        TranscoderReplacement(coders[:3], top_k=2),
+    ):  # type: ignore
         run(target, tokens, replacement.begin(), layers)
     for coder, state in zip(coders, before):
         assert coder.training
@@ -253,11 +202,13 @@ def test_a_code_does_not_depend_on_neighbours() -> None:
 def test_all_neurons_are_the_mlp_and_fewer_are_the_largest_contributions() -> None:
     target, tokens = make_tiny(1), some_tokens()
     with torch.inference_mode():
-        torch.testing.assert_close(run(target, tokens, Neurons(target, [0], H).begin(), [0]), target.logits(tokens))
+        torch.testing.assert_close(
+            run(target, tokens, NeuronsReplacement(target, [0], H).begin(), [0]), target.logits(tokens)
+        )
     x = clean(target, tokens, [0]).inputs[0].flatten(0, 1)
     h, W = target.hidden(0, x), target.down_weight(0)
     contribution = (h[:, :, None] * W.T).norm(dim=2)
-    kept = to_dense(Neurons(target, [0], 5).encode(0, x, x)) != 0
+    kept = to_dense(NeuronsReplacement(target, [0], 5).encode(0, x, x)) != 0
     assert torch.equal(kept, torch.zeros_like(kept).scatter(1, contribution.topk(5).indices, True))
 
 
@@ -284,11 +235,11 @@ def test_affine_recovers_an_affine_map_also_from_inputs_that_span_less() -> None
 
 def test_two_coders_of_one_layer_are_refused() -> None:
     with pytest.raises(ValueError, match=r"one coder per layer, not layers \[0, 0\]"):
-        Transcoder([*transcoders([0]), *transcoders([0])])
+        TranscoderReplacement([*transcoders([0]), *transcoders([0])])
 
 
 def test_capture_in_whatever_precision_gives_what_a_frozen_pass_needs() -> None:
     target, tokens = make_tiny(), some_tokens()
-    replacement = Transcoder(transcoders(range(3)))
+    replacement = TranscoderReplacement(transcoders(range(3)))
     logits = run(target, tokens, replacement.frozen(capture(target, tokens, range(3))), range(3))
     assert logits.isfinite().all()

@@ -6,6 +6,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+import sparse_encode
 import sparse_ops as ops
 
 LOW = [torch.bfloat16, torch.float32]
@@ -13,14 +14,14 @@ DTYPES = [torch.float32, torch.float64]
 quick = settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 
 
-@pytest.fixture(autouse=True, scope="module", params=[0, ops.THREADS_ABOVE], ids=["threads", "one_thread"])
+@pytest.fixture(autouse=True, scope="module", params=[0, sparse_encode.THREADS_ABOVE], ids=["threads", "one_thread"])
 def selection_in_threads(request):  # type: ignore[no-untyped-def]
     """Small problems are selected by one thread, unless they are made to be shared out."""
-    measured, ops.THREADS_ABOVE = ops.THREADS_ABOVE, request.param
+    measured, sparse_encode.THREADS_ABOVE = sparse_encode.THREADS_ABOVE, request.param
     threads = torch.get_num_threads()
     torch.set_num_threads(max(2, threads))
     yield
-    ops.THREADS_ABOVE = measured
+    sparse_encode.THREADS_ABOVE = measured
     torch.set_num_threads(threads)
 
 
@@ -55,20 +56,20 @@ def test_indices_are_those_of_a_stable_descending_sort(problem: tuple, low: torc
     x, W, b, _, k = problem
     pre = torch.addmm(b, x, W.T)
     by_token = pre.sort(dim=1, descending=True, stable=True).indices[:, :k].sort(1).values
-    assert torch.equal(ops.encode_topk(x, W, b, k).cols, by_token.flatten())
+    assert torch.equal(sparse_encode.encode_topk(x, W, b, k).cols, by_token.flatten())
     flat = pre.flatten().sort(descending=True, stable=True).indices[: k * len(x)].sort().values
     for bound in guesses(pre.flatten()[flat].relu()):
-        codes = ops.encode_batch_topk(x, W, b, k, bound)
+        codes = sparse_encode.encode_batch_topk(x, W, b, k, bound)
         assert torch.equal(codes.rows * len(W) + codes.cols, flat), f"{bound=}"
-        if k * ops.GROUP <= len(W):  # the machinery of processors with, and without, bf16 products
-            found = ops._select_in_batch(x, W, b, k, bound, low)
+        if k * sparse_encode.GROUP <= len(W):  # the machinery of processors with, and without, bf16 products
+            found = sparse_encode._select_in_batch(x, W, b, k, bound, low)
             assert found is None or torch.equal(found.flat, flat), f"{bound=}"
-    if k * ops.GROUP <= len(W):
-        found = ops._select_by_token(x, W, b, k, low)
+    if k * sparse_encode.GROUP <= len(W):
+        found = sparse_encode._select_by_token(x, W, b, k, low)
         offsets = torch.arange(len(x))[:, None] * len(W)
         assert found is None or torch.equal(found.flat, (by_token + offsets).flatten())
-    assert torch.equal(ops._select_static(x, W, b, k, flat=True).flat, flat)  # what CUDA runs
-    assert torch.equal(ops._select_static(x, W, b, k, flat=False).flat % len(W), by_token.flatten())
+    assert torch.equal(sparse_encode._select_static(x, W, b, k, flat=True).flat, flat)  # what CUDA runs
+    assert torch.equal(sparse_encode._select_static(x, W, b, k, flat=False).flat % len(W), by_token.flatten())
 
 
 @quick
@@ -80,12 +81,15 @@ def test_values_and_gradients_are_those_of_the_dense_twin(problem: tuple, rule: 
     dense = [t.clone().requires_grad_() for t in (x, W, b, D)]
     match rule:
         case "topk":
-            codes, acts = ops.encode_topk(*sparse[:3], k), ops.dense_encode_topk(*dense[:3], k)
+            codes, acts = sparse_encode.encode_topk(*sparse[:3], k), sparse_encode.dense_encode_topk(*dense[:3], k)
         case "batch":
-            acts = ops.dense_encode_batch_topk(*dense[:3], k)
-            codes = ops.encode_batch_topk(*sparse[:3], k, guesses(acts.detach())[1])
+            acts = sparse_encode.dense_encode_batch_topk(*dense[:3], k)
+            codes = sparse_encode.encode_batch_topk(*sparse[:3], k, guesses(acts.detach())[1])
         case _:
-            codes, acts = ops.encode_threshold(*sparse[:3], cut), ops.dense_encode_threshold(*dense[:3], cut)
+            codes, acts = (
+                sparse_encode.encode_threshold(*sparse[:3], cut),
+                sparse_encode.dense_encode_threshold(*dense[:3], cut),
+            )
     y, twin = ops.decode(codes, sparse[3]), ops.dense_decode(acts, dense[3])
     torch.testing.assert_close(ops.to_dense(codes), acts)
     torch.testing.assert_close(y, twin, rtol=1e-4, atol=1e-5)
@@ -109,7 +113,7 @@ def test_upper_bounds_are_upper_and_not_far(low: torch.dtype, spread: float, sca
     b = torch.randn(512, generator=g) * scale
     if low == torch.float32:  # a bound of float64's pre-activations
         x, W, b = x.double(), W.double(), b.double()
-    bounds = ops._UpperBounds(x, W, b, low)
+    bounds = sparse_encode._UpperBounds(x, W, b, low)
     pre = x.double() @ W.double().T + b.double()
     floor = pre.flatten().topk(1000).values[-1]
     scan = bounds.scan(floor)
@@ -128,7 +132,7 @@ def test_bounds_in_the_precision_of_x_are_its_pre_activations() -> None:
     x, W, b = torch.randn(64, 96, generator=g), torch.randn(512, 96, generator=g), torch.randn(512, generator=g)
     pre = torch.addmm(b, x, W.T).flatten()
     floor = pre.topk(1001).values[-2:].mean()  # between two entries
-    scan = ops._UpperBounds(x, W, b, torch.float32).scan(floor)
+    scan = sparse_encode._UpperBounds(x, W, b, torch.float32).scan(floor)
     assert scan is not None and torch.equal(scan.flat, (pre > floor).nonzero()[:, 0])
     torch.testing.assert_close(scan.upper, pre[scan.flat], rtol=1e-5, atol=1e-5)
 
@@ -140,8 +144,8 @@ def test_low_precision_selects_what_float64_selects(low: torch.dtype, bound: flo
     x, W = torch.randn(200, 64, generator=g).double(), torch.randn(1024, 64, generator=g).double() / 8
     b, k = torch.randn(1024, generator=g).double() * 0.1, 8
     pre = x @ W.T + b
-    in_batch = ops._select_in_batch(x, W, b, k, torch.tensor(bound), low)
-    by_token = ops._select_by_token(x, W, b, k, low)
+    in_batch = sparse_encode._select_in_batch(x, W, b, k, torch.tensor(bound), low)
+    by_token = sparse_encode._select_by_token(x, W, b, k, low)
     assert in_batch is not None and by_token is not None
     assert torch.equal(in_batch.flat, pre.flatten().topk(k * 200).indices.sort().values)
     assert torch.equal(by_token.flat % 1024, pre.topk(k, dim=1).indices.sort(1).values.flatten())
@@ -155,7 +159,7 @@ def test_one_layout_serves_strided_decoders(k: int, d_dict: int) -> None:
     g = torch.Generator().manual_seed(2)
     x, W = torch.randn(100, 8, generator=g), torch.randn(d_dict, 8, generator=g)
     wide = torch.randn(d_dict, 12, generator=g, requires_grad=True)
-    codes = ops.encode_topk(x, W, torch.zeros(d_dict), k)
+    codes = sparse_encode.encode_topk(x, W, torch.zeros(d_dict), k)
     ops.decode(codes, wide[:, 4:8]).square().sum().backward()
     grad, wide.grad = wide.grad, None
     (ops.to_dense(codes) @ wide[:, 4:8]).square().sum().backward()
@@ -167,7 +171,11 @@ def test_one_layout_serves_strided_decoders(k: int, d_dict: int) -> None:
 @pytest.mark.parametrize("rule", ["topk", "batch"])
 def test_not_a_number_reaches_the_loss(rule: str) -> None:
     x, W, b = torch.randn(32, 4), torch.full((64, 4), torch.nan), torch.zeros(64)
-    codes = ops.encode_topk(x, W, b, 2) if rule == "topk" else ops.encode_batch_topk(x, W, b, 2, torch.tensor(1.0))
+    codes = (
+        sparse_encode.encode_topk(x, W, b, 2)
+        if rule == "topk"
+        else sparse_encode.encode_batch_topk(x, W, b, 2, torch.tensor(1.0))
+    )
     assert codes.values.isnan().any()
 
 

@@ -11,8 +11,9 @@ pytest.importorskip("triton")
 
 CHECKS = """
 import torch
+import sparse_encode
 import sparse_ops
-from sparse_triton import pair_dots, segment_sums
+from sparse_triton import triton_pair_dots as pair_dots, triton_segment_sums as segment_sums
 
 g = torch.Generator().manual_seed(0)
 close = torch.testing.assert_close
@@ -46,8 +47,8 @@ sparse_ops.pair_dots = lambda a, rows, starts, b, cols: pair_dots(a, rows, b, co
 x, W, D = (torch.randn(*shape, generator=g) for shape in ((6, 5), (40, 5), (40, 7)))
 b = torch.randn(40, generator=g) - 1
 one, two = ([t.clone().requires_grad_() for t in (x, W, b, D)] for _ in range(2))
-y = sparse_ops.decode(sparse_ops.encode_topk(*one[:3], 2), one[3])
-twin = sparse_ops.dense_decode(sparse_ops.dense_encode_topk(*two[:3], 2), two[3])
+y = sparse_ops.decode(sparse_encode.encode_topk(*one[:3], 2), one[3])
+twin = sparse_ops.dense_decode(sparse_encode.dense_encode_topk(*two[:3], 2), two[3])
 close(y, twin)
 y.square().sum().backward()
 twin.square().sum().backward()

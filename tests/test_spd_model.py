@@ -5,42 +5,37 @@ from collections import Counter
 
 import pytest
 import torch
+from recovered import dense_error, identity_error, importance_errors, permute_to_identity, recovery
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-import spd_model
+import spd_gates
 from config import GateConfig, Recon, SPDConfig, SPDTrainConfig, from_json, to_json
 from losses import annealed_p, faithfulness, importance_minimality, kl_divergence, mean_kl
-from spd_model import (
-    ComponentModel,
+from spd_gates import lower, upper  # fmt: skip
+from spd_masks import (  # fmt: skip
     Mask,
     PersistentSources,
-    lower,
     pgd_sources,
     route_subset,
     routed,
     source_masks,
     stochastic_masks,
-    upper,
-)  # fmt: skip
-from spd_training import SPDTrainer, train_spd
-from toy_models import (
-    TMS,
-    TOYS,
-    ToyBatches,
-    dense_error,
-    identity_error,
-    importance_errors,
-    permute_to_identity,
-    recovery,
 )
+from spd_model import ComponentModel  # fmt: skip
+from spd_training import SPDTrainer, train_spd
+from toy_models import TMS, TOYS, ToyBatches
 
 C = 12
 KINDS = [
-    GateConfig("mlp", (5,)), GateConfig("mlp", (5, 4)), GateConfig("vector_mlp", (5,)), GateConfig("shared_mlp", (5,)),
-    GateConfig("global_shared_mlp", (5,)), GateConfig("global_shared_transformer", (16,), 8, 2, 2, True),
-    GateConfig("global_shared_transformer", (16,), 8, 2, 2, False),
-]  # fmt: skip
+    GateConfig(kind="mlp", hidden=(5,)),
+    GateConfig(kind="mlp", hidden=(5, 4)),
+    GateConfig(kind="vector_mlp", hidden=(5,)),
+    GateConfig(kind="shared_mlp", hidden=(5,)),
+    GateConfig(kind="global_shared_mlp", hidden=(5,)),
+    GateConfig(kind="global_shared_transformer", hidden=(16,), d_model=8, blocks=2, heads=2, causal=True),
+    GateConfig(kind="global_shared_transformer", hidden=(16,), d_model=8, blocks=2, heads=2, causal=False),
+]
 
 
 def generator(seed: int = 0) -> torch.Generator:
@@ -62,7 +57,7 @@ class Small(nn.Module):
 
 
 def small(gate: GateConfig = KINDS[3]) -> ComponentModel:
-    return ComponentModel(Small(), SPDConfig((("wte", C), ("fc", C), ("pr*", C)), gate), generator())
+    return ComponentModel(Small(), SPDConfig(components=(("wte", C), ("fc", C), ("pr*", C)), gate=gate), generator())
 
 
 TOKENS = torch.arange(20).view(2, 10) % 11
@@ -188,22 +183,29 @@ def test_losses_on_numbers() -> None:
 ])  # fmt: skip
 def test_bad_input_is_one_clear_line(patterns: tuple, tied: tuple, says: str) -> None:
     with pytest.raises(ValueError, match=says) as error:
-        ComponentModel(Small(), SPDConfig(patterns, KINDS[3], tied), generator())
+        ComponentModel(Small(), SPDConfig(components=patterns, gate=KINDS[3], tied=tied), generator())
     assert "\n" not in str(error.value)
 
 
 def test_other_bad_input() -> None:
     with pytest.raises(ValueError, match="C=0"):
-        SPDConfig((("fc", 0),), KINDS[0])
+        SPDConfig(components=(("fc", 0),), gate=KINDS[0])
     with pytest.raises(ValueError, match="LayerNorm"):
-        ComponentModel(nn.Sequential(nn.LayerNorm(3)), SPDConfig((("0", 2),), KINDS[0]), generator())
+        ComponentModel(nn.Sequential(nn.LayerNorm(3)), SPDConfig(components=(("0", 2),), gate=KINDS[0]), generator())
     with pytest.raises(ValueError, match="unknown gate"):
-        GateConfig("oracle", (3,))  # type: ignore[arg-type]
+        GateConfig(kind="oracle", hidden=(3,))  # type: ignore[arg-type]
 
 
 def test_configurations_round_trip() -> None:
-    config = SPDConfig((("fc", C),), KINDS[5], (("a", "b"),))
-    train = SPDTrainConfig(5, 1e-3, (Recon(1.0, "pgd", "subset", 2, 0.1),), 1e-3, p=(2.0, 0.4), clip=0.01)
+    config = SPDConfig(components=(("fc", C),), gate=KINDS[5], tied=(("a", "b"),))
+    train = SPDTrainConfig(
+        steps=5,
+        lr=1e-3,
+        recon=(Recon(coefficient=1.0, source="pgd", routing="subset", steps=2, step_size=0.1),),
+        minimality=1e-3,
+        p=(2.0, 0.4),
+        clip=0.01,
+    )
     assert from_json(to_json(config)) == config and from_json(to_json(train)) == train
 
 
@@ -213,7 +215,7 @@ def test_configurations_round_trip() -> None:
 def toy_model(stack: int = 2, kind: GateConfig = KINDS[0]) -> ComponentModel:
     W = torch.randn(stack, 2, 5, generator=generator(3))
     target = TMS(W, torch.zeros(stack, 5), 0).requires_grad_(False)
-    config = SPDConfig((("linear1", 8), ("linear2", 8)), kind, (("linear1", "linear2"),))
+    config = SPDConfig(components=(("linear1", 8), ("linear2", 8)), gate=kind, tied=(("linear1", "linear2"),))
     return ComponentModel(target, config, generator(4))
 
 
@@ -221,7 +223,13 @@ def test_stacked_seeds_train_as_each_would_alone() -> None:
     """Gradients of a stack of two are those of its members."""
     both = toy_model()
     x = next(ToyBatches(TOYS["tms_5-2"], 2, 64, 0))
-    config = SPDTrainConfig(10, 1e-3, (Recon(1.0, "ones"), Recon(1.0, "importance", "layerwise")), 1e-2, p=(1.0, 1.0))
+    config = SPDTrainConfig(
+        steps=10,
+        lr=1e-3,
+        recon=(Recon(coefficient=1.0, source="ones"), Recon(coefficient=1.0, source="importance", routing="layerwise")),
+        minimality=1e-2,
+        p=(1.0, 1.0),
+    )
 
     def gradients(model: ComponentModel, batch: torch.Tensor) -> dict[str, torch.Tensor]:
         trainer, kept = SPDTrainer(model, config, False), {}
@@ -243,15 +251,15 @@ def test_rational_gelu_and_its_slope() -> None:
     u = torch.linspace(-20, 20, 40_001, dtype=torch.float64).requires_grad_()
     exact = torch.nn.functional.gelu(u)
     (exact_slope,) = torch.autograd.grad(exact.sum(), u)
-    gelu, slope = spd_model._gelu_and_slope(u.detach().float())
+    gelu, slope = spd_gates._gelu_and_slope(u.detach().float())
     assert ((gelu - exact).abs() / (1 + u.abs())).max() < 3e-7  # a few roundings of u
     assert (slope - exact_slope).abs().max() < 5e-7
 
 
 def test_compiled_gate_is_the_eager_one_with_its_gradients(monkeypatch) -> None:  # type: ignore[no-untyped-def]
     """Its two passes, uncompiled here to save the compiler's seconds, on a stack and on (batch, position)."""
-    monkeypatch.setattr(spd_model, "_compiled_forward", spd_model._scalar_forward)
-    monkeypatch.setattr(spd_model, "_compiled_backward", spd_model._scalar_backward)
+    monkeypatch.setattr(spd_gates, "_compiled_forward", spd_gates._scalar_forward)
+    monkeypatch.setattr(spd_gates, "_compiled_backward", spd_gates._scalar_backward)
     for model, inputs in ((toy_model(), (torch.randn(2, 7, 5),)), (small(KINDS[0]), (TOKENS,))):
         grads = []
         for compiled in (False, True):
@@ -276,8 +284,14 @@ def test_tied_components_share_their_tensors() -> None:
 
 def test_resumed_training_ends_bit_identical(tmp_path, monkeypatch) -> None:  # type: ignore[no-untyped-def]
     monkeypatch.setenv("WANDB_MODE", "disabled")
-    recon = (Recon(1.0), Recon(0.5, "pgd", "subset", 1, 0.5), Recon(0.5, "persistent", "all", 1, 0.01))
-    config = SPDTrainConfig(6, 1e-2, recon, 1e-3, faithful_steps=3, checkpoint_every=3, metrics_every=2)
+    recon = (
+        Recon(coefficient=1.0),
+        Recon(coefficient=0.5, source="pgd", routing="subset", steps=1, step_size=0.5),
+        Recon(coefficient=0.5, source="persistent", routing="all", steps=1, step_size=0.01),
+    )
+    config = SPDTrainConfig(
+        steps=6, lr=1e-2, recon=recon, minimality=1e-3, faithful_steps=3, checkpoint_every=3, metrics_every=2
+    )
 
     def batches() -> ToyBatches:
         return ToyBatches(TOYS["tms_5-2"], 2, 16, 0)
@@ -309,7 +323,7 @@ def test_resumed_training_ends_bit_identical(tmp_path, monkeypatch) -> None:  # 
 def test_minimality_and_reconstruction_fall_in_training(tmp_path, monkeypatch) -> None:  # type: ignore[no-untyped-def]
     monkeypatch.setenv("WANDB_MODE", "disabled")
     model = toy_model()
-    config = SPDTrainConfig(60, 1e-2, (Recon(1.0),), 3e-3, p=(1.0, 1.0))
+    config = SPDTrainConfig(steps=60, lr=1e-2, recon=(Recon(coefficient=1.0),), minimality=3e-3, p=(1.0, 1.0))
     trainer = SPDTrainer(model, config, False)
     trainer.warm_up()
     batches = ToyBatches(TOYS["tms_5-2"], 2, 256, 0)
@@ -344,6 +358,10 @@ def test_loss_that_is_not_finite_stops_the_run(tmp_path, monkeypatch) -> None:  
     model = toy_model()
     with torch.no_grad():
         model.components["linear1"].V.fill_(torch.nan)
-    config = dataclasses.replace(SPDTrainConfig(3, 1e-2, (Recon(1.0),), 3e-3), metrics_every=1, faithful_steps=1)
+    config = dataclasses.replace(
+        SPDTrainConfig(steps=3, lr=1e-2, recon=(Recon(coefficient=1.0),), minimality=3e-3),
+        metrics_every=1,
+        faithful_steps=1,
+    )
     with pytest.raises(RuntimeError, match="lower the learning rate"):
         train_spd(model, ToyBatches(TOYS["tms_5-2"], 2, 16, 0), config, tmp_path, "nan")

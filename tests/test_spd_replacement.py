@@ -2,32 +2,23 @@
 
 import pytest
 import torch
-from test_evaluation import the
-from test_replacement import VOCAB, D, H, clean, make_tiny, run, some_tokens
+from small import C_DOWN, C_FC, LOCAL, VOCAB, D, H, clean, decomposition, make_tiny, run, some_tokens, the
 
 from config import GateConfig, SPDConfig
 from evaluation import evaluate
-from replacement import SPD
 from spd_model import ComponentModel
-from target_models import TargetModel
+from spd_replacement import SPDReplacement
 
-C_FC, C_DOWN = 20, 24
-LOCAL = GateConfig("shared_mlp", (8,))
-SCALAR = GateConfig("mlp", (4,))
-GLOBAL = GateConfig("global_shared_mlp", (16,))
-ATTENDING = GateConfig("global_shared_transformer", (16,), d_model=16, blocks=1, heads=2, causal=True)
+SCALAR = GateConfig(kind="mlp", hidden=(4,))
+GLOBAL = GateConfig(kind="global_shared_mlp", hidden=(16,))
+ATTENDING = GateConfig(kind="global_shared_transformer", hidden=(16,), d_model=16, blocks=1, heads=2, causal=True)
 GATES = [LOCAL, SCALAR, GLOBAL, ATTENDING]
-
-
-def decomposition(target: TargetModel, gate: GateConfig = LOCAL) -> ComponentModel:
-    config = SPDConfig((("h.*.mlp.c_fc", C_FC), ("h.*.mlp.down_proj", C_DOWN)), gate)
-    return ComponentModel(target.model, config, torch.Generator().manual_seed(0)).requires_grad_(False)
 
 
 @pytest.mark.parametrize("gate", GATES)
 def test_all_components_with_delta_are_the_target(gate: GateConfig) -> None:
     target, tokens = make_tiny(2), some_tokens()
-    spd = SPD(target, decomposition(target, gate), top_k=max(C_FC, C_DOWN), delta=True)
+    spd = SPDReplacement(target, decomposition(target, gate), top_k=max(C_FC, C_DOWN), delta=True)
     for p in evaluate(target, [spd], tokens).points:
         assert abs(p.ce_degradation) < 1e-4 and p.fvu == pytest.approx(0, abs=1e-5)
 
@@ -37,7 +28,7 @@ def test_axes_of_spd_are_those_of_the_table(gate: GateConfig) -> None:
     """Per MLP L0_fc + L0_down; parameters Σ L0_fc (d_in + d_h) + L0_down (d_h + d_out); the gate's beside them."""
     target, tokens = make_tiny(2), some_tokens()
     model = decomposition(target, gate)
-    measured = evaluate(target, [SPD(target, model, top_k=5)], tokens)
+    measured = evaluate(target, [SPDReplacement(target, model, top_k=5)], tokens)
     for protocol in ("frozen", "free"):
         p = the(measured, "spd-topk", protocol, (0, 1))
         assert (p.l0, p.l0_p95, p.l0_per_mlp, p.active_params) == (5, 5, 10, 2 * 2 * 5 * (D + H))
@@ -53,8 +44,8 @@ def test_thresholds_and_variants_are_named_and_counted() -> None:
     target, tokens = make_tiny(2), some_tokens()
     model = decomposition(target)
     variants = [
-        SPD(target, model), SPD(target, model, threshold=0.5), SPD(target, model, delta=True),
-        SPD(target, model, top_k=3, matrices=["c_fc"]),
+        SPDReplacement(target, model), SPDReplacement(target, model, threshold=0.5), SPDReplacement(target, model, delta=True),
+        SPDReplacement(target, model, top_k=3, matrices=["c_fc"]),
     ]  # fmt: skip
     all_on, half, delta, fc = evaluate(target, variants, tokens, ["frozen"]).points
     assert [p.method for p in (all_on, half, delta, fc)] == ["spd", "spd-0.5", "spd-delta", "spd-c_fc-topk"]
@@ -68,7 +59,7 @@ def test_thresholds_and_variants_are_named_and_counted() -> None:
 def test_frozen_gates_come_from_the_clean_pass_and_free_ones_from_the_masked_stream(gate: GateConfig) -> None:
     target, tokens = make_tiny(2), some_tokens()
     model = decomposition(target, gate)
-    spd = SPD(target, model, top_k=4)
+    spd = SPDReplacement(target, model, top_k=4)
     with torch.inference_mode():
         inputs, _ = model.inputs_capture(tokens)
         z = model.importance_logits(inputs)
@@ -97,7 +88,7 @@ def test_frozen_gates_come_from_the_clean_pass_and_free_ones_from_the_masked_str
 def test_a_component_alone_writes_its_rank_one_map() -> None:
     target, tokens = make_tiny(1), some_tokens()
     model = decomposition(target)
-    spd = SPD(target, model, top_k=1, matrices=["down_proj"])
+    spd = SPDReplacement(target, model, top_k=1, matrices=["down_proj"])
     captured = clean(target, tokens, [0])
     pass_ = spd.frozen(captured)
     with torch.inference_mode():
@@ -112,7 +103,7 @@ def test_a_component_alone_writes_its_rank_one_map() -> None:
 def test_a_single_layer_of_a_decomposition_is_measured_with_a_gate_that_reads_all() -> None:
     target, tokens = make_tiny(3), some_tokens()
     for gate in (LOCAL, GLOBAL):
-        spd = SPD(target, decomposition(target, gate), layers=[1])
+        spd = SPDReplacement(target, decomposition(target, gate), layers=[1])
         single, frozen, _ = evaluate(target, [spd], tokens).points
         assert single.layers == (1,) and single.ce == frozen.ce
 
@@ -121,10 +112,10 @@ def test_bad_requests_are_refused() -> None:
     target, other = make_tiny(2), make_tiny(2)
     model = decomposition(target)
     with pytest.raises(AssertionError, match="another model"):
-        SPD(other, model)
+        SPDReplacement(other, model)
     with pytest.raises(ValueError, match="no matrix named"):
-        SPD(target, model, matrices=["gate_proj"])
-    config = SPDConfig((("h.*.mlp.c_fc", 4), ("h.*.attn.q_proj", 4)), GLOBAL)
+        SPDReplacement(target, model, matrices=["gate_proj"])
+    config = SPDConfig(components=(("h.*.mlp.c_fc", 4), ("h.*.attn.q_proj", 4)), gate=GLOBAL)
     beyond = ComponentModel(target.model, config, torch.Generator().manual_seed(0))
     with pytest.raises(ValueError, match="q_proj"):
-        SPD(target, beyond)
+        SPDReplacement(target, beyond)

@@ -9,12 +9,15 @@ import yaml
 from config import GateConfig, SPDConfig
 from llama_simple_mlp import LlamaSimpleMLP, LlamaSimpleMLPConfig, initialise
 from spd_model import ComponentModel
-from spd_runs import latest_checkpoint, load_run
+from spd_runs import latest_checkpoint, load_spd_run
 
 GATES = [
-    GateConfig("mlp", (5,)), GateConfig("vector_mlp", (5,)), GateConfig("shared_mlp", (5, 4)),
-    GateConfig("global_shared_mlp", (5,)), GateConfig("global_shared_transformer", (16,), 8, 2, 2, False),
-]  # fmt: skip
+    GateConfig(kind="mlp", hidden=(5,)),
+    GateConfig(kind="vector_mlp", hidden=(5,)),
+    GateConfig(kind="shared_mlp", hidden=(5, 4)),
+    GateConfig(kind="global_shared_mlp", hidden=(5,)),
+    GateConfig(kind="global_shared_transformer", hidden=(16,), d_model=8, blocks=2, heads=2, causal=False),
+]
 PATTERNS = (("h.*.mlp.c_fc", 6), ("h.*.mlp.down_proj", 5), ("h.1.attn.q_proj", 3))
 TOKENS = torch.arange(14).view(2, 7)
 
@@ -49,9 +52,9 @@ def write_run(folder: Path, state: dict[str, torch.Tensor], gate: GateConfig, st
 @pytest.mark.parametrize("gate", GATES, ids=lambda gate: gate.kind)
 @pytest.mark.parametrize("layout", ["main", "dev", "legacy"])
 def test_every_gate_and_layout_is_read_back(tmp_path: Path, gate: GateConfig, layout: str) -> None:
-    model = ComponentModel(target(), SPDConfig(PATTERNS, gate), torch.Generator().manual_seed(2))
+    model = ComponentModel(target(), SPDConfig(components=PATTERNS, gate=gate), torch.Generator().manual_seed(2))
     state = legacy(model) if layout == "legacy" else current(model, "ci_fn." if layout == "dev" else "")
-    loaded = load_run(str(write_run(tmp_path / "run", state, gate)), target())
+    loaded = load_spd_run(str(write_run(tmp_path / "run", state, gate)), target())
     assert loaded.config.gate == gate and loaded.sizes == model.sizes
     ours, theirs = (m.importance_logits(m.inputs_capture(TOKENS)[0]) for m in (model, loaded))
     for path in ours:
@@ -66,19 +69,19 @@ def test_latest_checkpoint_is_that_of_the_largest_number(tmp_path: Path) -> None
 
 
 def test_bad_runs_are_refused_in_one_line(tmp_path: Path) -> None:
-    model = ComponentModel(target(), SPDConfig(PATTERNS, GATES[0]), torch.Generator().manual_seed(2))
+    model = ComponentModel(target(), SPDConfig(components=PATTERNS, gate=GATES[0]), torch.Generator().manual_seed(2))
     with pytest.raises(ValueError, match="not an SPD run"):
-        load_run(str(tmp_path), target())
+        load_spd_run(str(tmp_path), target())
     run = write_run(tmp_path / "run", current(model), GATES[0])
     other = target()
     other.h[0].mlp.c_fc.weight.add_(1)
     with pytest.raises(ValueError, match="c_fc.weight' differs"):
-        load_run(str(run), other)
+        load_spd_run(str(run), other)
     with pytest.raises(ValueError, match="does not have"):
-        load_run(str(run), torch.nn.Sequential(torch.nn.Linear(2, 2)))
+        load_spd_run(str(run), torch.nn.Sequential(torch.nn.Linear(2, 2)))
     (run / "model_500.pth").write_bytes((run / "model_400.pth").read_bytes()[:200])
     with pytest.raises(ValueError, match="truncated"):
-        load_run(str(run), target())
+        load_spd_run(str(run), target())
     odd = {k.replace("_ci_fns.", "_global_ci_fn._reader."): v for k, v in current(model).items()}
     with pytest.raises(ValueError, match="kind of gate"):
-        load_run(str(write_run(tmp_path / "odd", odd, GATES[0])), target())
+        load_spd_run(str(write_run(tmp_path / "odd", odd, GATES[0])), target())

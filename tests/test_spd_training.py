@@ -1,18 +1,21 @@
 """Theorems about one training step of an SPD of a language model."""
 
 import torch
-from test_replacement import clean, make_tiny, some_tokens
-from test_spd_replacement import decomposition
+from small import clean, decomposition, make_tiny, some_tokens
 
 from config import Recon, SPDTrainConfig
-from replacement import SPD
+from spd_replacement import SPDReplacement
 from spd_training import SPDTrainer
 
 
 def trainer(recon: tuple[Recon, ...], split: bool) -> SPDTrainer:
     model = decomposition(make_tiny(2)).requires_grad_(True)
     model.target_model.requires_grad_(False)
-    return SPDTrainer(model, SPDTrainConfig(10, 1e-3, recon, 1e-3, "kl", p=(1.0, 1.0), split=split), False)
+    return SPDTrainer(
+        model,
+        SPDTrainConfig(steps=10, lr=1e-3, recon=recon, minimality=1e-3, distance="kl", p=(1.0, 1.0), split=split),
+        False,
+    )
 
 
 def gradients(own: SPDTrainer, tokens: torch.Tensor) -> list[torch.Tensor]:
@@ -26,21 +29,34 @@ def test_terms_that_split_a_batch_add_up_to_one_term_over_it() -> None:
     """Half of D over the even sequences and half of D over the odd ones are D over all."""
     tokens = some_tokens()
     assert len(tokens) % 2 == 0
-    whole = gradients(trainer((Recon(1.0, "importance"),), False), tokens)
-    halves = gradients(trainer((Recon(0.5, "importance"), Recon(0.5, "importance")), True), tokens)
+    whole = gradients(trainer((Recon(coefficient=1.0, source="importance"),), False), tokens)
+    halves = gradients(
+        trainer((Recon(coefficient=0.5, source="importance"), Recon(coefficient=0.5, source="importance")), True),
+        tokens,
+    )
     assert len(whole) == len(halves) > 0
     for one, two in zip(whole, halves):
         torch.testing.assert_close(one, two, atol=1e-7, rtol=1e-4)
 
 
 def test_deployed_masks_are_those_of_the_ruler_at_threshold_zero() -> None:
-    """The masks trained under are what `SPD(threshold=0)` runs with in a frozen pass."""
+    """The masks trained under are what `SPDReplacement(threshold=0)` runs with in a frozen pass."""
     target, tokens = make_tiny(2), some_tokens()
     model = decomposition(target)
-    own = SPDTrainer(model.requires_grad_(True), SPDTrainConfig(10, 1e-3, (Recon(1.0, "deployed"),), 0.0), False)
+    own = SPDTrainer(
+        model.requires_grad_(True),
+        SPDTrainConfig(steps=10, lr=1e-3, recon=(Recon(coefficient=1.0, source="deployed"),), minimality=0.0),
+        False,
+    )
     z, output = own.importances(tokens)
-    masks = own.masks(0, Recon(1.0, "deployed"), {path: model.lower(logit) for path, logit in z.items()}, output, tokens)
-    ruler = SPD(target, model, threshold=0.0)
+    masks = own.masks(
+        0,
+        Recon(coefficient=1.0, source="deployed"),
+        {path: model.lower(logit) for path, logit in z.items()},
+        output,
+        tokens,
+    )
+    ruler = SPDReplacement(target, model, threshold=0.0)
     frozen = ruler.frozen(clean(target, tokens, range(2)))
     for path, mask in masks.items():
         assert mask.delta is None

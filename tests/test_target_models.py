@@ -10,23 +10,12 @@ import pytest
 import torch
 import transformers as tf
 import yaml
-from conftest import make_small_target, word_tokenizer
+from small import make_small_target, word_tokenizer
 from torch import nn
 
 from devices import bf16_is_fast
-from target_models import (
-    ATTENTIONS,
-    Parts,
-    TargetModel,
-    at_site,
-    capture,
-    kept_streams,
-    load_target,
-    make_target,
-    mlp_matrices,
-    patched,
-    resumed,
-)
+from patching import capture, kept_streams, patched, resumed
+from target_models import ATTENTIONS, Loaded, TargetModel, at_site, load_target, make_target, mlp_matrices
 from token_stream import DatasetSpec
 
 SIZES = {"vocab_size": 62, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
@@ -75,7 +64,7 @@ def target(request: pytest.FixtureRequest, tmp_path: Path) -> TargetModel:
         return make_small_target(tmp_path)
     if request.param.startswith("tl:"):
         return load_target(f"tl:{saved(tmp_path / 'model', family_model(request.param[3:]))}", "cpu")
-    parts = Parts(family_model(request.param), word_tokenizer(), 16, DatasetSpec("python"))
+    parts = Loaded(family_model(request.param), word_tokenizer(), 16, DatasetSpec("python"))
     return make_target(request.param, parts, "cpu")
 
 
@@ -99,7 +88,7 @@ def test_a_pass_resumed_on_the_stream_of_another_gives_its_logits(target: Target
     tokens, calls = TOKENS % target.vocab_size, []
     with kept_streams(target, [0, 1]) as streams:
         original = target.logits(tokens)
-    handle = target.model.get_submodule(target.sites[0].write).register_forward_hook(lambda *_: calls.append(0))
+    handle = target.model.get_submodule(target.mlps[0].write).register_forward_hook(lambda *_: calls.append(0))
     with resumed(target, 1, streams[1]):
         assert torch.equal(target.logits(tokens), original)
     assert not calls and list(streams) == [1], "block 0 was computed"
@@ -131,7 +120,7 @@ def test_captured_input_gives_captured_output(target: TargetModel, monkeypatch: 
 @torch.inference_mode()
 def test_the_mlp_ends_with_its_down_projection(target: TargetModel) -> None:
     x = torch.randn(3, target.d_model, generator=torch.Generator().manual_seed(0))
-    h, down = target.hidden(1, x), target.model.get_submodule(target.sites[1].down)
+    h, down = target.hidden(1, x), target.model.get_submodule(target.mlps[1].down)
     assert h.shape == (3, target.d_mlp) and target.down_weight(1).shape == (target.d_model, target.d_mlp)
     bias = 0 if down.bias is None else down.bias
     torch.testing.assert_close(h @ target.down_weight(1).T + bias, target.mlp(1, x))
@@ -143,7 +132,7 @@ def test_another_site_is_captured_and_patched_where_it_says(target: TargetModel,
     monkeypatch.setenv("NN_BF16", "off")
     tokens = TOKENS % target.vocab_size
     view, original = at_site(target, site), target.logits(tokens)
-    block = target.model.get_submodule(target.sites[1].read.rpartition(".")[0])
+    block = target.model.get_submodule(target.mlps[1].read.rpartition(".")[0])
     module = block if site == "resid" else next(m for n, m in block.named_children() if n in ATTENTIONS)
     seen: list[torch.Tensor] = []
     handle = module.register_forward_hook(lambda m, args, out: seen.append(out[0] if isinstance(out, tuple) else out))
@@ -295,10 +284,10 @@ def test_blocks_of_an_unknown_layout_are_refused_in_one_line(tmp_path: Path) -> 
     tokenizer, data = word_tokenizer(), DatasetSpec("python")
     mamba = tf.MambaForCausalLM(tf.MambaConfig(vocab_size=62, hidden_size=16, num_hidden_layers=2, state_size=4))
     with pytest.raises(ValueError, match=r"^MambaForCausalLM has no stack of blocks with an MLP after a norm[^\n]*$"):
-        make_target("mamba", Parts(mamba, tokenizer, 16, data), "cpu")
+        make_target("mamba", Loaded(mamba, tokenizer, 16, data), "cpu")
     mixtral = tf.MixtralForCausalLM(tf.MixtralConfig(**GATED, num_local_experts=2))
     with pytest.raises(ValueError, match=r"^[^\n]*down projection cannot be told$"):
-        make_target("mixtral", Parts(mixtral, tokenizer, 16, data), "cpu")
+        make_target("mixtral", Loaded(mixtral, tokenizer, 16, data), "cpu")
     with pytest.raises(
         ValueError, match=r"^[^\n]*this block's layout is not supported$"
     ):  # the bridge runs no mlp there

@@ -6,9 +6,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import word_tokenizer, write_corpus
+from small import word_tokenizer, write_corpus
 
-from token_stream import DatasetSpec, SourceFile, TokenStream, documents, drop_near_duplicates, take_tokens
+from python_corpus import SourceFile, drop_near_duplicates
+from token_stream import DatasetSpec, TokenStream, documents, take_tokens
 
 
 def test_packing_loses_and_pads_nothing(tmp_path: Path) -> None:

@@ -4,11 +4,13 @@ import dataclasses
 
 import pytest
 import torch
+from folded import FoldedDecomposition
 
 from config import GateConfig, Recon, SPDConfig, SPDTrainConfig
-from spd_model import ComponentModel, stochastic_masks
+from spd_masks import stochastic_masks
+from spd_model import ComponentModel
 from spd_training import SPDTrainer
-from toy_models import TOYS, FoldedDecomposition, ToyBatches, train_target
+from toy_models import TOYS, ToyBatches, train_target
 
 
 @pytest.fixture(autouse=True)
@@ -21,7 +23,10 @@ def float64():  # type: ignore[no-untyped-def]
 def pair(layers: int, gate: GateConfig) -> tuple[ComponentModel, ComponentModel, torch.Tensor]:
     """(unfolded, folded, batch) of one small ResidMLP: the same initial parameters."""
     toy = dataclasses.replace(TOYS["resid_2"], features=6, width=4, layers=layers, steps=2, batch=8)
-    target, config = train_target(toy, 2, 0), SPDConfig((("layers.*.mlp_in", 5), ("layers.*.mlp_out", 5)), gate)
+    target, config = (
+        train_target(toy, 2, 0),
+        SPDConfig(components=(("layers.*.mlp_in", 5), ("layers.*.mlp_out", 5)), gate=gate),
+    )
     plain, folded = (
         cls(target, config, torch.Generator().manual_seed(1)) for cls in (ComponentModel, FoldedDecomposition)
     )
@@ -29,7 +34,7 @@ def pair(layers: int, gate: GateConfig) -> tuple[ComponentModel, ComponentModel,
 
 
 def test_a_folded_target_is_the_unfolded_one() -> None:
-    plain, _, x = pair(3, GateConfig("mlp", (3,)))
+    plain, _, x = pair(3, GateConfig(kind="mlp", hidden=(3,)))
     torch.testing.assert_close(plain.target_model.folded(x), plain.target_model(x))
 
 
@@ -37,7 +42,7 @@ def test_a_folded_target_is_the_unfolded_one() -> None:
 @pytest.mark.parametrize("layers", [1, 2, 3])
 def test_a_folded_decomposition_is_the_unfolded_one(layers: int, kind: str) -> None:
     """Clean outputs, importances, outputs under any subset of masks with Δ open or closed, losses, gradients, steps."""
-    plain, folded, x = pair(layers, GateConfig(kind, (3,)))
+    plain, folded, x = pair(layers, GateConfig(kind=kind, hidden=(3,)))
     (inputs, clean), (folded_inputs, folded_clean) = plain.inputs_capture(x), folded.inputs_capture(x)
     torch.testing.assert_close(folded_clean, clean)
     z, folded_z = plain.importance_logits(inputs), folded.importance_logits(folded_inputs)
@@ -50,8 +55,12 @@ def test_a_folded_decomposition_is_the_unfolded_one(layers: int, kind: str) -> N
             {path: masks[path]._replace(delta=None) for path in chosen},
         ):
             torch.testing.assert_close(folded.run_masked(some, x), plain.run_masked(some, x))
-    recon = (Recon(1.0), Recon(0.7, routing="layerwise"), Recon(2.0, "pgd", "subset", 1, 1.0))
-    config, steps = SPDTrainConfig(9, 1e-3, recon, 1e-3), []
+    recon = (
+        Recon(coefficient=1.0),
+        Recon(coefficient=0.7, routing="layerwise"),
+        Recon(coefficient=2.0, source="pgd", routing="subset", steps=1, step_size=1.0),
+    )
+    config, steps = SPDTrainConfig(steps=9, lr=1e-3, recon=recon, minimality=1e-3), []
     for model in (plain, folded):
         trainer = SPDTrainer(model, config, False)
         trainer.optimiser.step = lambda: None
@@ -65,9 +74,18 @@ def test_a_folded_decomposition_is_the_unfolded_one(layers: int, kind: str) -> N
 
 def test_two_steps_of_a_folded_decomposition_are_those_of_the_unfolded_one() -> None:
     """What a step multiplied out is forgotten by the next."""
-    plain, folded, x = pair(2, GateConfig("mlp", (3,)))
+    plain, folded, x = pair(2, GateConfig(kind="mlp", hidden=(3,)))
     losses = []
     for model in (plain, folded):
-        trainer = SPDTrainer(model, SPDTrainConfig(9, 1e-2, (Recon(1.0), Recon(1.0, routing="layerwise")), 1e-3), False)
+        trainer = SPDTrainer(
+            model,
+            SPDTrainConfig(
+                steps=9,
+                lr=1e-2,
+                recon=(Recon(coefficient=1.0), Recon(coefficient=1.0, routing="layerwise")),
+                minimality=1e-3,
+            ),
+            False,
+        )
         losses.append(torch.stack([trainer.step(x)[:3] for _ in range(3)]))
     torch.testing.assert_close(losses[1], losses[0], atol=0, rtol=1e-7)

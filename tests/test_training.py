@@ -13,21 +13,23 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import make_small_target
 
 import checkpoints
 from activation_store import ActivationsStore, DataConfig
 from checkpoints import TrainingRecord, check_target, coder_name, load_checkpoint, save_checkpoint
 from clt import CrossLayerTranscoder
-from config import BatchTopK, CLTConfig, EncoderConfig, JumpReLU, Relu, SAEConfig, TopK, TrainConfig
+from config import BatchTopK, CLTConfig, EncoderConfig, Gated, JumpReLU, Relu, SAEConfig, TopK, TrainConfig
+from patching import capture
 from sae import build_sae
 from sparse_ops import to_dense
-from target_models import TargetModel, capture
-from training import annealed_k, enrol, group_step, learning_rate, schedule, train_encoder, train_group
+from target_models import TargetModel
+from training import annealed_k, default_learning_rate, group_step, schedule, start_run, train_encoder, train_group
 from transcoder import build_transcoder
 
 DATA = DataConfig(layers=(0, 1), batch_tokens=32, buffer_tokens=256, model_batch=4)
-TRAIN = TrainConfig(32 * 30, lr=3e-3, metrics_every=5, checkpoint_every=10, calibration_tokens=128, dead_after=200)
+TRAIN = TrainConfig(
+    tokens=32 * 30, lr=3e-3, metrics_every=5, checkpoint_every=10, calibration_tokens=128, dead_after=200
+)
 
 
 def g(seed: int = 0) -> torch.Generator:
@@ -36,11 +38,12 @@ def g(seed: int = 0) -> torch.Generator:
 
 def coders() -> list:
     return [
-        build_transcoder(EncoderConfig(0, 16, 16, 48, BatchTopK(4)), g()),
-        build_transcoder(EncoderConfig(1, 16, 16, 48, TopK(4), skip=True), g()),
-        build_transcoder(EncoderConfig(1, 16, 16, 48, JumpReLU(l0=0.01)), g()),
-        build_sae(SAEConfig(1, "mlp_out", 16, 48, Relu(l1=0.01)), g()),
-        CrossLayerTranscoder(CLTConfig((0, 1), 16, 16, 48, BatchTopK(4)), g()),
+        build_transcoder(EncoderConfig(layer=0, d_in=16, d_out=16, d_dict=48, rule=BatchTopK(4)), g()),
+        build_transcoder(EncoderConfig(layer=1, d_in=16, d_out=16, d_dict=48, rule=TopK(4), skip=True), g()),
+        build_transcoder(EncoderConfig(layer=1, d_in=16, d_out=16, d_dict=48, rule=JumpReLU(l0=0.01)), g()),
+        build_sae(SAEConfig(layer=1, site="mlp_out", d_in=16, d_dict=48, rule=Relu(l1=0.01)), g()),
+        CrossLayerTranscoder(CLTConfig(layers=(0, 1), d_in=16, d_out=16, d_dict=48, rule=BatchTopK(4)), g()),
+        build_sae(SAEConfig(layer=1, site="mlp_out", d_in=16, d_dict=48, rule=Gated(l1=0.01)), g()),
     ]
 
 
@@ -89,23 +92,6 @@ def test_the_buffer_keeps_to_its_stated_memory(small_target: TargetModel) -> Non
         assert store.buffer.nbytes == store.bytes == stated, f"{store.bytes=} {stated=}"
 
 
-def test_a_cache_gives_the_same_and_a_stale_one_is_refused(small_target: TargetModel, tmp_path: Path) -> None:
-    config = dataclasses.replace(DATA, cache=str(tmp_path / "cache"))
-    plain = ActivationsStore(small_target, DATA)
-    first, second = (ActivationsStore(small_target, config) for _ in range(2))
-    for _ in range(20):
-        expected = next(plain)
-        assert torch.equal(next(first).inputs, expected.inputs) and torch.equal(next(second).targets, expected.targets)
-    assert second.stream_position == 0, "the second run never asked the model"
-    other = make_small_target(Path(small_target.data.path), seed=1)
-    with pytest.raises(ValueError, match="is stale"):
-        ActivationsStore(other, config)
-    with (Path(small_target.data.path) / "train.jsonl").open("a") as text:
-        text.write('{"text": "w1 w2"}\n')
-    with pytest.raises(ValueError, match="is stale"):
-        ActivationsStore(small_target, config)
-
-
 def test_a_text_that_ends_is_served_to_its_end(small_target: TargetModel) -> None:
     """All tokens but a last part of a batch are given out once, then the store stops; too little text is refused."""
     store = ActivationsStore(small_target, DATA, split="val")
@@ -121,9 +107,11 @@ def test_a_batch_larger_than_the_buffer_or_than_the_training_is_refused(
     small_target: TargetModel, tmp_path: Path
 ) -> None:
     with pytest.raises(ValueError, match="a batch of 40000 tokens is more than half of the buffer of 65536"):
-        DataConfig((0,), batch_tokens=40_000)
+        DataConfig(layers=(0,), batch_tokens=40_000)
     with pytest.raises(ValueError, match="31 training tokens are less than a batch of 32"):
-        train_encoder(coders()[0], small_target, DATA, dataclasses.replace(TRAIN, tokens=31), tmp_path)
+        train_encoder(
+            coders()[0], small_target, data=DATA, config=dataclasses.replace(TRAIN, tokens=31), folder=tmp_path
+        )
     assert not list(tmp_path.rglob("metrics.jsonl"))
 
 
@@ -136,19 +124,19 @@ def test_a_layer_out_of_range_is_refused(small_target: TargetModel) -> None:
 
 
 def test_schedule_rises_stays_and_falls_to_zero() -> None:
-    config = TrainConfig(1, 1.0, warmup=0.1, decay=0.2)
+    config = TrainConfig(tokens=1, lr=1.0, warmup=0.1, decay=0.2)
     factors = [schedule(step, 100, config) for step in range(101)]
     assert factors[0] == pytest.approx(0.1) and factors[9:81] == [1.0] * 72 and factors[100] == 0
     assert factors[90] == pytest.approx(0.5)
 
 
 def test_k_anneals_from_four_k_to_k() -> None:
-    ks = [annealed_k(8, step, 100, TrainConfig(1, 1.0, anneal=0.2)) for step in range(100)]
+    ks = [annealed_k(8, step, steps=100, config=TrainConfig(tokens=1, lr=1.0, anneal=0.2)) for step in range(100)]
     assert ks[0] == 32 and ks[20:] == [8] * 80 and sorted(ks, reverse=True) == ks
 
 
 def test_learning_rate_is_the_fields_rule_in_long_runs() -> None:
-    assert learning_rate(10**9, 2**14) == 2e-4 and learning_rate(10**6, 2**14) > 1e-3
+    assert default_learning_rate(10**9, 2**14) == 2e-4 and default_learning_rate(10**6, 2**14) > 1e-3
 
 
 # ------------------------------------------------------------------------------------------------------------ training
@@ -157,7 +145,7 @@ def test_learning_rate_is_the_fields_rule_in_long_runs() -> None:
 def test_every_kind_of_coder_learns_in_one_group(small_target: TargetModel, tmp_path: Path) -> None:
     """Each kind ends well below the mean's FVU of 1, with its own checkpoint and metrics."""
     config = dataclasses.replace(TRAIN, tokens=32 * 120)
-    for checkpoint in train_group(coders(), small_target, DATA, config, tmp_path):
+    for checkpoint in train_group(coders(), small_target, data=DATA, config=config, folder=tmp_path):
         lines = (tmp_path / checkpoint.record.name / "metrics.jsonl").read_text().splitlines()
         first, last = json.loads(lines[0]), json.loads(lines[-1])
         assert last["fvu"] < 0.8 * min(first["fvu"], 1), f"{checkpoint.record.name}: {first=} {last=}"
@@ -165,8 +153,8 @@ def test_every_kind_of_coder_learns_in_one_group(small_target: TargetModel, tmp_
 
 
 def test_a_group_trains_each_coder_as_it_would_alone(small_target: TargetModel, tmp_path: Path) -> None:
-    together = train_group(coders(), small_target, DATA, TRAIN, tmp_path / "group")[0]
-    alone = train_encoder(coders()[0], small_target, DATA, TRAIN, tmp_path / "alone")
+    together = train_group(coders(), small_target, data=DATA, config=TRAIN, folder=tmp_path / "group")[0]
+    alone = train_encoder(coders()[0], small_target, data=DATA, config=TRAIN, folder=tmp_path / "alone")
     for name, value in alone.coder.state_dict().items():
         assert torch.equal(value, together.coder.state_dict()[name]), name
 
@@ -177,48 +165,56 @@ def test_coders_side_by_side_step_as_one_after_another(small_target: TargetModel
     batches = list(itertools.islice(store, 4))
     for side_by_side in (False, True):
         torch.set_num_threads(2 if side_by_side else 1)
-        students = [enrol(str(i), coder, store, TRAIN, tmp_path) for i, coder in enumerate(coders())]
+        coder_runs = [
+            start_run(str(i), coder, store=store, config=TRAIN, folder=tmp_path) for i, coder in enumerate(coders())
+        ]
         began = time.perf_counter()
-        readings = torch.stack([group_step(students, batch, TRAIN, 1e-3) for batch in batches])
+        readings = torch.stack([group_step(coder_runs, batch, config=TRAIN, lr=1e-3) for batch in batches])
         clock = time.perf_counter() - began
-        spent = sum(student.seconds for student in students)
-        assert 0.5 * clock < spent <= clock and min(student.seconds for student in students) > 0
-        runs.append((readings, [value for s in students for value in s.coder.state_dict().values()]))
+        spent = sum(coder_run.seconds for coder_run in coder_runs)
+        assert 0.5 * clock < spent <= clock and min(coder_run.seconds for coder_run in coder_runs) > 0
+        runs.append((readings, [value for s in coder_runs for value in s.coder.state_dict().values()]))
     torch.set_num_threads(threads)
-    assert torch.equal(runs[0][0], runs[1][0]) and readings.shape == (4, 5, 3)
+    assert torch.equal(runs[0][0], runs[1][0]) and readings.shape == (4, 6, 3)
     assert all(torch.equal(*pair) for pair in zip(runs[0][1], runs[1][1], strict=True))
 
 
 def test_trained_coders_are_not_trained_again(small_target: TargetModel, tmp_path: Path, capsys: object) -> None:
-    train_group(coders(), small_target, DATA, TRAIN, tmp_path)
+    train_group(coders(), small_target, data=DATA, config=TRAIN, folder=tmp_path)
     file = tmp_path / coder_name("small", coders()[0].config, 0) / "encoder.pt"
     before = file.stat().st_mtime_ns
-    train_group(coders(), small_target, DATA, TRAIN, tmp_path)
-    assert file.stat().st_mtime_ns == before and "5 of 5 coders are already trained" in capsys.readouterr().out
+    train_group(coders(), small_target, data=DATA, config=TRAIN, folder=tmp_path)
+    assert file.stat().st_mtime_ns == before and "6 of 6 coders are already trained" in capsys.readouterr().out
 
 
 def test_a_coder_of_another_recipe_is_trained_again(small_target: TargetModel, tmp_path: Path) -> None:
-    first = train_encoder(coders()[0], small_target, DATA, TRAIN, tmp_path)
-    second = train_encoder(coders()[0], small_target, DATA, dataclasses.replace(TRAIN, lr=1e-3), tmp_path)
+    first = train_encoder(coders()[0], small_target, data=DATA, config=TRAIN, folder=tmp_path)
+    second = train_encoder(
+        coders()[0], small_target, data=DATA, config=dataclasses.replace(TRAIN, lr=1e-3), folder=tmp_path
+    )
     assert first.record.name == second.record.name and not torch.equal(first.coder.W_dec, second.coder.W_dec)
     assert "lr 0.003" in first.record.recipe and "lr 0.001" in second.record.recipe
 
 
 def test_a_text_shorter_than_the_training_is_named(small_target: TargetModel, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="ended after [0-9,]+ of 32,000,000 training tokens: ask for fewer"):
-        train_encoder(coders()[0], small_target, DATA, dataclasses.replace(TRAIN, tokens=32_000_000), tmp_path)
+        train_encoder(
+            coders()[0], small_target, data=DATA, config=dataclasses.replace(TRAIN, tokens=32_000_000), folder=tmp_path
+        )
 
 
 def test_a_loss_that_is_not_finite_stops_the_run(small_target: TargetModel, tmp_path: Path) -> None:
     broken = coders()[1]
     torch.nn.init.constant_(broken.W_skip, torch.nan)
     with pytest.raises(RuntimeError, match=r"loss of small_transcoder-skip_topk_L1_k4_d48_s0 is nan at step 4"):
-        train_encoder(broken, small_target, DATA, TRAIN, tmp_path)
+        train_encoder(broken, small_target, data=DATA, config=TRAIN, folder=tmp_path)
     assert not list(tmp_path.rglob("encoder.pt"))
 
 
 def test_the_deployed_coder_has_the_trained_sparsity(small_target: TargetModel, tmp_path: Path) -> None:
-    checkpoint = train_encoder(coders()[0], small_target, DATA, dataclasses.replace(TRAIN, tokens=32 * 100), tmp_path)
+    checkpoint = train_encoder(
+        coders()[0], small_target, data=DATA, config=dataclasses.replace(TRAIN, tokens=32 * 100), folder=tmp_path
+    )
     store = ActivationsStore(small_target, DATA, split="val")
     x = torch.cat([next(store).inputs[0] for _ in range(8)])
     l0 = (to_dense(checkpoint.coder.encode(x)) > 0).sum(1).float().mean().item()
@@ -229,19 +225,19 @@ KILLED = """
 import sys
 from pathlib import Path
 sys.path.insert(0, {tests!r})
-from conftest import make_small_target
+from small import make_small_target
 from test_training import DATA, TRAIN, coders
 from training import train_group
-train_group(coders(), make_small_target(Path({corpus!r})), DATA, TRAIN, Path({folder!r}))
+train_group(coders(), make_small_target(Path({corpus!r})), data=DATA, config=TRAIN, folder=Path({folder!r}))
 """
 
 
 def test_a_killed_run_ends_bit_identical(small_target: TargetModel, tmp_path: Path) -> None:
     """SIGKILL after a saved state, then the same call again: every tensor equals the uninterrupted run's."""
     corpus, folder, tests = small_target.data.path, tmp_path / "killed", str(Path(__file__).parent)
-    script = KILLED.format(tests=tests, corpus=corpus, folder=str(folder)).replace("TRAIN, Path", "SLOW, Path")
-    script = script.replace("from training import train_group", "SLOW = TRAIN\nimport training, time\n"
-        "save = training._save_state\ndef save_and_wait(*a):\n    save(*a)\n    time.sleep(60)\n"
+    script = KILLED.format(tests=tests, corpus=corpus, folder=str(folder))
+    script = script.replace("from training import train_group", "import training, time\n"
+        "save = training._save_state\ndef save_and_wait(*a, **k):\n    save(*a, **k)\n    time.sleep(60)\n"
         "training._save_state = save_and_wait\nfrom training import train_group")  # fmt: skip
     process = subprocess.Popen([sys.executable, "-c", script], env=os.environ | {"PYTHONPATH": str(Path(tests).parent)})
     while not list(folder.glob("group_*.pt")):
@@ -250,8 +246,8 @@ def test_a_killed_run_ends_bit_identical(small_target: TargetModel, tmp_path: Pa
     process.send_signal(signal.SIGKILL)
     process.wait()
     assert not list(folder.rglob("encoder.pt"))
-    resumed = train_group(coders(), small_target, DATA, TRAIN, folder)
-    straight = train_group(coders(), small_target, DATA, TRAIN, tmp_path / "straight")
+    resumed = train_group(coders(), small_target, data=DATA, config=TRAIN, folder=folder)
+    straight = train_group(coders(), small_target, data=DATA, config=TRAIN, folder=tmp_path / "straight")
     for a, b in zip(resumed, straight):
         for name, value in b.coder.state_dict().items():
             assert torch.equal(a.coder.state_dict()[name], value), f"{b.record.name} {name}"
@@ -260,20 +256,28 @@ def test_a_killed_run_ends_bit_identical(small_target: TargetModel, tmp_path: Pa
 
 def test_a_state_of_other_settings_is_refused(small_target: TargetModel, tmp_path: Path) -> None:
     file = tmp_path / "group.pt"
-    from training import _resume, _save_state, enrol
+    from training import _resume, _save_state, start_run
 
     store = ActivationsStore(small_target, DATA)
-    students = [enrol("a", coders()[0], store, TRAIN, tmp_path)]
-    _save_state(students, store, ["these"], 3, file)
-    assert _resume(students, store, ["these"], 100, file) == 3
+    coder_runs = [start_run("a", coders()[0], store=store, config=TRAIN, folder=tmp_path)]
+    _save_state(coder_runs, store, settings=["these"], step=3, file=file)
+    assert _resume(coder_runs, store, settings=["these"], dead_after=100, file=file) == 3
     with pytest.raises(ValueError, match="a run with other settings"):
-        _resume(students, store, ["those"], 100, file)
+        _resume(coder_runs, store, settings=["those"], dead_after=100, file=file)
 
 
 # --------------------------------------------------------------------------------------------------------- checkpoints
 
 
-RECORD = TrainingRecord("name", "small", "fingerprint", 10, 1.0, 0, "abc")
+RECORD = TrainingRecord(
+    name="name",
+    target="small",
+    target_fingerprint="fingerprint",
+    train_tokens=10,
+    train_seconds=1.0,
+    seed=0,
+    commit="abc",
+)
 
 
 @pytest.mark.parametrize("coder", coders(), ids=lambda c: type(c).__name__)
@@ -331,4 +335,4 @@ def test_a_full_disk_is_said_before_anything_is_written(tmp_path: Path, monkeypa
 
 def test_names_tell_coders_apart() -> None:
     names = {coder_name("hf:a/b", coder.config, seed) for coder in coders() for seed in (0, 1)}
-    assert len(names) == 10 and all("/" not in name and ":" not in name for name in names)
+    assert len(names) == 12 and all("/" not in name and ":" not in name for name in names)

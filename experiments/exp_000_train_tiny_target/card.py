@@ -15,8 +15,8 @@ from safetensors.torch import save_file
 from devices import device_name
 from llama_simple_mlp import LlamaSimpleMLP
 from logs import atomic_path, write_json
+from python_corpus import environment_corpus, read_source
 from target_models import ASSETS, load_tokenizer
-from token_stream import environment_corpus, read_source
 
 OUTPUT = Path(__file__).parent / "output"
 FOLDER = ASSETS / "tiny"

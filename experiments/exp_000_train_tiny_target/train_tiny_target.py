@@ -28,7 +28,8 @@ from tqdm import trange
 from checkpoints import CHECKPOINTS, load_tensors, save_tensors
 from llama_simple_mlp import LlamaSimpleMLP, LlamaSimpleMLPConfig, initialise
 from logs import atomic_path
-from token_stream import DatasetSpec, Split, documents
+from python_corpus import Split
+from token_stream import DatasetSpec, documents
 
 STATE = CHECKPOINTS / "exp_000"
 CORPUS = DatasetSpec("python")

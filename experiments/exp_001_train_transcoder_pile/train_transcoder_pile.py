@@ -14,18 +14,13 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
+from baselines import baselines
+from checkpoints import checkpoint_folder
+from coder_replacements import as_replacement
 from config import BatchTopK, EncoderConfig
-from evaluation import evaluate
-from study import (
-    as_replacement,
-    baselines,
-    checkpoint_folder,
-    held_out_tokens,
-    replot,
-    settings_for,
-    train_coders,
-    write_report,
-)
+from evaluation import evaluate, held_out_tokens
+from recipes import train_coders
+from study import replot, settings_for, write_report
 from target_models import load_target
 
 
@@ -52,7 +47,10 @@ def main(s: Settings) -> None:
     began = time.perf_counter()
     target = load_target(s.target, s.device)
     layers, d = tuple(range(len(s.top_k))), target.d_model
-    configs = [EncoderConfig(layer, d, d, s.d_dict, BatchTopK(k)) for layer, k in zip(layers, s.top_k)]
+    configs = [
+        EncoderConfig(layer=layer, d_in=d, d_out=d, d_dict=s.d_dict, rule=BatchTopK(k))
+        for layer, k in zip(layers, s.top_k)
+    ]
     checkpoints = train_coders(configs, target, s.tokens, s.batch, s.seed, checkpoint_folder(s.target))
     replacements = [as_replacement(checkpoints), *baselines(target, layers, neurons=(16, 64))]
     measured = evaluate(target, replacements, held_out_tokens(target, s.eval_tokens), ("single", "frozen", "free"))

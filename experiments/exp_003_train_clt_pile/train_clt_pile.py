@@ -13,19 +13,16 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
+from baselines import baselines  # fmt: skip
+from checkpoints import checkpoint_folder  # fmt: skip
+from coder_replacements import as_replacements  # fmt: skip
 from config import BatchTopK
-from evaluation import evaluate
-from study import (
-    as_replacements,
-    baselines,
-    checkpoint_folder,
-    clt_configs,
-    held_out_tokens,
-    replot,
-    settings_for,
-    train_coders,
-    write_report,
-)  # fmt: skip
+from evaluation import (
+    evaluate,
+    held_out_tokens,  # fmt: skip
+)
+from recipes import clt_configs, train_coders  # fmt: skip
+from study import replot, settings_for, write_report  # fmt: skip
 from target_models import load_target
 
 

@@ -3,7 +3,7 @@
 Stochastic parameter decomposition of the MLP matrices of the chosen layers: KL objective, stochastic masks on half of the
 sequences and the masks of deployment on the others, importance minimality with p annealed from 2 to 0.4, shared-MLP gates
 that read their own module's input at the same position (and so cannot see the future), start from a least-squares
-factorisation in place of faithfulness warm-up. `study.train_decomposition` says more.
+factorisation in place of faithfulness warm-up. `recipes.train_decomposition` says more.
 
     python experiments/exp_004_train_spd_gpt2/train_spd_gpt2.py                # GPT-2, layer 8: GPU, network, a day
     python experiments/exp_004_train_spd_gpt2/train_spd_gpt2.py --target tiny  # layer 2 of `tiny`, 7 minutes of one core
@@ -17,18 +17,12 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from checkpoints import save_checkpoint
-from evaluation import evaluate
-from study import (
-    baselines,
-    checkpoint_folder,
-    held_out_tokens,
-    replot,
-    settings_for,
-    spd_replacements,
-    train_decomposition,
-    write_report,
-)
+from baselines import baselines
+from checkpoints import checkpoint_folder, save_checkpoint
+from evaluation import evaluate, held_out_tokens
+from recipes import train_decomposition
+from spd_replacement import spd_replacements
+from study import replot, settings_for, write_report
 from target_models import load_target
 
 

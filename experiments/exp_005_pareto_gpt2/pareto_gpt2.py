@@ -13,19 +13,17 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
+from baselines import baselines  # fmt: skip
+from checkpoints import checkpoint_folder  # fmt: skip
+from coder_replacements import as_replacement  # fmt: skip
 from config import BatchTopK, EncoderConfig
-from evaluation import evaluate
-from study import (
-    as_replacement,
-    baselines,
-    checkpoint_folder,
-    held_out_tokens,
-    replot,
-    settings_for,
-    spd_sweep,
-    train_coders,
-    write_report,
-)  # fmt: skip
+from evaluation import (
+    evaluate,
+    held_out_tokens,  # fmt: skip
+)
+from recipes import train_coders  # fmt: skip
+from spd_replacement import spd_sweep  # fmt: skip
+from study import replot, settings_for, write_report  # fmt: skip
 from target_models import load_target
 
 
@@ -56,7 +54,9 @@ def main(s: Settings) -> None:
         return replot(s.output)
     began = time.perf_counter()
     target = load_target(s.target, s.device)
-    config = EncoderConfig(s.layer, target.d_model, target.d_model, s.d_dict, BatchTopK(s.trained_k))
+    config = EncoderConfig(
+        layer=s.layer, d_in=target.d_model, d_out=target.d_model, d_dict=s.d_dict, rule=BatchTopK(s.trained_k)
+    )
     trained = train_coders([config], target, s.tokens, s.batch, s.seed, checkpoint_folder(s.target))
     replacements = [
         as_replacement(trained),

@@ -27,8 +27,9 @@ from figures import dots, means, read_csv, table, write_csv, write_readme
 from jaxtyping import Int
 from torch import Tensor
 
+from evaluation import held_out_tokens
 from logs import write_settings
-from study import held_out_tokens, settings_for
+from study import settings_for
 from target_models import load_target
 
 TOP, DRAWN, SCORED_TOP, SCORED_DRAWN, SCORED_RANDOM = 10, 5, 2, 2, 10

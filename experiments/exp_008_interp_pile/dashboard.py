@@ -24,11 +24,13 @@ from jaxtyping import Float, Int
 from page import PAGE
 from torch import Tensor
 
+from evaluation import held_out_tokens
 from logs import atomic_path, write_settings
+from patching import patched
 from replacement import Replacement
 from sparse_ops import Codes, Layout
-from study import held_out_tokens, settings_for
-from target_models import TargetModel, load_target, patched
+from study import settings_for
+from target_models import TargetModel, load_target
 
 HERE = Path(__file__).parent
 EXAMPLES, EFFECTS = 8, 8
@@ -53,7 +55,7 @@ def write_vector(
     replacement: Replacement, layer: int, latent: int, value: float, x: Float[Tensor, "1 d_in"]
 ) -> Float[Tensor, "1 1 d_out"]:
     """What `latent` at `value` adds to the output of `layer`; x, any input, says width and device."""
-    size = next(module.n_parts for module in replacement.modules(replacement.layers) if module.layer == layer)
+    size = next(group.n_parts for group in replacement.part_groups(replacement.layers) if group.layer == layer)
     none = torch.zeros(0, dtype=torch.int64, device=x.device)
     empty = Codes(torch.zeros(0, device=x.device), Layout(none, none, 1, size))
     index = torch.tensor([latent], device=x.device)

@@ -28,10 +28,15 @@ from jacobians import cosines, jacobian
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from baselines import baselines
+from coder_replacements import CLTReplacement
+from evaluation import held_out_tokens
 from logs import write_settings
-from replacement import CLT, SPD, Pass, Replacement
-from study import baselines, held_out_tokens, settings_for, spd_sweep
-from target_models import Captured, TargetModel, capture, load_target, patched
+from patching import Captured, capture, patched
+from replacement import Pass, Replacement
+from spd_replacement import SPDReplacement, spd_sweep
+from study import settings_for
+from target_models import TargetModel, load_target
 
 TOP_LOGITS = 10
 
@@ -58,11 +63,13 @@ class Result(NamedTuple):
 
 def open_pass(replacement: Replacement, clean: Captured, layer: int) -> Pass:
     """A pass over single tokens; `clean` spans all layers. Only the codes of `layer` follow its input."""
-    if isinstance(replacement, SPD):  # masks are steps: their derivative is zero, so a clean pass's are the same
+    if isinstance(
+        replacement, SPDReplacement
+    ):  # masks are steps: their derivative is zero, so a clean pass's are the same
         rows = list(replacement.layers)
         return replacement.frozen(Captured(clean.inputs[rows], clean.outputs[rows]))
     pass_ = replacement.begin()
-    for source in replacement.layers if isinstance(replacement, CLT) else ():
+    for source in replacement.layers if isinstance(replacement, CLTReplacement) else ():
         if source < layer:
             pass_.encode(source, clean.inputs[source].flatten(0, 1), clean.outputs[source].flatten(0, 1))
     return pass_

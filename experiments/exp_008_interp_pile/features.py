@@ -19,10 +19,14 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from baselines import NeuronsReplacement
+from checkpoints import checkpoint_folder
+from coder_replacements import as_replacement
 from config import BatchTopK
-from replacement import Neurons, Replacement
-from study import as_replacement, checkpoint_folder, clt_configs, train_coders, transcoder_configs
-from target_models import TargetModel, capture, weights_fingerprint
+from patching import capture
+from recipes import clt_configs, train_coders, transcoder_configs
+from replacement import Replacement
+from target_models import TargetModel, weights_fingerprint
 
 WIDTH = 16  # tokens of an example: texts are cut into disjoint windows
 METHODS = ("transcoder", "clt", "neurons", "transcoder-shuffled", "transcoder-random")
@@ -92,7 +96,7 @@ def replacements(s: Common, target: TargetModel, names: Sequence[str]) -> dict[s
         own = randomised(target, s.seed) if name == "transcoder-random" else target
         layers = (s.layer,) if name == "transcoder-random" else s.layers
         if name == "neurons":
-            found[name] = (own, Neurons(own, layers, s.k))
+            found[name] = (own, NeuronsReplacement(own, layers, s.k))
             continue
         build = clt_configs if name == "clt" else transcoder_configs
         coders = train_coders(build(own, layers, rule, s.d_dict), own, s.tokens, s.batch, s.seed, folder)

@@ -9,7 +9,7 @@ import matplotlib.pyplot as plt
 import torch
 
 from logs import atomic_path
-from pareto import STYLES
+from pareto_figure import STYLES
 
 Rows = Sequence[dict[str, str]]
 

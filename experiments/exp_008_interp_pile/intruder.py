@@ -24,8 +24,9 @@ from figures import dots, means, read_csv, table, write_csv, write_readme
 from oddity import DECILES, OWN, Item, embedding_vectors, grams, items, odd_one, tfidf_vectors
 from torch import nn
 
+from evaluation import held_out_tokens
 from logs import write_settings
-from study import held_out_tokens, settings_for
+from study import settings_for
 from target_models import load_target
 
 DONORS = 20  # the latents nearest in density, of which one lends the intruder

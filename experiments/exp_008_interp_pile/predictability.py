@@ -24,8 +24,9 @@ from figures import dots, means, read_csv, table, write_csv, write_readme
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
+from evaluation import held_out_tokens
 from logs import write_settings
-from study import held_out_tokens, settings_for
+from study import settings_for
 from target_models import load_target
 
 REACH, DEPTH = 8, 3

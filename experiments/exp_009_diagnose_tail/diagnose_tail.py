@@ -24,12 +24,15 @@ from jaxtyping import Bool
 from tail_figure import Component, draw, write_components
 from torch import Tensor
 
-from evaluation import evaluate
+from checkpoints import find_spd
+from evaluation import evaluate, held_out_tokens
 from logs import write_settings
 from pareto import write_points
-from replacement import SPD, Origin, SPDPass
-from study import find_spd, held_out_tokens, settings_for
-from target_models import Captured, capture, load_target
+from patching import Captured, capture
+from replacement import Origin
+from spd_replacement import SPDPass, SPDReplacement
+from study import settings_for
+from target_models import load_target
 
 
 @dataclass(frozen=True)
@@ -53,7 +56,7 @@ PRESETS = {
 class Gates:
     """Importance logits of a clean pass, computed once for all cuts of a decomposition."""
 
-    def __init__(self, spd: SPD) -> None:
+    def __init__(self, spd: SPDReplacement) -> None:
         self.spd, self.inputs, self.z = spd, torch.zeros(0, device=spd.target.device), dict[str, Tensor]()
 
     def __call__(self, captured: Captured) -> dict[str, Tensor]:
@@ -62,7 +65,7 @@ class Gates:
         return self.z
 
 
-class Cut(SPD):
+class Cut(SPDReplacement):
     """The decomposition without the components outside `kept`."""
 
     def cut(self, gates: Gates, kept: dict[str, Bool[Tensor, "component"]], n: int, always: bool, order: str) -> "Cut":
@@ -77,7 +80,7 @@ class Cut(SPD):
 
 
 @torch.inference_mode()
-def rank(spd: SPD, tokens: Tensor) -> tuple[list[Component], dict[str, Tensor]]:
+def rank(spd: SPDReplacement, tokens: Tensor) -> tuple[list[Component], dict[str, Tensor]]:
     """Every component, and each matrix's components from the most to the least important."""
     mean = {path: torch.zeros(2, n, device=tokens.device) for path, n in spd.model.sizes.items()}
     for part in tokens.split(16):
@@ -101,7 +104,7 @@ def main(s: Settings) -> None:
     origin = Origin(record.seed, record.train_tokens, record.train_seconds, record.name)
     held_out = held_out_tokens(target, s.rank_tokens + s.eval_tokens)
     n_rank = s.rank_tokens // target.context
-    gates = Gates(SPD(target, model))
+    gates = Gates(SPDReplacement(target, model))
     components, ranked = rank(gates.spd, held_out[:n_rank])
     generator = torch.Generator().manual_seed(s.seed)
     shuffled = {path: order[torch.randperm(len(order), generator=generator)] for path, order in ranked.items()}

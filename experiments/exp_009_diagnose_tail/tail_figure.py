@@ -9,7 +9,8 @@ import matplotlib.pyplot as plt
 from matplotlib.ticker import NullFormatter
 
 from logs import atomic_path
-from pareto import STYLES, ParetoPoint, markdown_table, read_points
+from pareto import ParetoPoint, markdown_table, read_points
+from pareto_figure import STYLES
 
 COLUMNS = ("method", "k", "l0", "ce_degradation", "kl", "fvu")
 PARTS = (("importance", 1), ("firing", 1), ("norm", 2))

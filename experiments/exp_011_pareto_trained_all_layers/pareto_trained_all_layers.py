@@ -14,23 +14,17 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
+from baselines import baselines  # fmt: skip
+from checkpoints import checkpoint_folder, find_spd  # fmt: skip
+from coder_replacements import as_replacements  # fmt: skip
 from config import BatchTopK
-from evaluation import evaluate
-from study import (
-    as_replacements,
-    baselines,
-    checkpoint_folder,
-    clt_configs,
-    find_spd,
-    held_out_tokens,
-    replot,
-    sae_configs,
-    settings_for,
-    spd_replacements,
-    train_coders,
-    transcoder_configs,
-    write_report,
-)  # fmt: skip
+from evaluation import (
+    evaluate,
+    held_out_tokens,  # fmt: skip
+)
+from recipes import clt_configs, sae_configs, train_coders, transcoder_configs  # fmt: skip
+from spd_replacement import spd_replacements  # fmt: skip
+from study import replot, settings_for, write_report  # fmt: skip
 from target_models import load_target
 
 HERE = Path(__file__).parent

@@ -16,22 +16,15 @@ from pathlib import Path
 
 import torch
 import tyro
+from folded import FoldedDecomposition
+from recovered import importance_errors, importance_matrix, recovery
 from toy_figures import draw_directions, draw_importance
 
 from config import GateConfig, Recon, SPDConfig, SPDTrainConfig
 from logs import REPOSITORY, atomic_path, write_settings
 from spd_model import ComponentModel
 from spd_training import train_spd
-from toy_models import (
-    TOYS,
-    FoldedDecomposition,
-    Toy,
-    ToyBatches,
-    importance_errors,
-    importance_matrix,
-    recovery,
-    train_target,
-)
+from toy_models import TOYS, Toy, ToyBatches, train_target
 
 COLUMNS = ["toy", "seed", "mmcs", "ml2r", "ci_error_01", "ci_error_02", "l0", "steps", "seconds"]
 
@@ -46,10 +39,10 @@ class Recipe:
     schedule: str
     steps: int
     batch: int
-    recon: tuple[Recon, ...] = (Recon(1.0), Recon(1.0, routing="layerwise"))
+    recon: tuple[Recon, ...] = (Recon(coefficient=1.0), Recon(coefficient=1.0, routing="layerwise"))
 
 
-SCALAR = GateConfig("mlp", (16,))
+SCALAR = GateConfig(kind="mlp", hidden=(16,))
 # Published: batch 4096 (TMS), 2048 (ResidMLP); steps 10k (TMS; 40-10+id 20k), 20k, 25k and 50k (ResidMLP).
 # resid_2 and resid_3 are made for an hour of a busy core each: published C is 400 and 500 per matrix, rates 3e-4 and
 # 1e-3 constant, resid_3's gates 128 wide.
@@ -59,8 +52,8 @@ RECIPES = {
     "tms_40-10": Recipe(200, SCALAR, 1e-4, 2.0, 1e-3, "cosine", 10_000, 1024),
     "tms_40-10_id": Recipe(200, SCALAR, 1e-4, 2.0, 1e-3, "cosine", 10_000, 1024),
     "resid_1": Recipe(100, SCALAR, 1e-5, 2.0, 2e-3, "cosine", 20_000, 1024),
-    "resid_2": Recipe(100, GateConfig("shared_mlp", (256,)), 1e-4, 2.0, 1e-3, "cosine", 12_000, 512,
-                      (Recon(2.0, routing="subset"), Recon(2.0, "pgd", "subset", 1, 1.0))),
+    "resid_2": Recipe(100, GateConfig(kind="shared_mlp", hidden=(256,)), 1e-4, 2.0, 1e-3, "cosine", 12_000, 512,
+                      (Recon(coefficient=2.0, routing="subset"), Recon(coefficient=2.0, source="pgd", routing="subset"))),
     "resid_3": Recipe(100, SCALAR, 1e-5, 2.0, 2e-3, "cosine", 12_000, 512),
 }  # fmt: skip
 
@@ -83,13 +76,13 @@ def decompose(name: str, toy: Toy, s: Settings) -> None:
         tied: tuple[tuple[str, str], ...] = (("linear1", "linear2"),)
     else:
         patterns, tied = [("layers.*.mlp_in", recipe.C), ("layers.*.mlp_out", recipe.C)], ()
-    config = SPDConfig(tuple(patterns), recipe.gate, tied)
+    config = SPDConfig(components=tuple(patterns), gate=recipe.gate, tied=tied)
     decomposition = ComponentModel if toy.kind == "tms" else FoldedDecomposition
     model = decomposition(target, config, torch.Generator().manual_seed(s.seed + 1))
     if s.compile_gates and recipe.gate == SCALAR:
         model.compile_gates()
     steps = round(recipe.steps * s.scale)
-    train = SPDTrainConfig(steps, recipe.lr, recipe.recon, recipe.minimality, p=(recipe.p, recipe.p),
+    train = SPDTrainConfig(steps=steps, lr=recipe.lr, recon=recipe.recon, minimality=recipe.minimality, p=(recipe.p, recipe.p),
                            schedule=recipe.schedule, seed=s.seed + 2)  # type: ignore[arg-type]  # fmt: skip
     seconds = train_spd(model, ToyBatches(toy, s.seeds, recipe.batch, s.seed + 3), train, folder, f"spd_{name}")
     importances = importance_matrix(toy, model)

@@ -5,11 +5,11 @@ from pathlib import Path
 import matplotlib.pyplot as plt
 import torch
 from jaxtyping import Float
+from recovered import permute_to_identity
 from torch import Tensor
 
 from logs import atomic_path
 from spd_model import ComponentModel, weight_map
-from toy_models import permute_to_identity
 
 
 def draw_importance(importances: dict[str, Float[Tensor, "stack feature component"]], path: Path, title: str) -> None:

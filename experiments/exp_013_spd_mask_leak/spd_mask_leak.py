@@ -26,13 +26,13 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from tqdm import trange
 
-from checkpoints import load_spd
+from checkpoints import find_spd, load_spd
 from config import GateConfig, Recon, SPDConfig, SPDTrainConfig
 from devices import bf16_is_fast
 from logs import atomic_path, write_settings
 from spd_model import ComponentModel
 from spd_training import SPDTrainer
-from study import find_spd, settings_for
+from study import settings_for
 from target_models import TargetModel, load_target
 from token_stream import TokenStream, take_tokens
 
@@ -84,10 +84,21 @@ def masks(model: ComponentModel, tokens: Int[Tensor, "sequence seq"]) -> Tensor:
 
 def with_gate(own: ComponentModel, target: TargetModel, causal: bool, s: Settings) -> ComponentModel:
     """The same components, a transformer gate trained to serve them."""
-    gate = GateConfig("global_shared_transformer", (256,), 128, 2, 4, causal)
-    model = ComponentModel(target.model, SPDConfig(own.config.components, gate), torch.Generator().manual_seed(s.seed))
+    gate = GateConfig(kind="global_shared_transformer", hidden=(256,), d_model=128, blocks=2, heads=4, causal=causal)
+    model = ComponentModel(
+        target.model, SPDConfig(components=own.config.components, gate=gate), torch.Generator().manual_seed(s.seed)
+    )
     model._components.load_state_dict(own._components.state_dict())
-    recipe = SPDTrainConfig(s.gate_steps, 1e-3, (Recon(1.0),), 5e-4, "kl", p=(2.0, 0.4), warmup=0.05, final=0.1)
+    recipe = SPDTrainConfig(
+        steps=s.gate_steps,
+        lr=1e-3,
+        recon=(Recon(coefficient=1.0),),
+        minimality=5e-4,
+        distance="kl",
+        p=(2.0, 0.4),
+        warmup=0.05,
+        final=0.1,
+    )
     trainer = SPDTrainer(model, recipe, autocast=bf16_is_fast(target.device))
     model._components.requires_grad_(False)
     stream = TokenStream(target.data, target.tokenizer, "train", 4, target.context, s.seed)

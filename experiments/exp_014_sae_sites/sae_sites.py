@@ -13,18 +13,17 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
+from baselines import baselines  # fmt: skip
+from checkpoints import checkpoint_folder  # fmt: skip
+from coder_replacements import as_replacements  # fmt: skip
 from config import BatchTopK, Site
-from evaluation import Measurement, evaluate
-from study import (
-    as_replacements,
-    baselines,
-    checkpoint_folder,
-    held_out_tokens,
-    sae_configs,
-    settings_for,
-    train_coders,
-    write_report,
-)  # fmt: skip
+from evaluation import (
+    Measurement,
+    evaluate,
+    held_out_tokens,  # fmt: skip
+)
+from recipes import sae_configs, train_coders  # fmt: skip
+from study import settings_for, write_report  # fmt: skip
 from target_models import at_site, load_target
 
 

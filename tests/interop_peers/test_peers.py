@@ -13,13 +13,13 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from conftest import WORDS, word_tokenizer
-from interop_cases import RULES, B, D, F, N, assert_same, clt, exported, imported, inputs, ours, sae, transcoder
+from interop_cases import GATED, RULES, B, D, F, N, assert_same, clt, exported, imported, inputs, ours, sae, transcoder
+from small import WORDS, word_tokenizer
 
 import interop
 from checkpoints import load_checkpoint
+from coder import Coder
 from config import BatchTopK, JumpReLU, Relu, Rule, TopK
-from sparsity import Coder
 
 os.environ.setdefault("SPARSIFY_DISABLE_TRITON", "1")  # its decoder on a CPU
 THRESHOLDED = [RULES[0], *RULES[2:]]  # every rule but TopK
@@ -31,7 +31,7 @@ def peer(name: str) -> Any:
 
 # -------------------------------------------------------------------------------------------------------------- SAELens
 
-SAELENS_CASES = [(sae, rule) for rule in RULES]
+SAELENS_CASES = [(sae, rule) for rule in (*RULES, GATED)]
 SAELENS_CASES += [(lambda rule: transcoder(rule, d_out=4), rule) for rule in THRESHOLDED]
 SAELENS_CASES += [(lambda rule: transcoder(rule, skip=True), rule) for rule in THRESHOLDED]
 

@@ -1,13 +1,12 @@
-"""`python -m evaluation`: any dictionary, one command, one table."""
+"""`python measure.py`: any dictionary, one command, one table."""
 
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import make_small_target, write_corpus
-from test_replacement import D, clt, transcoders
+from small import D, clt, make_small_target, transcoders, write_corpus
 
-import evaluation
+import measure
 from checkpoints import TrainingRecord, save_checkpoint
 from config import BatchTopK, EncoderConfig, GateConfig, SPDConfig, TopK
 from interop import export
@@ -18,7 +17,15 @@ from transcoder import build_transcoder
 
 
 def record(target: TargetModel, fingerprint: str | None = None) -> TrainingRecord:
-    return TrainingRecord("n", target.name, fingerprint or target.fingerprint, 512, 1.0, 3, "c")
+    return TrainingRecord(
+        name="n",
+        target=target.name,
+        target_fingerprint=fingerprint or target.fingerprint,
+        train_tokens=512,
+        train_seconds=1.0,
+        seed=3,
+        commit="c",
+    )
 
 
 @pytest.fixture
@@ -31,11 +38,11 @@ def small_target(tmp_path: Path) -> TargetModel:
 @pytest.fixture
 def checkpoints(small_target: TargetModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, str]:
     """A transcoder per layer, a CLT and an SPD of the small target; the command line finds that target as `tiny`."""
-    monkeypatch.setattr(evaluation, "load_target", lambda name, device: small_target)
+    monkeypatch.setattr(measure, "load_target", lambda name, device: small_target)
     folders = {name: str(tmp_path / "checkpoints" / name) for name in ("plt0", "plt1", "clt", "spd")}
     for name, coder in zip(folders, [*transcoders(range(2), BatchTopK(4)), clt(range(2))]):
         save_checkpoint(Path(folders[name]), coder, record(small_target))
-    config = SPDConfig((("h.*.mlp.*", 12),), GateConfig("shared_mlp", (8,)))
+    config = SPDConfig(components=(("h.*.mlp.*", 12),), gate=GateConfig(kind="shared_mlp", hidden=(8,)))
     model = ComponentModel(small_target.model, config, torch.Generator().manual_seed(0))
     save_checkpoint(Path(folders["spd"]), model, record(small_target))
     return folders
@@ -46,10 +53,10 @@ def test_our_checkpoints_are_measured_together_and_added_to_the_table(
 ) -> None:
     points = tmp_path / "points.csv"
     plts = (checkpoints["plt0"], checkpoints["plt1"])
-    evaluation.main(plts, tokens=320, protocols=("free",), points=points)
+    measure.main(plts, tokens=320, protocols=("free",), points=points)
     assert [p.method for p in read_points(points)] == ["transcoder", "affine", "identity", "zero", "mean"]
     both = (*plts, checkpoints["clt"], checkpoints["spd"])
-    evaluation.main(both, tokens=320, protocols=("free",), top_k=(2,), neurons=(4,), points=points)
+    measure.main(both, tokens=320, protocols=("free",), top_k=(2,), neurons=(4,), points=points)
     rows = read_points(points)
     assert sorted(p.method for p in rows) == sorted(
         ["transcoder", "transcoder-topk", "clt", "clt-topk", "spd", "spd-0.5", "spd-topk", "neurons", "affine",
@@ -79,9 +86,9 @@ def test_foreign_dictionaries_are_measured_by_one_command_and_equal_ours(
     own = [checkpoints[name] for name in names]
     export(format, tuple(own), tmp_path / "foreign")
     settings = ("--tokens", "320", "--protocols", "free", "--points")
-    evaluation.command_line([*own, *settings, str(tmp_path / "a.csv")])
+    measure.command_line([*own, *settings, str(tmp_path / "a.csv")])
     foreign = (str(tmp_path / "foreign"), "--format", format, *options)
-    evaluation.command_line([*foreign, *settings, str(tmp_path / "b.csv")])
+    measure.command_line([*foreign, *settings, str(tmp_path / "b.csv")])
     ours, theirs = (read_points(tmp_path / name)[0] for name in ("a.csv", "b.csv"))
     assert (theirs.method, theirs.layers, theirs.train_tokens) == (ours.method, ours.layers, None)
     assert theirs.ce == pytest.approx(ours.ce, abs=1e-5) and theirs.l0 == pytest.approx(ours.l0, abs=1e-3)
@@ -90,20 +97,22 @@ def test_foreign_dictionaries_are_measured_by_one_command_and_equal_ours(
 def test_what_does_not_fit_is_refused_in_one_line(
     checkpoints: dict[str, str], small_target: TargetModel, tmp_path: Path
 ) -> None:
-    deep = build_transcoder(EncoderConfig(7, D, D, 32, BatchTopK(4)), torch.Generator())
-    wide = build_transcoder(EncoderConfig(0, D + 1, D + 1, 32, BatchTopK(4)), torch.Generator())
+    deep = build_transcoder(EncoderConfig(layer=7, d_in=D, d_out=D, d_dict=32, rule=BatchTopK(4)), torch.Generator())
+    wide = build_transcoder(
+        EncoderConfig(layer=0, d_in=D + 1, d_out=D + 1, d_dict=32, rule=BatchTopK(4)), torch.Generator()
+    )
     for name, coder, fingerprint in (("deep", deep, None), ("wide", wide, None), ("other", deep, "elsewhere")):
         save_checkpoint(tmp_path / name, coder, record(small_target, fingerprint))
     for name, message in (
         ("deep", "is for layer 7"), ("wide", "reads 17 dimensions"), ("other", "was trained on"), ("none", "holds no"),
     ):  # fmt: skip
         with pytest.raises(ValueError, match=message):
-            evaluation.main((str(tmp_path / name),), tokens=320, points=tmp_path / "points.csv")
+            measure.main((str(tmp_path / name),), tokens=320, points=tmp_path / "points.csv")
     with pytest.raises(ValueError, match="at least one checkpoint"):
-        evaluation.main((), points=tmp_path / "points.csv")
+        measure.main((), points=tmp_path / "points.csv")
     assert not (tmp_path / "points.csv").exists()
 
 
 def test_the_command_line_says_one_line_and_fails() -> None:
     with pytest.raises(SystemExit, match=r"^unknown target 'nonesuch': use one of [^\n]*$"):
-        evaluation.command_line(["nowhere", "--target", "nonesuch"])
+        measure.command_line(["nowhere", "--target", "nonesuch"])

@@ -1,0 +1,156 @@
+"""Baselines that need no dictionary: an MLP's own neurons, its best affine map, and mean, zero or no ablation.
+
+    neurons    ŷ = Σ_{k largest |h_j| ‖W_out j‖} h_j W_out j + b
+    affine     ŷ = W x + b,   argmin Σ‖W x + b − y‖² over training tokens
+    mean       ŷ = E y over training tokens;   zero   ŷ = 0;   identity   ŷ = y
+
+x is the MLP's input, y its output and h its hidden activation, of one token.
+"""
+
+import itertools
+from collections.abc import Iterable, Sequence
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from activation_store import ActivationsStore, DataConfig
+from replacement import UNKNOWN, Origin, PartGroup, Pass, Replacement
+from sparse_ops import Codes, Layout, decode
+from target_models import TargetModel
+
+BASELINE_TOKENS = 131_072  # training tokens that fit the affine maps and the means
+
+
+class NeuronsReplacement(Replacement):
+    """The MLP's own neurons: of each token, the k that contribute most, |h| · ‖W_out‖."""
+
+    group_names = ("neurons",)
+
+    def __init__(self, target: TargetModel, layers: Sequence[int], k: int) -> None:
+        if not 1 <= k <= target.d_mlp:
+            raise ValueError(f"k={k} neurons: {target.name} has {target.d_mlp} in a layer, choose 1 to that")
+        self.method, self.layers, self.k, self.target = "neurons", tuple(layers), k, target
+        self.W_out = {layer: target.down_weight(layer).T.float() for layer in self.layers}  # neuron, d_out
+        origin = torch.zeros(1, target.d_model, device=target.device, dtype=next(target.model.parameters()).dtype)
+        with torch.inference_mode():  # the MLP's output bias, told without knowing its architecture
+            self.bias = {
+                layer: target.mlp(layer, origin).float() - target.hidden(layer, origin).float() @ self.W_out[layer]
+                for layer in self.layers
+            }
+
+    def encode(self, layer: int, x: Tensor, y: Tensor) -> Codes:
+        h = self.target.hidden(layer, x.to(self.target.down_weight(layer).dtype)).float()
+        cols = (h.abs() * self.W_out[layer].norm(dim=1)).topk(self.k, dim=1).indices.sort(dim=1).values
+        rows = torch.arange(len(h), device=h.device).repeat_interleave(self.k, output_size=len(h) * self.k)
+        return Codes(h.gather(1, cols).flatten(), Layout(rows, cols.flatten(), *h.shape))
+
+    def write(self, pass_: Pass, layer: int, x: Tensor, y: Tensor) -> Tensor:
+        return decode(pass_.encode(layer, x, y), self.W_out[layer]) + self.bias[layer]
+
+    def part_groups(self, layers: Sequence[int]) -> list[PartGroup]:
+        t = self.target
+        return [PartGroup(layer, "neurons", t.d_mlp, 1, 2 * t.d_model) for layer in layers]
+
+
+class AffineMap(NamedTuple):
+    weight: Float[Tensor, "layer d_out d_in"]
+    bias: Float[Tensor, "layer d_out"]
+    y_mean: Float[Tensor, "layer d_out"]  # of the targets it was fitted to
+
+
+def fit_affine(
+    batches: Iterable[tuple[Float[Tensor, "layer batch d_in"], Float[Tensor, "layer batch d_out"]]],
+) -> AffineMap:
+    """argmin Σ‖W x + b − y‖² for each layer, from one stream of (inputs, targets) of training tokens.
+
+    Second moments are summed in float64; directions that the inputs never take get no weight (minimum norm).
+    """
+    n, x_sum, y_sum, xx, xy = 0, 0.0, 0.0, 0.0, 0.0
+    for inputs, targets in batches:
+        x, y = inputs.double(), targets.double()
+        n += x.shape[1]
+        x_sum, y_sum = x_sum + x.sum(1), y_sum + y.sum(1)
+        xx, xy = xx + x.mT @ x, xy + x.mT @ y
+    if n == 0:
+        raise ValueError("fit_affine got no activations: give it at least one batch of training tokens")
+    x_mean, y_mean = x_sum / n, y_sum / n
+    cov_xx = xx / n - x_mean[:, :, None] * x_mean[:, None, :]
+    cov_xy = xy / n - x_mean[:, :, None] * y_mean[:, None, :]
+    weight = (torch.linalg.pinv(cov_xx.cpu(), rtol=1e-10, hermitian=True).to(xy.device) @ cov_xy).mT
+    return AffineMap(weight.float(), (y_mean - (weight @ x_mean[:, :, None])[..., 0]).float(), y_mean.float())
+
+
+class _Baseline(Replacement):
+    """No codes: a function of the running stream alone."""
+
+    follows_stream = False
+    site = None
+
+    def __init__(self, layers: Sequence[int]) -> None:
+        self.layers = tuple(layers)
+
+
+class AffineReplacement(_Baseline):
+    """The least-squares affine map of each MLP: what a skip connection must beat."""
+
+    method = "affine"
+
+    def __init__(self, layers: Sequence[int], maps: AffineMap, origin: Origin = UNKNOWN) -> None:
+        super().__init__(layers)
+        assert len(maps.weight) == len(self.layers), f"{len(maps.weight)=} {self.layers=}"
+        self.maps, self.origin = maps, origin
+
+    def write(self, pass_: Pass, layer: int, x: Tensor, y: Tensor) -> Tensor:
+        i = self.layers.index(layer)
+        return torch.addmm(self.maps.bias[i], x, self.maps.weight[i].T)
+
+    def dense_parameters(self, layers: Sequence[int]) -> int:
+        return len(layers) * self.maps.weight[0].numel()
+
+
+class IdentityReplacement(_Baseline):
+    """The MLP itself."""
+
+    method = "identity"
+
+    reads_y = True
+
+    def write(self, pass_: Pass, layer: int, x: Tensor, y: Tensor) -> Tensor:
+        return y
+
+
+class ZeroReplacement(_Baseline):
+    """Nothing is written."""
+
+    method = "zero"
+
+    def write(self, pass_: Pass, layer: int, x: Tensor, y: Tensor) -> Tensor:
+        return torch.zeros_like(x)
+
+
+class MeanReplacement(_Baseline):
+    """Every token gets the MLP's mean output over training tokens."""
+
+    method = "mean"
+
+    def __init__(self, layers: Sequence[int], means: Float[Tensor, "layer d_out"]) -> None:
+        super().__init__(layers)
+        assert len(means) == len(self.layers), f"{len(means)=} {self.layers=}"
+        self.means = means
+
+    def write(self, pass_: Pass, layer: int, x: Tensor, y: Tensor) -> Tensor:
+        return self.means[self.layers.index(layer)].expand_as(x)
+
+
+def baselines(target: TargetModel, layers: Sequence[int], neurons: Sequence[int]) -> list[Replacement]:
+    """Neurons at each k, the least-squares affine map, and identity, zero and mean ablation; the last three at any site."""
+    data = DataConfig(layers=tuple(layers), batch_tokens=8192, buffer_tokens=16_384, model_batch=32)
+    store = ActivationsStore(target, data)
+    batches = itertools.islice(store, max(1, BASELINE_TOKENS // data.batch_tokens))
+    maps = fit_affine((batch.inputs, batch.targets) for batch in batches)
+    ablations = [IdentityReplacement(layers), ZeroReplacement(layers), MeanReplacement(layers, maps.y_mean)]
+    if target.site != "mlp_out":  # x is y there: nothing to map, and no neurons
+        return ablations
+    return [*(NeuronsReplacement(target, layers, k) for k in neurons), AffineReplacement(layers, maps), *ablations]

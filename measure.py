@@ -1,0 +1,127 @@
+"""The command line that measures checkpoints of any kind on a target's held-out text, beside the baselines.
+
+    python measure.py CHECKPOINT… --target tiny                      checkpoints of this project, SPD's included
+    python measure.py FOLDER… --target gpt2 --format saelens         dictionaries in another library's format
+
+Rows are added to a points.csv and its layers.csv; the table goes to standard output.
+"""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from baselines import baselines
+from checkpoints import CONFIG, Checkpoint, TrainingRecord, check_target, load_checkpoint, load_spd, resolve
+from coder_replacements import as_replacements
+from config import Site
+from evaluation import PROTOCOLS, Measurement, Protocol, evaluate, held_out_tokens
+from foreign_files import Place
+from foreign_formats import import_dictionaries
+from pareto import markdown_table, read_layers, read_points, row_key, write_layers, write_points
+from replacement import Origin, Replacement
+from spd_replacement import SPDReplacement
+from target_models import TargetModel, at_site, load_target
+
+
+def _is_spd(reference: str) -> bool:
+    file = resolve(reference) / CONFIG
+    return file.exists() and json.loads(file.read_text()).get("config", {}).get("class") == "SPDConfig"
+
+
+def _load(reference: str, target: TargetModel, form: str, layer: int | None, site: Site | None) -> list[Checkpoint]:
+    """One checkpoint, or every dictionary of a folder in another library's format, on the target's device."""
+    if form:
+        record = TrainingRecord.imported(reference, target.name)
+        coders = [entry.coder for entry in import_dictionaries(form, reference, Place(layer, site))]
+        loaded = [Checkpoint(coder.to(target.device).eval(), record, reference) for coder in coders]
+    else:
+        loaded = [load_checkpoint(reference, str(target.device))]
+    for checkpoint in loaded:
+        check_target(checkpoint, target)
+        config = checkpoint.coder.config
+        if outside := [i for i in config.layers if not 0 <= i < target.n_layers]:
+            raise ValueError(f"{reference} is for layer {outside[0]}: {target.name!r} has {target.n_layers} from 0 on")
+        if {config.d_in, config.d_out} != {target.d_model}:
+            raise ValueError(f"{reference} reads {config.d_in} dimensions: {target.name!r} has {target.d_model}")
+    return loaded
+
+
+def main(
+    checkpoints: tuple[str, ...],
+    target: str = "tiny",
+    tokens: int = 100_000,
+    protocols: tuple[Protocol, ...] = PROTOCOLS,
+    top_k: tuple[int, ...] = (),
+    neurons: tuple[int, ...] = (),
+    format: str = "",
+    layer: int | None = None,
+    site: Site | None = None,
+    device: str = "cuda" if torch.cuda.is_available() else "cpu",
+    points: Path = Path("output/evaluation/points.csv"),
+) -> None:
+    """Measure dictionaries on a target's held-out text, beside the baselines; print the table and add it to a CSV.
+
+    Args:
+        checkpoints: Folders or W&B artifacts; per-layer coders of one kind, rule and size are measured together.
+        target: tiny, pile, simplestories, gpt2, smollm2, hf:NAME or tl:NAME.
+        tokens: Held-out tokens to measure on.
+        protocols: single, frozen and free, or some of them.
+        top_k: Measure each coder also at these numbers of active latents, imposed in place of its rule.
+        neurons: Numbers of neurons to measure beside.
+        format: upstream, saelens, sparsify, dictionary_learning, circuit-tracer or crosslayer-coding; empty: our own.
+        layer: Layer of a foreign dictionary whose files do not say it.
+        site: What a foreign SAE reads, where its files do not say.
+        device: cpu, cuda, cuda:1, …
+        points: Rows are added to this file and its layers.csv; a row measured anew replaces the old one.
+    """
+    if not checkpoints:
+        raise ValueError("name at least one checkpoint to measure: a folder or a W&B artifact")
+    model = load_target(target, device)
+    coders: list[Checkpoint] = []
+    replacements: list[Replacement] = []
+    for reference in checkpoints:
+        if not format and _is_spd(reference):
+            components, record = load_spd(reference, model)
+            origin = Origin(record.seed, record.train_tokens, record.train_seconds, reference)
+            replacements += [SPDReplacement(model, components, t, origin=origin) for t in (0.0, 0.5)]
+            replacements += [SPDReplacement(model, components, top_k=k, origin=origin) for k in top_k]
+        else:
+            coders += _load(reference, model, format, layer, site)
+    sites = {checkpoint.coder.config.site for checkpoint in coders} or {"mlp_out"}
+    if len(sites) > 1 or (replacements and sites != {"mlp_out"}):
+        raise ValueError(
+            f"these dictionaries stand at several sites ({', '.join(sorted(sites))}): measure each by itself"
+        )
+    model = at_site(model, sites.pop())
+    replacements += [r for k in (None, *top_k) for r in as_replacements(coders, k)]
+    layers = sorted({layer for r in replacements for layer in r.layers})
+    replacements += baselines(model, layers, neurons)
+    measured = evaluate(model, replacements, held_out_tokens(model, tokens), protocols)
+    _append(points, measured)
+    print(markdown_table(measured.points))
+
+
+def _append(path: Path, measured: Measurement) -> None:
+    """Add rows to points.csv and layers.csv, in place of older ones of the same name."""
+    new = {row_key(p) for p in measured.points}
+    detail = path.with_name("layers.csv")
+    old_points = read_points(path) if path.exists() else []
+    old_layers = read_layers(detail) if detail.exists() else []
+    write_points(path, [p for p in old_points if row_key(p) not in new] + measured.points)
+    write_layers(detail, [d for d in old_layers if row_key(d) not in new] + measured.layers)
+
+
+def command_line(arguments: Sequence[str] | None = None) -> None:
+    """`main` with arguments from the command line; what is wrong with them is said in one line."""
+    import tyro
+
+    try:
+        tyro.cli(main, args=arguments, prog="measure.py", config=(tyro.conf.PositionalRequiredArgs,))
+    except ValueError as error:
+        raise SystemExit(str(error)) from None
+
+
+if __name__ == "__main__":
+    command_line()

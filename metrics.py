@@ -1,0 +1,252 @@
+"""Sums over held-out tokens and the columns of the table that they become: activity, reconstruction error, intervals.
+
+    FVU = E‖y − ŷ‖² / E‖y − E y‖²                         y: what the original model's MLP wrote, under every protocol
+    bits per token = Σ_parts H(p) + 8 Σ_groups L0         H(p) = −p log₂ p − (1 − p) log₂(1 − p), p: firing frequency
+    CE recovered = (CE_ablated − CE) / (CE_ablated − CE_original)
+
+FVU, L0 and firing leave each sequence's first position out, which no replacement writes. Intervals are 95 % percentile
+bootstraps over sequences.
+"""
+
+from collections.abc import Sequence
+from functools import cached_property
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from pareto import Identity, LayerPoint, ParetoPoint
+from replacement import Active, Replacement
+
+VALUE_BITS = 8  # stands for an active value until a measured quantisation replaces it
+
+
+class _Error(NamedTuple):
+    """Sums over one layer's tokens."""
+
+    squared: list[Tensor]  # Σ‖y − ŷ‖², one number per batch
+    ratio: list[Float[Tensor, "token"]]  # ‖y − ŷ‖ / ‖y‖
+
+
+class _Count(NamedTuple):
+    """One part group's activity, summed over tokens."""
+
+    histogram: Int[Tensor, "l0"]  # tokens by their number of active parts
+    fired: Int[Tensor, "part"]  # tokens on which each part was active
+
+
+def _zeros(n: int, device: torch.device) -> Int[Tensor, "n"]:
+    return torch.zeros(n, dtype=torch.int64, device=device)
+
+
+class Tally:
+    """What one run adds up over the batches."""
+
+    def __init__(self, replacement: Replacement, layers: Sequence[int], device: torch.device) -> None:
+        self.replacement, self.layers = replacement, tuple(layers)
+        self.part_groups = replacement.part_groups(layers)
+        self._ce: list[Float[Tensor, "sequence"]] = []
+        self._kl: list[Float[Tensor, "sequence"]] = []
+        self._errors = {layer: _Error([], []) for layer in layers}
+        self._counts = {
+            (g.layer, g.name): _Count(_zeros(g.n_parts + 1, device), _zeros(g.n_parts, device))
+            for g in self.part_groups
+        }
+
+    def add_losses(self, ce: Float[Tensor, "batch"], kl: Float[Tensor, "batch"]) -> None:
+        self._ce.append(ce.cpu())
+        self._kl.append(kl.cpu())
+
+    def add_error(self, layer: int, y: Float[Tensor, "batch seq d"], y_hat: Float[Tensor, "batch seq d"]) -> None:
+        y = y[:, 1:].float()
+        e = (y - y_hat[:, 1:].float()).square().sum(-1)
+        self._errors[layer].squared.append(e.sum(dtype=torch.float64))
+        self._errors[layer].ratio.append((e / y.square().sum(-1).clamp_min(1e-30)).sqrt().flatten().cpu())
+
+    def add_activity(self, active: dict[tuple[int, str], Active], batch: int, seq: int) -> None:
+        for key, count in self._counts.items():
+            rows, cols = active[key]
+            cols = cols[rows % seq != 0]
+            l0 = torch.bincount(rows, minlength=batch * seq).view(batch, seq)[:, 1:].flatten()
+            count.histogram.add_(torch.bincount(l0, minlength=len(count.histogram)))
+            count.fired.add_(torch.bincount(cols, minlength=len(count.fired)))
+
+    @property
+    def ce(self) -> Float[Tensor, "sequence"]:
+        return torch.cat(self._ce)
+
+    @property
+    def kl(self) -> Float[Tensor, "sequence"]:
+        return torch.cat(self._kl)
+
+    @cached_property
+    def histograms(self) -> dict[tuple[int, str], Int[Tensor, "l0"]]:
+        return {key: count.histogram.cpu() for key, count in self._counts.items()}
+
+    def l0(self, n: int) -> dict[tuple[int, str], float]:
+        """Active parts per token of each part group, over n tokens."""
+        return {key: (h * torch.arange(len(h))).sum().item() / n for key, h in self.histograms.items()}
+
+    def firing(self, n: int) -> dict[tuple[int, str], Float[Tensor, "part"]]:
+        """Each part's share of n tokens on which it was active."""
+        return {key: count.fired.cpu().double() / n for key, count in self._counts.items()}
+
+    def squared_error(self, layer: int) -> float:
+        return torch.stack(self._errors[layer].squared).sum().item()
+
+    def error_ratios(self, layer: int) -> Float[Tensor, "token"]:
+        return torch.cat(self._errors[layer].ratio)
+
+
+class OriginalTally:
+    """What the original model adds up over the batches: its cross-entropy, and the moments of what its MLPs wrote."""
+
+    def __init__(self, layers: Sequence[int]) -> None:
+        self._layers = list(layers)
+        self._ce: list[Float[Tensor, "sequence"]] = []
+        self.n = 0  # tokens, first positions left out
+        self._total: Tensor | float = 0.0
+        self._squared: Tensor | float = 0.0
+
+    def add(self, ce: Float[Tensor, "batch"], y: Float[Tensor, "layer batch seq d"]) -> None:
+        self._ce.append(ce.cpu())
+        kept = y[:, :, 1:].flatten(1, 2).double()
+        self.n += kept.shape[1]
+        self._total = self._total + kept.sum(1)
+        self._squared = self._squared + kept.square().sum((1, 2))
+        self.d = y.shape[-1]
+
+    @property
+    def ce(self) -> Float[Tensor, "sequence"]:
+        return torch.cat(self._ce)
+
+    def variance(self, layer: int) -> float:
+        """E‖y − E y‖² of one layer."""
+        i = self._layers.index(layer)
+        return (self._squared[i] / self.n - (self._total[i] / self.n).square().sum()).item()  # type: ignore[index]
+
+
+def layer_points(identity: Identity, tally: Tally, original: OriginalTally) -> list[LayerPoint]:
+    """A row per part group, or per layer where nothing is sparse; errors are void where a layer is read but not replaced."""
+    l0, firing, rows = tally.l0(original.n), tally.firing(original.n), []
+    for layer, name in [(g.layer, g.name) for g in tally.part_groups] or [(layer, "") for layer in tally.layers]:
+        key = (layer, name)
+        rows.append(
+            LayerPoint(
+                **vars(identity),
+                checkpoint=tally.replacement.origin.checkpoint,
+                layer=layer,
+                module=name,
+                l0=l0.get(key),
+                l0_median=_quantile(tally.histograms[key], 0.5) if key in l0 else None,
+                l0_p95=_quantile(tally.histograms[key], 0.95) if key in l0 else None,
+                fired=(firing[key] > 0).double().mean().item() if key in l0 else None,
+                **_reconstruction(tally, original, layer)._asdict(),
+            )
+        )
+    return rows
+
+
+class _Reconstruction(NamedTuple):
+    fvu: float | None = None
+    mse: float | None = None
+    tail_p999: float | None = None
+    tail_max: float | None = None
+
+
+def _reconstruction(tally: Tally, original: OriginalTally, layer: int) -> _Reconstruction:
+    if layer not in tally.layers:
+        return _Reconstruction()
+    squared, ratios = tally.squared_error(layer) / original.n, tally.error_ratios(layer)
+    rank = max(1, -(-len(ratios) * 999 // 1000))  # the smallest value that 99.9 % of the tokens do not exceed
+    tail = ratios.kthvalue(rank).values.item(), ratios.max().item()
+    return _Reconstruction(squared / original.variance(layer), squared / original.d, *tail)
+
+
+def point(
+    identity: Identity,
+    tally: Tally,
+    original: OriginalTally,
+    *,
+    ablated: Sequence[Tally | None],
+    draws: Int[Tensor, "resample sequence"],
+    commit: str | None,
+) -> ParetoPoint:
+    """The row of one run. `ablated`: the same layers at zero and at their mean (or None); `draws`: the bootstrap's sequences."""
+    replacement, ce, n = tally.replacement, tally.ce, original.n
+    l0, firing = tally.l0(n), tally.firing(n)
+    errors = [_reconstruction(tally, original, layer) for layer in tally.layers]
+    difference = ce - original.ce
+    low, high = bootstrap_interval(difference, draws)
+    recovered = [None if tally is None else ce_recovered(ce, original.ce, tally.ce) for tally in ablated]
+    sparse, parameters = bool(tally.part_groups), replacement.active_parameters(l0, tally.layers)
+    return ParetoPoint(
+        **vars(identity),
+        tokens=n,
+        l0=average(list(l0.values())) if sparse else None,
+        l0_p95=average([float(_quantile(h, 0.95)) for h in tally.histograms.values()]) if sparse else None,
+        l0_per_mlp=sum(l0[g.layer, g.name] * g.writes for g in tally.part_groups) / len(tally.layers)
+        if sparse
+        else None,
+        active_params=parameters if sparse or parameters else None,
+        bits_per_token=_bits(l0, firing) if sparse else None,
+        ce=ce.mean().item(),
+        ce_degradation=difference.mean().item(),
+        ce_low=low,
+        ce_high=high,
+        ce_recovered_zero=recovered[0],
+        ce_recovered_mean=recovered[1],
+        kl=tally.kl.mean().item(),
+        fvu=average([e.fvu for e in errors]),
+        mse=average([e.mse for e in errors]),
+        dead=_dead(replacement, firing, n) if sparse else None,
+        train_tokens=replacement.origin.train_tokens,
+        gate_params=replacement.gate_parameters(tally.layers),
+        train_seconds=replacement.origin.train_seconds,
+        checkpoint=replacement.origin.checkpoint,
+        commit=commit,
+        tail_p999=max(e.tail_p999 for e in errors),
+        tail_max=max(e.tail_max for e in errors),
+    )
+
+
+def _bits(l0: dict[tuple[int, str], float], firing: dict[tuple[int, str], Float[Tensor, "part"]]) -> float:
+    return sum(binary_entropy(p).sum().item() for p in firing.values()) + VALUE_BITS * sum(l0.values())
+
+
+def _dead(replacement: Replacement, firing: dict[tuple[int, str], Float[Tensor, "part"]], n: int) -> float | None:
+    """Silent on these tokens where they are a million; else what training saw last."""
+    if n < 1_000_000:
+        return replacement.dead()
+    return torch.cat([p == 0 for p in firing.values()]).double().mean().item()
+
+
+def _quantile(histogram: Int[Tensor, "value"], q: float) -> int:
+    """The smallest value that a share q of the tokens do not exceed."""
+    return int(torch.searchsorted(histogram.cumsum(0).double(), q * histogram.sum().item()).item())
+
+
+def average(values: Sequence[float]) -> float:
+    return sum(values) / len(values)
+
+
+def ce_recovered(
+    ce: Float[Tensor, "sequence"], original: Float[Tensor, "sequence"], ablated: Float[Tensor, "sequence"]
+) -> float | None:
+    """None where the ablation costs nothing, so that there is nothing to recover."""
+    most, least, own = ablated.mean().item(), original.mean().item(), ce.mean().item()
+    return (most - own) / (most - least) if most != least else None
+
+
+def binary_entropy(p: Float[Tensor, "part"]) -> Float[Tensor, "part"]:
+    """−p log₂ p − (1 − p) log₂(1 − p), in bits; 0 at 0 and 1."""
+    return -(torch.xlogy(p, p) + torch.xlogy(1 - p, 1 - p)) / torch.log(torch.tensor(2.0, dtype=p.dtype))
+
+
+def bootstrap_interval(
+    values: Float[Tensor, "sequence"], draws: Int[Tensor, "resample sequence"]
+) -> tuple[float, float]:
+    """The 2.5th and 97.5th percentiles of the mean over resampled sequences."""
+    low, high = values[draws].mean(1).quantile(torch.tensor([0.025, 0.975], dtype=values.dtype)).tolist()
+    return low, high

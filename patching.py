@@ -1,0 +1,164 @@
+"""The only hooks of the project: read what modules of a model were given and wrote, or write something else in their place.
+
+`capture` keeps MLP inputs and outputs, `patched` puts a function in place of MLPs, `kept_streams` and `resumed` begin a forward
+pass in the middle. All are contexts that leave the model as it was, also when something fails. They ask of a target only what
+`Patchable` names; `target_models.TargetModel` is one.
+"""
+
+import contextlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
+from typing import Any, NamedTuple, Protocol
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from devices import bf16_is_fast, sent
+
+
+class MLPPaths(NamedTuple):
+    read: str  # module whose output the MLP reads
+    write: str  # module whose output is the MLP's output
+    down: str  # linear map whose input is the hidden activation h; empty at a site that is no MLP
+
+
+class Patchable(Protocol):
+    """A model and where its MLPs read and write: all that capturing and patching need of a target."""
+
+    @property
+    def model(self) -> nn.Module: ...
+
+    @property
+    def mlps(self) -> tuple[MLPPaths, ...]: ...
+
+    @property
+    def device(self) -> torch.device: ...
+
+    def logits(self, tokens: Int[Tensor, "batch seq"]) -> Float[Tensor, "batch seq vocab"]: ...
+
+
+def after(module: nn.Module, function: Callable[[tuple[Any, ...], Any], Any]) -> AbstractContextManager[Any]:
+    """Inside, function(inputs, output) runs after the module; what it returns, unless None, replaces the output."""
+    return module.register_forward_hook(lambda _module, inputs, output: function(inputs, output))
+
+
+def before(module: nn.Module, function: Callable[[tuple[Any, ...]], Any]) -> AbstractContextManager[Any]:
+    """Inside, function(inputs) runs before the module; what it returns, unless None, replaces the inputs."""
+    return module.register_forward_pre_hook(lambda _module, inputs: function(inputs))
+
+
+class Captured(NamedTuple):
+    inputs: Float[Tensor, "layer batch seq d_in"]
+    outputs: Float[Tensor, "layer batch seq d_out"]
+
+
+def _value(output: Tensor | tuple[Any, ...]) -> Tensor:
+    """What a module wrote; attention modules and some blocks return it first in a tuple."""
+    return output[0] if isinstance(output, tuple) else output
+
+
+class _Enough(Exception):
+    """Raised by the last hook of `capture`: what comes after it in the forward pass is not needed."""
+
+
+def capture(target: Patchable, tokens: Int[Tensor, "batch seq"], layers: Sequence[int]) -> Captured:
+    """MLP inputs and outputs of `layers`; the forward pass stops after the last of them, so logits are never computed.
+
+    Under inference_mode, in bf16 autocast where the device has fast bf16; the result is what the modules gave.
+    """
+    read: dict[int, Tensor] = {}
+    written: dict[int, Tensor] = {}
+
+    def hook(into: dict[int, Tensor], layer: int, last: bool) -> Callable[..., None]:
+        def keep(_args: tuple[Any, ...], output: Tensor | tuple[Any, ...]) -> None:
+            into[layer] = _value(output)
+            if last:
+                raise _Enough
+
+        return keep
+
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(torch.inference_mode())
+        stack.enter_context(torch.autocast(target.device.type, torch.bfloat16, enabled=bf16_is_fast(target.device)))
+        for layer in layers:
+            for name, into in ((target.mlps[layer].read, read), (target.mlps[layer].write, written)):
+                last = into is written and layer == max(layers)
+                stack.enter_context(after(target.model.get_submodule(name), hook(into, layer, last)))
+        with contextlib.suppress(_Enough):
+            target.logits(sent(tokens, target.device))
+    shape = (*tokens.shape, -1)
+    return Captured(*(torch.stack([kept[layer].reshape(shape) for layer in layers]) for kept in (read, written)))
+
+
+MLPFunction = Callable[
+    [Float[Tensor, "batch seq d_in"], Float[Tensor, "batch seq d_out"]], Float[Tensor, "batch seq d_out"]
+]
+
+
+@contextlib.contextmanager
+def patched(target: Patchable, functions: Mapping[int, MLPFunction], first_only: bool = False) -> Iterator[None]:
+    """Inside, the MLP of each named layer gives f(x, y): x its input, y its own output there. Restored on any exit.
+
+    `first_only`: y is wanted at the first position of each sequence alone, and where the MLP reads what the norm gave it
+    is computed there alone.
+    """
+    with contextlib.ExitStack() as stack:
+        for layer, function in functions.items():
+            stack.enter_context(_patched_layer(target, layer, function, first_only))
+        yield
+
+
+@contextlib.contextmanager
+def _patched_layer(target: Patchable, layer: int, function: MLPFunction, first_only: bool) -> Iterator[None]:
+    paths = target.mlps[layer]
+    inputs: list[Tensor] = []
+
+    def keep(_args: tuple[Any, ...], output: Tensor | tuple[Any, ...]) -> None:
+        inputs.append(_value(output))
+
+    def narrow(args: tuple[Any, ...]) -> tuple[Any, ...]:
+        return (args[0][:, :1], *args[1:]) if args and args[0] is inputs[-1] else args
+
+    def write(_args: tuple[Any, ...], output: Tensor | tuple[Any, ...]) -> Any:
+        x, y = inputs.pop(), _value(output)
+        whole = y.numel() == x[..., :1].numel() * y.shape[-1]  # OPT hands its positions over as rows
+        y_hat = function(x, y.view(*x.shape[:-1], -1) if whole else y)
+        y_hat = y_hat.view(y.shape) if whole else y_hat
+        return (y_hat, *output[1:]) if isinstance(output, tuple) else y_hat
+
+    read, wrote = target.model.get_submodule(paths.read), target.model.get_submodule(paths.write)
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(after(read, keep))
+        stack.enter_context(after(wrote, write))
+        if first_only and wrote is not read:
+            stack.enter_context(before(wrote, narrow))
+        yield
+
+
+def _block(target: Patchable, layer: int) -> nn.Module:
+    return target.model.get_submodule(target.mlps[layer].read.rpartition(".")[0])
+
+
+@contextlib.contextmanager
+def kept_streams(target: Patchable, layers: Sequence[int]) -> Iterator[dict[int, Any]]:
+    """Inside, a forward pass leaves in the dictionary what each of `layers` was given by the block before it."""
+    streams: dict[int, Any] = {}
+
+    def keep(layer: int) -> Callable[..., None]:
+        return lambda _args, output: streams.__setitem__(layer, output)
+
+    with contextlib.ExitStack() as stack:
+        for layer in set(layers) - {0}:
+            stack.enter_context(after(_block(target, layer - 1), keep(layer)))
+        yield streams
+
+
+@contextlib.contextmanager
+def resumed(target: Patchable, layer: int, stream: Any) -> Iterator[None]:
+    """Inside, a forward pass begins with block `layer`, which is given `stream`; the blocks before it are not computed."""
+    with contextlib.ExitStack() as stack:
+        for block in (_block(target, i) for i in range(layer)):
+            block.__dict__["forward"] = lambda *_args, **_kwargs: stream  # past what wrappers make of attributes
+            stack.callback(block.__dict__.pop, "forward")
+        yield

@@ -1,0 +1,152 @@
+"""How the experiments train: which coders of a target, with which settings, and an SPD of its MLP matrices.
+
+A recipe is the project's default. What is already trained in a folder with equal settings is loaded and not trained again.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from activation_store import DataConfig
+from checkpoints import CONFIG, Checkpoint, Decomposition, TrainingRecord, build_coder, load_spd, save_checkpoint
+from coder import Coder
+from config import (
+    CLTConfig,
+    CoderConfig,
+    EncoderConfig,
+    GateConfig,
+    Recon,
+    Rule,
+    SAEConfig,
+    SPDConfig,
+    SPDTrainConfig,
+    TrainConfig,
+)
+from devices import bf16_is_fast
+from logs import git_commit
+from spd_model import ComponentModel
+from spd_training import train_spd
+from target_models import TargetModel, mlp_matrices
+from token_stream import TokenStream
+from training import default_learning_rate, train_group
+
+
+def new_coder(config: CoderConfig, seed: int) -> Coder:
+    """A coder whose initial weights depend on its configuration and the seed alone."""
+    offset = sum(ord(c) * (i + 1) for i, c in enumerate(repr(config)))
+    return build_coder(config, torch.Generator().manual_seed(seed + offset))
+
+
+def transcoder_configs(
+    target: TargetModel, layers: Sequence[int], rules: Sequence[Rule], d_dict: int, skip: bool = False
+) -> list[EncoderConfig]:
+    """One transcoder per rule and layer."""
+    d = target.d_model
+    return [
+        EncoderConfig(layer=layer, d_in=d, d_out=d, d_dict=d_dict, rule=rule, skip=skip)
+        for rule in rules
+        for layer in layers
+    ]
+
+
+def sae_configs(target: TargetModel, layers: Sequence[int], rules: Sequence[Rule], d_dict: int) -> list[SAEConfig]:
+    """One SAE per rule and layer, of the site the target is read at."""
+    return [
+        SAEConfig(layer=layer, site=target.site, d_in=target.d_model, d_dict=d_dict, rule=rule)
+        for rule in rules
+        for layer in layers
+    ]
+
+
+def clt_configs(target: TargetModel, layers: Sequence[int], rules: Sequence[Rule], d_dict: int) -> list[CLTConfig]:
+    """One cross-layer transcoder per rule."""
+    return [
+        CLTConfig(layers=tuple(layers), d_in=target.d_model, d_out=target.d_model, d_dict=d_dict, rule=rule)
+        for rule in rules
+    ]
+
+
+def train_coders(
+    configs: Sequence[CoderConfig],
+    target: TargetModel,
+    tokens: int,
+    batch: int,
+    seed: int,
+    folder: Path,
+) -> list[Checkpoint]:
+    """Train what is not yet in `folder`, all on one stream over all the layers, with the project's default recipe."""
+    layers = tuple(sorted({layer for config in configs for layer in config.layers}))
+    data = DataConfig(layers=layers, batch_tokens=batch, seed=seed)
+    dead_after = min(10_000_000, tokens // 5)  # the field's number where the run is long enough for it
+    train = TrainConfig(
+        tokens=tokens, lr=default_learning_rate(tokens, configs[0].d_dict), dead_after=dead_after, seed=seed
+    )
+    return train_group([new_coder(config, seed) for config in configs], target, data=data, config=train, folder=folder)
+
+
+class _OnDevice:
+    """A token stream whose batches lie on the target's device."""
+
+    def __init__(self, target: TargetModel, batch: int, seed: int) -> None:
+        self.stream = TokenStream(target.data, target.tokenizer, "train", batch, target.context, seed)
+        self.state_dict, self.load_state_dict, self.device = (
+            self.stream.state_dict,
+            self.stream.load_state_dict,
+            target.device,
+        )
+
+    def __next__(self) -> Tensor:
+        return next(self.stream).to(self.device)
+
+
+def train_decomposition(
+    target: TargetModel,
+    layers: Sequence[int],
+    components: int,
+    gate_hidden: int,
+    steps: int,
+    batch: int,
+    seed: int,
+    folder: Path,
+    lr: float = 1e-3,
+    minimality: float = 5e-4,
+) -> Decomposition:
+    """SPD of the MLP matrices of `layers`, `components` of each, or what `folder` holds of an equal training.
+
+    KL objective, of half the sequences of a step under stochastic masks of a random subset of the modules, of the other
+    half under the masks that the ruler uses (1 where the importance is positive, else 0, without Δ) of all modules: a mask
+    drawn evenly never comes near that corner, and components learn to rely on inactive ones being half there. p of
+    importance minimality falls from 2 to 0.4, AdamW's rate by a cosine from `lr` to a tenth, `batch` sequences per step, a
+    gate per matrix of `gate_hidden` hidden units that reads the module's own input at the same position, a least-squares
+    start in place of faithfulness warm-up. Otherwise Goodfire's recipe for language models, scaled down.
+    """
+    assert batch >= 2, f"{batch=} sequences: each of the two terms needs one"
+    patterns = tuple((path, components) for layer in layers for path in mlp_matrices(target, layer))
+    config = SPDConfig(components=patterns, gate=GateConfig(kind="shared_mlp", hidden=(gate_hidden,)))
+    random_masks = Recon(coefficient=0.5, source="stochastic", routing="subset")
+    the_rulers = Recon(coefficient=0.5, source="deployed", routing="all")
+    train = SPDTrainConfig(
+        steps=steps, lr=lr, recon=(random_masks, the_rulers), minimality=minimality, distance="kl", p=(2.0, 0.4),
+        split=True, faithfulness=1e4, final=0.1, warmup=0.02, faithful_steps=0, clip=1.0, metrics_every=20,
+        checkpoint_every=100, seed=seed,
+    )  # fmt: skip
+    name = f"{target.name}_spd_L{'-'.join(map(str, layers))}_C{components}_n{steps}x{batch}_s{seed}"
+    recipe = f"{config.gate} {train}"
+    if (folder / name / CONFIG).exists():
+        found = Decomposition(*load_spd(str(folder / name), target))
+        if found.record.recipe != recipe:
+            raise ValueError(f"{folder / name} was trained otherwise ({found.record.recipe}): move it away")
+        print(f"{name} is already trained in {folder}")
+        return found
+    model = ComponentModel(target.model, config, torch.Generator().manual_seed(seed)).to(target.device)
+    stream = _OnDevice(target, batch, seed)
+    seconds = train_spd(model, stream, train, folder / name, name, autocast=bf16_is_fast(target.device))
+    tokens = steps * batch * target.context
+    record = TrainingRecord(
+        name=name, target=target.name, target_fingerprint=target.fingerprint, train_tokens=tokens,
+        train_seconds=seconds, seed=seed, commit=git_commit(), recipe=recipe,
+    )  # fmt: skip
+    save_checkpoint(folder / name, model, record)
+    return Decomposition(model, record)

@@ -1,0 +1,184 @@
+"""SPD in place of a target's MLPs: of each weight matrix only the components run that are active on a token.
+
+    y = ((m − m_Δ) ⊙ (x V)) U + m_Δ · (x W) + b,    m_c = 1 where component c is active, else 0
+
+Active parts are the rank-one components of `spd_model.py`; each weight matrix is a group of its own.
+"""
+
+import functools
+from collections.abc import Callable, Sequence
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from checkpoints import Decomposition, find_spd
+from patching import Captured
+from replacement import UNKNOWN, Active, Origin, PartGroup, Pass, Replacement, method_name
+from spd_model import ComponentModel, weight_map
+from target_models import TargetModel, mlp_matrices
+
+
+class SPDReplacement(Replacement):
+    """Rank-one components of an MLP's weight matrices: active ones at full strength (mask 1), the others at none.
+
+    Active: causal importance g_lo > threshold, or the top_k largest pre-sigmoid importances z. `delta` adds W − Σ U V.
+    `free`: a local gate reads its module's input on the masked stream. A global gate reads all layers at once, also
+    those the stream has not reached, so it reads the stream of a first pass masked by the clean pass's gates: one step
+    towards the fixed point, after which its input is the masked model's, not the original's.
+    """
+
+    def __init__(
+        self,
+        target: TargetModel,
+        model: ComponentModel,
+        threshold: float = 0.0,
+        top_k: int | None = None,
+        delta: bool = False,
+        layers: Sequence[int] | None = None,
+        matrices: Sequence[str] | None = None,
+        origin: Origin = UNKNOWN,
+    ) -> None:
+        """`layers` and `matrices` (last parts of module paths) restrict what is replaced; the rest stays as it is."""
+        assert model.target_model is target.model, f"the decomposition is of another model than {target.name}"
+        decomposed = {layer: self._paths(target, model, layer) for layer in range(target.n_layers)}
+        self.decomposed = {layer: paths for layer, paths in decomposed.items() if paths}
+        inside = {path for paths in self.decomposed.values() for path in paths.values()}
+        if not model.config.gate.local and (outside := sorted(set(model.paths) - inside)):
+            raise ValueError(f"the gate reads {outside[0]!r}, which is in no MLP: the ruler replaces MLPs alone")
+        self.layers = tuple(self.decomposed if layers is None else layers)
+        if missing := [layer for layer in self.layers if layer not in self.decomposed]:
+            raise ValueError(f"layer {missing} has no decomposed MLP matrix: choose among {list(self.decomposed)}")
+        self.paths = {
+            layer: {n: p for n, p in self.decomposed[layer].items() if matrices is None or n in matrices}
+            for layer in self.layers
+        }
+        if any(not paths for paths in self.paths.values()):
+            known = list(decomposed[self.layers[0]])
+            raise ValueError(f"no matrix named {matrices} is decomposed: choose among {known}")
+        gate = [f"{threshold:g}"] if threshold and top_k is None else []
+        variant = "-".join([*(matrices or ()), *(["delta"] if delta else []), *gate])
+        self.method, self.k, self.origin = method_name("spd", top_k, variant), top_k, origin
+        self.target, self.model, self.threshold, self.top_k, self.delta = target, model, threshold, top_k, delta
+
+    @staticmethod
+    def _paths(target: TargetModel, model: ComponentModel, layer: int) -> dict[str, str]:
+        """Name → path of the layer's decomposed MLP matrices."""
+        mlp = target.mlps[layer]
+        paths = [path for path in model.paths if path == mlp.down or path.startswith(mlp.write + ".")]
+        return {path.rpartition(".")[2]: path for path in paths}
+
+    def gate_parameters(self, layers: Sequence[int]) -> int:
+        """Of the matrices' own gates; a global gate decides for all matrices at once."""
+        if not self.model.config.gate.local:
+            return self.model.gate_parameters
+        return sum(self.model.gate_parameters_of(path) for layer in layers for path in self.paths[layer].values())
+
+    @property
+    def reads(self) -> tuple[int, ...]:
+        return self.layers if self.model.config.gate.local else tuple(self.decomposed)
+
+    def begin(self) -> "SPDPass":
+        assert self.model.config.gate.local, "a global gate cannot follow the stream alone: open the pass with `free`"
+        return SPDPass(self, None)
+
+    def frozen(self, captured: Captured) -> "SPDPass":
+        assert len(captured.inputs) == len(self.reads), f"{len(captured.inputs)=} {self.reads=}"
+        inputs: dict[str, Tensor] = {}
+        for layer, x in zip(self.reads, captured.inputs):
+            down = self.target.mlps[layer].down
+            for path in self.decomposed[layer].values():
+                inputs[path] = (self.target.hidden(layer, x) if path == down else x).float()
+        return SPDPass(self, self.model.importance_logits(inputs), inputs)
+
+    def free(self, captured: Captured, run: Callable[[Pass], object]) -> "SPDPass":
+        if self.model.config.gate.local:
+            return self.begin()
+        first = self.frozen(captured)
+        run(first)
+        return SPDPass(self, self.model.importance_logits(first.inputs))
+
+    def on(self, z: Float[Tensor, "batch seq component"]) -> Bool[Tensor, "batch seq component"]:
+        if self.top_k is None:
+            return self.model.lower(z) > self.threshold
+        k = min(self.top_k, z.shape[-1])
+        return torch.zeros_like(z, dtype=torch.bool).scatter(-1, z.topk(k, dim=-1).indices, True)
+
+    def write(self, pass_: Pass, layer: int, x: Tensor, y: Tensor) -> Tensor:
+        raise AssertionError("an SPDPass writes by itself")
+
+    def part_groups(self, layers: Sequence[int]) -> list[PartGroup]:
+        shape = {path: weight_map(self.target.model.get_submodule(path)).shape for path in self.model.paths}
+        return [
+            PartGroup(layer, name, self.model.sizes[path], 1, sum(shape[path]))
+            for layer in layers
+            for name, path in self.paths[layer].items()
+        ]
+
+    def dense_parameters(self, layers: Sequence[int]) -> int:
+        """The MLP's matrices that stay whole, and with `delta` those that are decomposed: their rest is as large."""
+        dense = 0
+        for layer in layers:
+            mlp = self.target.model.get_submodule(self.target.mlps[layer].write)
+            whole = sum(m.weight.numel() for m in mlp.modules() if isinstance(m, nn.Linear | Conv1D))
+            parts = sum(self.target.model.get_submodule(p).weight.numel() for p in self.paths[layer].values())
+            dense += whole if self.delta else whole - parts
+        return dense
+
+
+class SPDPass(Pass):
+    """Masks given by z, or by each gate on its module's running input; `inputs` keeps what the modules read."""
+
+    replacement: SPDReplacement
+
+    def __init__(
+        self, replacement: SPDReplacement, z: dict[str, Tensor] | None, inputs: dict[str, Tensor] | None = None
+    ) -> None:
+        super().__init__(replacement, None)
+        self.z = z
+        self.inputs = dict(inputs or {})
+
+    def __call__(
+        self, layer: int, x: Float[Tensor, "batch seq d_in"], y: Float[Tensor, "batch own d_out"]
+    ) -> Float[Tensor, "batch seq d_out"]:
+        paths = self.replacement.paths[layer]
+        masks = {path: functools.partial(self._mask, layer, name, path) for name, path in paths.items()}
+        delta = dict.fromkeys(masks, 1.0) if self.replacement.delta else None
+        with self.replacement.model.masked(masks, delta):
+            return self.replacement.target.mlp(layer, x).to(y.dtype)
+
+    def _mask(self, layer: int, name: str, path: str, x: Tensor) -> Float[Tensor, "batch seq component"]:
+        z = self.replacement.model.importance_logit(path, x.float()) if self.z is None else self.z[path]
+        on = self.replacement.on(z)
+        self.inputs[path] = x.float()
+        self.active[layer, name] = Active(*on.flatten(0, 1).nonzero().unbind(1))
+        return on.to(x.dtype)
+
+
+def spd_replacements(
+    target: TargetModel, decomposition: Decomposition, layers: Sequence[int], deltas: Sequence[bool] = (False, True)
+) -> list[Replacement]:
+    """The decomposition at its own thresholds, importance above 0 and above 0.5, without and with the delta component."""
+    model, record = decomposition
+    origin = Origin(record.seed, record.train_tokens, record.train_seconds, record.name)
+    return [
+        SPDReplacement(target, model, t, delta=delta, layers=layers, origin=origin)
+        for t in (0.0, 0.5)
+        for delta in deltas
+    ]
+
+
+def spd_sweep(
+    target: TargetModel, layers: Sequence[int], top_k: Sequence[int], each_matrix: bool = False
+) -> list[Replacement]:
+    """Components ranked by pre-sigmoid importance, k of each matrix; `each_matrix` also replaces one matrix at a time."""
+    model, record = find_spd(target, layers)
+    origin = Origin(record.seed, record.train_tokens, record.train_seconds, record.name)
+    names = [path.rpartition(".")[2] for path in mlp_matrices(target, layers[0])]
+    groups = [None, *([name] for name in names)] if each_matrix else [None]
+    largest = min(model.sizes.values())
+    return [
+        SPDReplacement(target, model, top_k=k, layers=layers, matrices=group, origin=origin)
+        for group in groups for k in top_k if k <= largest
+    ]  # fmt: skip
