@@ -6,8 +6,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import tyro
-
 from evaluation import Measurement
 from logs import errors_in_one_line, write_settings
 from pareto import ParetoPoint, markdown_table, read_points, write_layers, write_points
@@ -67,6 +65,8 @@ def settings_for[S: StudySettings](presets: Sequence[S], doc: str) -> S:
 
     A single preset serves every target. Raises ValueError for a target that none of several presets is made for.
     """
+    import tyro
+
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     first.add_argument("--target", default=presets[0].target)
     named = first.parse_known_args(sys.argv[1:])[0].target
