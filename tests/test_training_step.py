@@ -8,13 +8,13 @@ The reference calls nothing of the project: it takes a coder's tensors and the n
 
 import dataclasses
 import json
-import math
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
+from plain import Adam, clipped, norm
 from small import F, make_tiny, some_tokens, transcoders
 from torch import Tensor
 from torch.optim.optimizer import register_optimizer_step_pre_hook
@@ -195,26 +195,6 @@ def straight_through(pre: Tensor, theta: Tensor, bandwidth: float) -> Tensor:
     return (pre > theta).double() - kernel * (theta - theta.detach()) / bandwidth
 
 
-class Adam:
-    """m ← β₁m + (1 − β₁)g, v ← β₂v + (1 − β₂)g², p ← p − lr · m̂ / (√v̂ + 1e-8)."""
-
-    def __init__(self, betas: tuple[float, float]) -> None:
-        self.betas, self.t, self.m, self.v = betas, 0, {}, {}  # type: ignore[var-annotated]
-
-    def __call__(self, p: dict[str, Tensor], g: dict[str, Tensor], lr: float) -> dict[str, Tensor]:
-        self.t, (a, b), out = self.t + 1, self.betas, {}
-        for name in p:
-            self.m[name] = a * self.m.get(name, 0) + (1 - a) * g[name]
-            self.v[name] = b * self.v.get(name, 0) + (1 - b) * g[name].square()
-            root = (self.v[name] / (1 - b**self.t)).sqrt() + 1e-8
-            out[name] = p[name].detach() - lr * self.m[name] / (1 - a**self.t) / root
-        return out
-
-
-def norm(g: dict[str, Tensor]) -> float:
-    return math.sqrt(sum(own.square().sum().item() for own in g.values()))
-
-
 # ------------------------------------------------------------------------------------------------------------ a whole step
 
 
@@ -251,7 +231,7 @@ def test_a_step_is_that_of_the_equations(kind: str, rule: str, tmp_path: Path) -
             W = equations.W_dec[0].detach()
             g["W_dec"] = g["W_dec"] - (g["W_dec"] * W).sum(1, keepdim=True) * W
         assert (norm(g) > longest) == (t == 0), f"{norm(g)=} {longest=}"
-        g = {name: own * min(1.0, longest / norm(g)) for name, own in g.items()}
+        g = clipped(g, longest)
         after = reference(equations.p, g, lr)
         if kind == "sae":
             after["W_dec"] = after["W_dec"] / after["W_dec"].norm(dim=1, keepdim=True)
