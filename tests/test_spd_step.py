@@ -246,6 +246,7 @@ def test_a_step_is_that_of_the_equations(config: SPDTrainConfig) -> None:
             g |= clipped(weights, config.clip)
         after = reference(equations.p, g, rate(step))
         torch.testing.assert_close(trainer.step(x).double(), torch.stack(readings).detach(), rtol=1e-5, atol=1e-6)
+        assert len(got) == t + 1, "the optimiser takes one step"
         gradients, rates = got[t]
         assert rates == pytest.approx([rate(step)] * 2)
         for name, own in trainer.model.named_parameters():

@@ -238,6 +238,7 @@ def test_a_step_is_that_of_the_equations(kind: str, rule: str, tmp_path: Path) -
         readings = training_step(run, batch, config=dataclasses.replace(CONFIG, max_grad_norm=longest), lr=lr)
         l0 = mean([(a > 0).double().sum(1).mean() for a in codes])
         torch.testing.assert_close(readings.double(), torch.stack([loss, error, l0]).detach(), rtol=1e-5, atol=1e-6)
+        assert len(got) == t + 1, "the optimiser takes one step"
         gradients, rate = got[t]
         assert rate == lr
         for (name, p), gradient in zip(coder.named_parameters(), gradients):
