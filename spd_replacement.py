@@ -71,9 +71,7 @@ class SPDReplacement(Replacement):
 
     def gate_parameters(self, layers: Sequence[int]) -> int:
         """Of the matrices' own gates; a global gate decides for all matrices at once."""
-        if not self.model.config.gate.local:
-            return self.model.gate_parameters
-        return sum(self.model.gate_parameters_of(path) for layer in layers for path in self.paths[layer].values())
+        return self.model.importances.n_parameters(path for layer in layers for path in self.paths[layer].values())
 
     @property
     def reads(self) -> tuple[int, ...]:

@@ -49,13 +49,14 @@ class SPDTrainer:
         weights = [p for part in model.components.values() for p in part.parameters()]
         self.weights = weights
         self.optimiser = torch.optim.AdamW(
-            [{"params": weights}, {"params": list(model.gates.parameters())}],
+            [{"params": weights}, {"params": list(model.importances.parameters())}],
             lr=config.lr,
             weight_decay=0.0,
             fused=True,
         )
+        shared = () if model.stack is None else (model.stack, 1)  # by all positions, not by seeds
         self.adversaries = {
-            i: PersistentSources(model.sizes, (), term.step_size, (0.5, 0.99), self.generator).to(weights[0].device)
+            i: PersistentSources(model.sizes, shared, term.step_size, (0.5, 0.99), self.generator).to(weights[0].device)
             for i, term in enumerate(config.recon) if term.source == "persistent"
         }  # fmt: skip
         self.steps_done = 0
@@ -76,6 +77,12 @@ class SPDTrainer:
         if self.config.distance == "kl":
             return mean_kl(target, prediction)
         return squared_error(target, prediction) * (self.model.stack or 1)
+
+    def distances(self, target: Tensor, prediction: Tensor) -> Float[Tensor, "*stack"]:
+        """`distance` of each seed of a stack by itself."""
+        if self.model.stack is None:
+            return self.distance(target, prediction)
+        return torch.stack([squared_error(*own) for own in zip(target, prediction, strict=True)])
 
     def run(self, masks: dict[str, Mask], batch: Tensor) -> Tensor:
         device = batch.device.type
@@ -144,8 +151,8 @@ class SPDTrainer:
             return route({path: Mask(torch.ones_like(g), None) for path, g in g_lo.items()})
         frozen = {path: g.detach() for path, g in g_lo.items()}
 
-        def objective(sources: dict[str, Tensor]) -> Tensor:
-            return self.distance(clean, self.run(route(source_masks(frozen, sources)), batch))
+        def objective(sources: dict[str, Tensor]) -> Float[Tensor, "*stack"]:
+            return self.distances(clean, self.run(route(source_masks(frozen, sources)), batch))
 
         if term.source == "pgd":
             lead = (self.model.stack,) if self.model.stack else ()
@@ -158,7 +165,7 @@ class SPDTrainer:
             return route(source_masks(g_lo, pgd_sources(objective, start, term.steps, term.step_size)))
         adversary = self.adversaries[index]
         for _ in range(term.steps):
-            adversary.ascend(objective(adversary.sources()))
+            adversary.ascend(objective(adversary.sources()).sum())
         return route(source_masks(g_lo, {path: r.detach() for path, r in adversary.sources().items()}))
 
     def state_dict(self) -> dict[str, Any]:

@@ -32,11 +32,11 @@ def test_axes_of_spd_are_those_of_the_table(gate: GateConfig) -> None:
     for protocol in ("frozen", "free"):
         p = the(measured, "spd-topk", protocol, (0, 1))
         assert (p.l0, p.l0_p95, p.l0_per_mlp, p.active_params) == (5, 5, 10, 2 * 2 * 5 * (D + H))
-        assert p.gate_params == model.gate_parameters and p.k == 5
+        assert p.gate_params == model.importances.n_parameters(model.paths) and p.k == 5
     single = the(measured, "spd-topk", "single", (1,))
     assert single.active_params == 2 * 5 * (D + H)
     own = sum(p.numel() for name, p in model.named_parameters() if "_ci_fns.h-1" in name)
-    assert single.gate_params == (own if gate.local else model.gate_parameters)
+    assert single.gate_params == (own if gate.local else model.importances.n_parameters(model.paths))
     assert {d.module for d in measured.layers} == {"c_fc", "down_proj"}
 
 

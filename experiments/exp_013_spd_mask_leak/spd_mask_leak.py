@@ -27,7 +27,7 @@ from torch import Tensor
 from tqdm import trange
 
 from checkpoints import find_spd, load_spd
-from config import GateConfig, Recon, SPDConfig, SPDTrainConfig
+from config import GateConfig, Recon, SPDTrainConfig
 from devices import bf16_is_fast
 from logs import atomic_path, write_settings
 from spd_model import ComponentModel
@@ -85,10 +85,7 @@ def masks(model: ComponentModel, tokens: Int[Tensor, "sequence seq"]) -> Tensor:
 def with_gate(own: ComponentModel, target: TargetModel, causal: bool, s: Settings) -> ComponentModel:
     """The same components, a transformer gate trained to serve them."""
     gate = GateConfig(kind="global_shared_transformer", hidden=(256,), d_model=128, blocks=2, heads=4, causal=causal)
-    model = ComponentModel(
-        target.model, SPDConfig(components=own.config.components, gate=gate), torch.Generator().manual_seed(s.seed)
-    )
-    model._components.load_state_dict(own._components.state_dict())
+    model = own.with_gate(gate, torch.Generator().manual_seed(s.seed))
     recipe = SPDTrainConfig(
         steps=s.gate_steps,
         lr=1e-3,
@@ -100,7 +97,8 @@ def with_gate(own: ComponentModel, target: TargetModel, causal: bool, s: Setting
         final=0.1,
     )
     trainer = SPDTrainer(model, recipe, autocast=bf16_is_fast(target.device))
-    model._components.requires_grad_(False)
+    for components in model.components.values():
+        components.requires_grad_(False)
     stream = TokenStream(target.data, target.tokenizer, "train", 4, target.context, s.seed)
     for _ in trange(s.gate_steps, desc="causal gate" if causal else "bidirectional gate", mininterval=2.0):
         trainer.step(next(stream))
