@@ -168,7 +168,7 @@ def test_each_seed_of_a_stack_keeps_its_own_best_iterate(neighbour: float) -> No
 @pytest.mark.parametrize("source", ["pgd", "persistent"])
 def test_adversaries_of_a_seed_ignore_its_neighbour(source: str) -> None:
     """Seed 0's masks are the same beside a neighbour whose weights, gates and data are a hundred times larger."""
-    term = Recon(coefficient=1.0, source=source, steps=3, step_size=0.4)
+    term = Recon(coefficient=1.0, source=source, steps=3, step_size=0.9)
     config = SPDTrainConfig(steps=10, lr=1e-3, recon=(term,), minimality=0.0)
     masks = []
     for loud in (False, True):
