@@ -250,7 +250,12 @@ class Importances(nn.Module):
     """
 
     def __init__(
-        self, config: GateConfig, widths: Mapping[str, int], sizes: Mapping[str, int], stack: int | None, g: torch.Generator
+        self,
+        config: GateConfig,
+        widths: Mapping[str, int],
+        sizes: Mapping[str, int],
+        stack: int | None,
+        g: torch.Generator,
     ) -> None:
         """`widths` and `sizes`: of what the gate reads of each module, and the number of its components, in the order of z."""
         super().__init__()
@@ -294,7 +299,10 @@ class Importances(nn.Module):
         assert self.config.kind == "mlp" and len(self.config.hidden) == 1, f"{self.config=}"
         compiler = os.environ.get("CXX", "g++")  # torch's own choice
         if shutil.which(compiler) is None:
-            print(f"no C++ compiler {compiler!r} ($CXX): SPD's gates run uncompiled, at about half the speed", file=sys.stderr)
+            print(
+                f"no C++ compiler {compiler!r} ($CXX): SPD's gates run uncompiled, at about half the speed",
+                file=sys.stderr,
+            )
             return
         for path in self.sizes:
             self.gate(path).compiled = True

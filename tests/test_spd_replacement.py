@@ -65,7 +65,7 @@ def test_frozen_gates_come_from_the_clean_pass_and_free_ones_from_the_masked_str
         z = model.importance_logits(inputs)
         captured = clean(target, tokens, [0, 1])
         frozen = spd.frozen(captured)
-        masks = {path: spd.on(z[path]).float() for path in model.paths}
+        masks = {path: spd.on(path, z[path]).float() for path in model.paths}
         with model.masked(masks):
             own = target.logits(tokens)
         got = run(target, tokens, frozen, [0, 1])
@@ -80,7 +80,8 @@ def test_frozen_gates_come_from_the_clean_pass_and_free_ones_from_the_masked_str
     if gate.local:  # no attention between positions: what follows differs through the model's attention alone
         z_free = model.importance_logits(free.inputs)
         for (layer, name), active in free.active.items():
-            on = spd.on(z_free[f"h.{layer}.mlp.{name}"]).flatten(0, 1).nonzero()
+            path = f"h.{layer}.mlp.{name}"
+            on = spd.on(path, z_free[path]).flatten(0, 1).nonzero()
             assert torch.equal(on, torch.stack([active.rows, active.cols], 1))
     assert any(not torch.equal(free.active[key].cols, frozen.active[key].cols) for key in free.active)
 

@@ -27,7 +27,7 @@ from torch import Tensor
 from evaluation import held_out_tokens
 from logs import atomic_path, write_settings
 from patching import patched
-from replacement import Replacement
+from replacement import Coded
 from sparse_ops import Codes, Layout
 from study import settings_for
 from target_models import TargetModel, load_target
@@ -52,7 +52,7 @@ class Effect(NamedTuple):
 
 
 def write_vector(
-    replacement: Replacement, layer: int, latent: int, value: float, x: Float[Tensor, "1 d_in"]
+    replacement: Coded, layer: int, latent: int, value: float, x: Float[Tensor, "1 d_in"]
 ) -> Float[Tensor, "1 1 d_out"]:
     """What `latent` at `value` adds to the output of `layer`; x, any input, says width and device."""
     size = next(group.n_parts for group in replacement.part_groups(replacement.layers) if group.layer == layer)

@@ -25,7 +25,7 @@ from coder_replacements import as_replacement
 from config import BatchTopK
 from patching import capture
 from recipes import clt_configs, train_coders, transcoder_configs
-from replacement import Replacement
+from replacement import Coded
 from target_models import TargetModel, weights_fingerprint
 
 WIDTH = 16  # tokens of an example: texts are cut into disjoint windows
@@ -89,7 +89,7 @@ def randomised(target: TargetModel, seed: int) -> TargetModel:
     return dataclasses.replace(target, name=name, model=model, fingerprint=fingerprint)
 
 
-def replacements(s: Common, target: TargetModel, names: Sequence[str]) -> dict[str, tuple[TargetModel, Replacement]]:
+def replacements(s: Common, target: TargetModel, names: Sequence[str]) -> dict[str, tuple[TargetModel, Coded]]:
     """Method → (the target it belongs to, its replacement); missing coders are trained with the usual recipe."""
     rule, found, folder = [BatchTopK(s.k)], {}, checkpoint_folder(s.target)
     for name in names:
@@ -106,7 +106,7 @@ def replacements(s: Common, target: TargetModel, names: Sequence[str]) -> dict[s
 
 @torch.inference_mode()
 def collect(
-    s: Common, target: TargetModel, replacement: Replacement, tokens: Int[Tensor, "sequence seq"]
+    s: Common, target: TargetModel, replacement: Coded, tokens: Int[Tensor, "sequence seq"]
 ) -> Activations:
     """Where each latent of `s.layer` is active, on clean inputs; |h| for neurons."""
     latents, places, values, seq = [], [], [], tokens.shape[1]
