@@ -5,8 +5,6 @@ import time
 from pathlib import Path
 from typing import Any
 
-import tyro
-
 from evaluation import Measurement
 from logs import errors_in_one_line, write_settings
 from pareto import markdown_table, read_points, write_layers, write_points
@@ -38,6 +36,8 @@ def replot(folder: Path) -> None:
 
 def settings_for[S](presets: dict[str, S], doc: str | None) -> S:
     """The command line's settings; the preset of the named `--target` (or the first one) gives the defaults."""
+    import tyro
+
     errors_in_one_line()
     named = dict(zip(sys.argv, sys.argv[1:])).get("--target", next(iter(presets)))
     preset = presets.get(named, next(iter(presets.values())))
