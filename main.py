@@ -15,10 +15,7 @@ from pathlib import Path
 import torch
 
 from baselines import baselines  # fmt: skip
-from checkpoints import (
-    CHECKPOINTS,
-    find_spd,  # fmt: skip
-)
+from checkpoints import CHECKPOINTS
 from coder_replacements import as_replacements  # fmt: skip
 from config import BatchTopK
 from evaluation import (
@@ -27,6 +24,7 @@ from evaluation import (
 )
 from recipes import clt_configs, train_coders, train_decomposition, transcoder_configs  # fmt: skip
 from spd_replacement import spd_replacements  # fmt: skip
+from spd_runs import find_spd
 from study import settings_for, write_report  # fmt: skip
 from target_models import load_target
 

@@ -14,10 +14,11 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from checkpoints import Decomposition, find_spd
+from checkpoints import Decomposition
 from patching import Captured
 from replacement import UNKNOWN, Active, Origin, PartGroup, Pass, Replacement, method_name
 from spd_model import ComponentModel, weight_map
+from spd_runs import find_spd
 from target_models import TargetModel, mlp_matrices
 
 

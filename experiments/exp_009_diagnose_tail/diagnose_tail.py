@@ -24,13 +24,13 @@ from jaxtyping import Bool, Float
 from tail_figure import Component, draw, write_components
 from torch import Tensor
 
-from checkpoints import find_spd
 from evaluation import evaluate, held_out_tokens
 from logs import write_settings
 from pareto import write_points
 from patching import Captured, capture
 from replacement import Origin
 from spd_replacement import CleanImportances, SPDReplacement
+from spd_runs import find_spd
 from study import settings_for
 from target_models import load_target
 

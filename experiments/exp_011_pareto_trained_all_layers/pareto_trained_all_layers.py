@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from baselines import baselines  # fmt: skip
-from checkpoints import checkpoint_folder, find_spd  # fmt: skip
+from checkpoints import checkpoint_folder
 from coder_replacements import as_replacements  # fmt: skip
 from config import BatchTopK
 from evaluation import (
@@ -24,6 +24,7 @@ from evaluation import (
 )
 from recipes import clt_configs, sae_configs, train_coders, transcoder_configs  # fmt: skip
 from spd_replacement import spd_replacements  # fmt: skip
+from spd_runs import find_spd
 from study import replot, settings_for, write_report  # fmt: skip
 from target_models import load_target
 

@@ -26,11 +26,11 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from tqdm import trange
 
-from checkpoints import find_spd, load_spd
 from config import GateConfig, Recon, SPDTrainConfig
 from devices import bf16_is_fast
 from logs import atomic_path, write_settings
 from spd_model import ComponentModel
+from spd_runs import find_spd, load_decomposition
 from spd_training import SPDTrainer
 from study import settings_for
 from target_models import TargetModel, load_target
@@ -110,7 +110,7 @@ def main(s: Settings) -> None:
         return draw(s.output)
     began = time.perf_counter()
     target = load_target(s.target, "cpu")
-    own, _ = load_spd(s.checkpoint, target) if s.checkpoint else find_spd(target, ())
+    own, _ = load_decomposition(s.checkpoint, target) if s.checkpoint else find_spd(target, ())
     tokens = take_tokens(TokenStream(target.data, target.tokenizer, "val", 16, target.context), s.tokens)
     tokens = tokens[torch.randperm(len(tokens), generator=torch.Generator().manual_seed(s.seed))]
     nexts, current = tokens[:, 1:].flatten(), tokens[:, :-1].flatten()
