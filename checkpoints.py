@@ -10,7 +10,6 @@ import os
 import pickle
 import shutil
 import zipfile
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -25,7 +24,7 @@ from config import CLTConfig, CoderConfig, EncoderConfig, SAEConfig, from_json, 
 from logs import atomic_path, cache_folder, download_artifact, write_json
 from sae import build_sae
 from spd_model import ComponentModel
-from target_models import ASSETS, TargetModel, mlp_matrices
+from target_models import TargetModel
 from transcoder import build_transcoder
 
 # of experiments and the main job; $NN_CHECKPOINTS puts them on another disk
@@ -194,22 +193,3 @@ def checkpoint_folder(target: str) -> Path:
 class Decomposition(NamedTuple):
     model: ComponentModel
     record: TrainingRecord
-
-
-def find_spd(target: TargetModel, layers: Sequence[int]) -> Decomposition:
-    """The decomposition of these layers: the shipped one of `tiny`, else the one that exp_004 left among the checkpoints.
-
-    Raises ValueError where there is none, or more than one.
-    """
-    shipped = ASSETS / f"spd_{target.name}"
-    if shipped.exists():
-        return Decomposition(*load_spd(str(shipped), target))
-    wanted = {path for layer in layers for path in mlp_matrices(target, layer)}
-    folders = sorted(file.parent for file in checkpoint_folder(target.name).glob(f"*_spd_*/{CONFIG}"))
-    found = [folder for folder in folders if wanted <= dict(read_config(folder)[0].components).keys()]
-    if len(found) != 1:
-        names = ", ".join(folder.name for folder in found) or "none"
-        raise ValueError(
-            f"one SPD of layers {list(layers)} of {target.name!r} is needed, there is {names}: see exp_004"
-        )
-    return Decomposition(*load_spd(str(found[0]), target))

@@ -146,7 +146,7 @@ def _clean(target: TargetModel, tokens: Int[Tensor, "batch seq"], layers: Sequen
 
     resumable = layers if target.site == "mlp_out" else []  # elsewhere a site is not inside its block
     with kept_streams(target, resumable) as streams:
-        logits = replaced_logits(target, tokens, Watch(IdentityReplacement(layers), None), layers, ignore)
+        logits = replaced_logits(target, tokens, Watch(IdentityReplacement(layers)), layers, ignore)
     inputs, outputs = (torch.stack([seen[layer][i] for layer in layers]) for i in range(2))
     return _Clean(Original.of(logits, tokens), Captured(inputs, outputs), streams)
 

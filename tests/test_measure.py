@@ -4,10 +4,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from run_layouts import LAYOUTS, write_run
 from small import D, clt, make_small_target, transcoders, write_corpus
 
 import measure
-from checkpoints import TrainingRecord, save_checkpoint
+import spd_runs
+from checkpoints import TrainingRecord, load_spd, save_checkpoint
 from config import BatchTopK, EncoderConfig, GateConfig, SPDConfig, TopK
 from interop import export
 from pareto import read_layers, read_points
@@ -67,6 +69,47 @@ def test_our_checkpoints_are_measured_together_and_added_to_the_table(
     assert (plt.k, plt.seed, plt.train_tokens, plt.train_seconds, plt.checkpoint) == (4, 3, 512, 2.0, " ".join(plts))
     assert {d.module for d in read_layers(tmp_path / "layers.csv")} == {"latents", "neurons", "c_fc", "down_proj", ""}
     assert "| transcoder |" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_a_goodfire_run_is_measured_by_one_command_and_equals_ours(
+    checkpoints: dict[str, str], small_target: TargetModel, tmp_path: Path, layout: str
+) -> None:
+    """In every layout of its repository, all protocols; only our own checkpoint says how long it was trained."""
+    model, _ = load_spd(checkpoints["spd"], small_target)
+    run = str(write_run(tmp_path / "run", LAYOUTS[layout](model), model.config.gate))
+    for reference, name in ((checkpoints["spd"], "a.csv"), (run, "b.csv")):
+        measure.command_line([reference, "--tokens", "320", "--points", str(tmp_path / name)])
+    ours, theirs = (
+        [(p.method, p.protocol, p.layers, p.ce, p.l0, p.active_params) for p in read_points(tmp_path / name)]
+        for name in ("a.csv", "b.csv")
+    )
+    assert theirs == ours and {row[0] for row in ours} >= {"spd", "spd-0.5"}
+
+
+def test_a_run_of_an_unproven_target_is_measured_on_the_users_word(
+    checkpoints: dict[str, str], small_target: TargetModel, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model, _ = load_spd(checkpoints["spd"], small_target)
+    run = str(write_run(tmp_path / "run", model.state_dict(), model.config.gate))
+    asked = [run, "--tokens", "320", "--protocols", "frozen", "--points", str(tmp_path / "points.csv")]
+    with pytest.raises(SystemExit, match=r"^[^\n]*cannot prove[^\n]*--unproven-target[^\n]*$"):
+        measure.command_line(asked)
+    measure.command_line([*asked, "--unproven-target"])
+    assert "cannot prove" in capsys.readouterr().err and read_points(tmp_path / "points.csv")[0].method == "spd"
+
+
+def test_a_run_on_wandb_is_fetched_and_measured(
+    checkpoints: dict[str, str], small_target: TargetModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, _ = load_spd(checkpoints["spd"], small_target)
+    run = write_run(tmp_path / "run", LAYOUTS["dev"](model), model.config.gate)
+    asked: list[str] = []
+    monkeypatch.setattr(spd_runs, "download_run_files", lambda name, *_: asked.append(name) or run)
+    measure.main(("wandb:goodfire/spd/runs/s-1",), tokens=320, protocols=("frozen",), points=tmp_path / "points.csv")
+    point = read_points(tmp_path / "points.csv")[0]
+    assert set(asked) == {"goodfire/spd/s-1"} and (point.method, point.train_tokens) == ("spd", None)
+    assert point.checkpoint == "wandb:goodfire/spd/runs/s-1"
 
 
 @pytest.mark.parametrize(

@@ -23,7 +23,17 @@ from patching import capture
 from sae import build_sae
 from sparse_ops import to_dense
 from target_models import TargetModel
-from training import annealed_k, default_learning_rate, group_step, schedule, start_run, train_encoder, train_group
+from training import (
+    Progress,
+    annealed_k,
+    default_learning_rate,
+    group_step,
+    run_training,
+    schedule,
+    start_run,
+    train_encoder,
+    train_group,
+)
 from transcoder import build_transcoder
 
 DATA = DataConfig(layers=(0, 1), batch_tokens=32, buffer_tokens=256, model_batch=4)
@@ -256,8 +266,8 @@ def test_a_killed_run_ends_bit_identical(small_target: TargetModel, tmp_path: Pa
     corpus, folder, tests = small_target.data.path, tmp_path / "killed", str(Path(__file__).parent)
     script = KILLED.format(tests=tests, corpus=corpus, folder=str(folder))
     script = script.replace("from training import train_group", "import training, time\n"
-        "save = training._save_state\ndef save_and_wait(*a, **k):\n    save(*a, **k)\n    time.sleep(60)\n"
-        "training._save_state = save_and_wait\nfrom training import train_group")  # fmt: skip
+        "save = training.save_tensors\ndef save_and_wait(*a, **k):\n    save(*a, **k)\n    time.sleep(60)\n"
+        "training.save_tensors = save_and_wait\nfrom training import train_group")  # fmt: skip
     process = subprocess.Popen([sys.executable, "-c", script], env=os.environ | {"PYTHONPATH": str(Path(tests).parent)})
     while not list(folder.glob("group_*.pt")):
         assert process.poll() is None, "the run to be killed ended by itself"
@@ -273,16 +283,53 @@ def test_a_killed_run_ends_bit_identical(small_target: TargetModel, tmp_path: Pa
     assert not list(folder.glob("group_*.pt"))
 
 
-def test_a_state_of_other_settings_is_refused(small_target: TargetModel, tmp_path: Path) -> None:
-    file = tmp_path / "group.pt"
-    from training import _resume, _save_state, start_run
+class Counts:
+    """The least that can be trained: it counts its steps, and is cut off before the step `ends`."""
 
-    store = ActivationsStore(small_target, DATA)
-    coder_runs = [start_run("a", coders()[0], store=store, config=TRAIN, folder=tmp_path)]
-    _save_state(coder_runs, store, settings=["these"], step=3, file=file)
-    assert _resume(coder_runs, store, settings=["these"], dead_after=100, file=file) == 3
+    names, settings = ["counter"], "these"
+
+    def __init__(self, ends: int = 99) -> None:
+        self.total, self.ends, self.log = 0, ends, list[str]()
+
+    def start(self) -> None:
+        self.log.append("start")
+
+    def step(self, step: int) -> torch.Tensor:
+        if step == self.ends:
+            raise KeyboardInterrupt
+        self.total += step
+        return torch.tensor([[float(self.total)]])
+
+    def read(self, readings: list[list[float]], progress: Progress) -> str:
+        self.log.append(f"{progress.step}: {readings[0][0]:g}")
+        return ""
+
+    def state_dict(self) -> dict[str, int]:
+        return {"total": self.total}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        self.total = state["total"]
+
+
+def test_an_interrupted_loop_goes_on_from_its_last_state(tmp_path: Path) -> None:
+    """Started once, read every third step, at every state and at the end, no step made twice in what is kept."""
+    file, every = tmp_path / "state.pt", {"metrics_every": 3, "checkpoint_every": 4}
+    cut, again = Counts(ends=7), Counts()
+    with pytest.raises(KeyboardInterrupt):
+        run_training(cut, 10, file=file, **every)
+    assert cut.log == ["start", "2: 3", "3: 6", "5: 15"]
+    seconds = run_training(again, 10, file=file, **every)
+    assert again.log == ["5: 15", "7: 28", "8: 36", "9: 45"] and again.total == sum(range(10))
+    assert seconds > torch.load(file)["seconds"] > 0 and torch.load(file)["step"] == 8
+
+
+def test_a_state_of_other_settings_is_refused(tmp_path: Path) -> None:
+    file, every = tmp_path / "state.pt", {"metrics_every": 1, "checkpoint_every": 1}
+    run_training(Counts(), 1, file=file, **every)
+    other = Counts()
+    other.settings = "those"
     with pytest.raises(ValueError, match="a run with other settings"):
-        _resume(coder_runs, store, settings=["those"], dead_after=100, file=file)
+        run_training(other, 2, file=file, **every)
 
 
 # --------------------------------------------------------------------------------------------------------- checkpoints
