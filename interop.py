@@ -20,7 +20,7 @@ from checkpoints import TrainingRecord, load_checkpoint, save_checkpoint, save_t
 from config import Site
 from foreign_files import Place, model_name
 from foreign_formats import Dictionary, Files, format_named, import_dictionaries
-from logs import atomic_path, write_json
+from logs import atomic_path, errors_in_one_line, write_json
 
 
 def export_files(name: str, dictionaries: Sequence[Dictionary]) -> Files:
@@ -86,8 +86,8 @@ def import_(
 
     Args:
         format: upstream, saelens, sparsify, dictionary_learning, circuit-tracer or crosslayer-coding.
-        source: Folder (or W&B artifact) with one dictionary, or with a folder for each.
-        destination: New folder; several dictionaries get a folder each.
+        source: Folder (or W&B artifact) with one dictionary, or with folders of them at any depth.
+        destination: New folder; several dictionaries get a folder each, as they lay in the source.
         layer: Layer of the target, where the files do not say.
         site: What an SAE reads, where the files do not say.
         target: The target it belongs to, as measure.py's --target.
@@ -139,14 +139,12 @@ def upload(folder: Positional[Path], repo_id: Positional[str], private: bool = F
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
+    errors_in_one_line()
     app = tyro.extras.SubcommandApp()
     app.command(import_, name="import")
     app.command(export)
     app.command(upload)
-    try:
-        app.cli(args=arguments, description=__doc__)
-    except (ValueError, AssertionError) as error:  # a configuration's own checks are assertions
-        raise SystemExit(str(error)) from None
+    app.cli(args=arguments, description=__doc__)
 
 
 if __name__ == "__main__":

@@ -6,7 +6,6 @@
 Rows are added to a points.csv and its layers.csv; the table goes to standard output.
 """
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -15,29 +14,28 @@ import tyro
 from tyro.conf import Positional
 
 from baselines import baselines
-from checkpoints import CONFIG, Checkpoint, TrainingRecord, check_target, load_checkpoint, load_spd, resolve
+from checkpoints import Checkpoint, TrainingRecord, check_target, is_spd, load_checkpoint, load_spd
 from coder_replacements import as_replacements
 from config import Site
 from evaluation import PROTOCOLS, Measurement, Protocol, evaluate, held_out_tokens
 from foreign_files import Place
 from foreign_formats import import_dictionaries
+from logs import errors_in_one_line
 from pareto import markdown_table, read_layers, read_points, row_key, write_layers, write_points
 from replacement import Origin, Replacement
 from spd_replacement import SPDReplacement
 from target_models import TargetModel, at_site, load_target
 
 
-def _is_spd(reference: str) -> bool:
-    file = resolve(reference) / CONFIG
-    return file.exists() and json.loads(file.read_text()).get("config", {}).get("class") == "SPDConfig"
-
-
 def _load(reference: str, target: TargetModel, form: str, layer: int | None, site: Site | None) -> list[Checkpoint]:
     """One checkpoint, or every dictionary of a folder in another library's format, on the target's device."""
     if form:
-        record = TrainingRecord.imported(reference, target.name)
-        coders = [entry.coder for entry in import_dictionaries(form, reference, Place(layer, site))]
-        loaded = [Checkpoint(coder.to(target.device).eval(), record, reference) for coder in coders]
+        found = import_dictionaries(form, reference, Place(layer, site))
+        paths = [reference if len(found) == 1 else f"{reference}/{entry.name}" for entry in found]
+        loaded = [
+            Checkpoint(entry.coder.to(target.device).eval(), TrainingRecord.imported(path, target.name), path)
+            for entry, path in zip(found, paths)
+        ]
     else:
         loaded = [load_checkpoint(reference, str(target.device))]
     for checkpoint in loaded:
@@ -84,7 +82,7 @@ def main(
     coders: list[Checkpoint] = []
     replacements: list[Replacement] = []
     for reference in checkpoints:
-        if not format and _is_spd(reference):
+        if not format and is_spd(reference):
             components, record = load_spd(reference, model)
             origin = Origin(record.seed, record.train_tokens, record.train_seconds, reference)
             replacements += [SPDReplacement(model, components, t, origin=origin) for t in (0.0, 0.5)]
@@ -117,10 +115,8 @@ def _append(path: Path, measured: Measurement) -> None:
 
 def command_line(arguments: Sequence[str] | None = None) -> None:
     """`main` with arguments from the command line; what is wrong with them is said in one line."""
-    try:
-        tyro.cli(main, args=arguments, prog="measure.py")
-    except ValueError as error:
-        raise SystemExit(str(error)) from None
+    errors_in_one_line()
+    tyro.cli(main, args=arguments, prog="measure.py")
 
 
 if __name__ == "__main__":

@@ -269,7 +269,7 @@ def test_dictionary_learning_refuses_a_threshold_that_was_never_set(tmp_path: Pa
     folder = exported("dictionary_learning", tmp_path, sae(BatchTopK(3))) / "trainer_0"
     state = torch.load(folder / "ae.pt", weights_only=True) | {"threshold": torch.tensor(-1.0)}
     torch.save(state, folder / "ae.pt")
-    with pytest.raises(SystemExit, match="threshold is -1, never set"):
+    with pytest.raises(ValueError, match="threshold is -1, never set"):
         imported("dictionary_learning", folder, tmp_path / "back")
 
 
@@ -278,7 +278,7 @@ def test_dictionary_learning_refuses_a_layer_that_is_no_number_of_one(tmp_path: 
     folder = exported("dictionary_learning", tmp_path, sae(TopK(3))) / "trainer_0"
     blob = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps({"trainer": blob["trainer"] | {"layer": layer}}))
-    with pytest.raises(SystemExit, match="name it with --layer"):
+    with pytest.raises(ValueError, match="name it with --layer"):
         imported("dictionary_learning", folder, tmp_path / "back")
     assert imported("dictionary_learning", folder, tmp_path / "back", "--layer", "1").config.layer == 1
 
@@ -286,7 +286,7 @@ def test_dictionary_learning_refuses_a_layer_that_is_no_number_of_one(tmp_path: 
 def test_dictionary_learning_refuses_no_active_latents(tmp_path: Path) -> None:
     folder = exported("dictionary_learning", tmp_path, sae(TopK(3))) / "trainer_0"
     torch.save(torch.load(folder / "ae.pt", weights_only=True) | {"k": torch.tensor(0)}, folder / "ae.pt")
-    with pytest.raises(SystemExit, match="k is 0, not a positive whole number"):
+    with pytest.raises(ValueError, match="k is 0, not a positive whole number"):
         imported("dictionary_learning", folder, tmp_path / "back")
 
 
@@ -362,7 +362,7 @@ def test_bad_tensors_are_refused_in_one_line(
     make, tensors, _ = FILES[format]
     folder = make(tmp_path / "made")
     spoil(how, folder / tensors)
-    with pytest.raises(SystemExit) as refusal:
+    with pytest.raises(ValueError) as refusal:
         interop.main(["import", format, str(folder), str(tmp_path / "dest"), "--layer", "0"])
     assert "\n" not in str(refusal.value) and tensors in str(refusal.value)
     assert not (tmp_path / "dest").exists() and not Path("unpickled").exists()
@@ -374,7 +374,7 @@ def test_bad_configurations_are_refused_in_one_line(tmp_path: Path, format: str,
     make, _, config = FILES[format]
     folder = make(tmp_path / "made")
     (folder / config).write_text(text)
-    with pytest.raises(SystemExit) as refusal:
+    with pytest.raises(ValueError) as refusal:
         interop.main(["import", format, str(folder), str(tmp_path / "dest"), "--layer", "0"])
     assert "\n" not in str(refusal.value) and config in str(refusal.value) and not (tmp_path / "dest").exists()
 
@@ -410,7 +410,7 @@ def test_what_a_file_asks_and_no_coder_does_is_refused(
     path = make(tmp_path / "made") / config
     path.write_text(json.dumps(yaml.safe_load(path.read_text()) | changes))
     layer = [] if format == "saelens" else ["--layer", "0"]
-    with pytest.raises(SystemExit, match=says):
+    with pytest.raises(ValueError, match=says):
         interop.main(["import", format, str(path.parent), str(tmp_path / "dest"), *layer])
     assert not (tmp_path / "dest").exists()
 
@@ -441,14 +441,14 @@ def test_what_a_file_asks_and_no_coder_does_is_refused(
 def test_what_a_format_cannot_say_is_not_written(
     tmp_path: Path, format: str, coder: Callable[[], Coder], says: str
 ) -> None:
-    with pytest.raises(SystemExit, match=says):
+    with pytest.raises(ValueError, match=says):
         exported(format, tmp_path, coder())
     assert not (tmp_path / format).exists()
 
 
 def test_a_batch_topk_without_threshold_is_not_exported(tmp_path: Path) -> None:
     coder = build_coder(EncoderConfig(layer=0, d_in=D, d_out=D, d_dict=F, rule=BatchTopK(3)), torch.Generator())
-    with pytest.raises(SystemExit, match="calibrate"):
+    with pytest.raises(ValueError, match="calibrate"):
         exported("saelens", tmp_path, coder)
 
 
@@ -457,7 +457,7 @@ def test_nothing_is_overwritten(tmp_path: Path) -> None:
     for _ in range(2):
         before = sorted(tmp_path.rglob("*"))
         if (tmp_path / "back").exists():
-            with pytest.raises(SystemExit, match="not empty"):
+            with pytest.raises(ValueError, match="not empty"):
                 imported("upstream", folder, tmp_path / "back", "--layer", "0")
             assert sorted(tmp_path.rglob("*")) == before
         else:
@@ -465,7 +465,7 @@ def test_nothing_is_overwritten(tmp_path: Path) -> None:
 
 
 def test_a_transcoder_without_a_layer_asks_for_it(tmp_path: Path) -> None:
-    with pytest.raises(SystemExit, match="--layer"):
+    with pytest.raises(ValueError, match="--layer"):
         imported("upstream", upstream_folder(tmp_path / "made"), tmp_path / "back")
 
 
@@ -509,7 +509,7 @@ def test_upload_sends_the_folder_with_a_card(tmp_path: Path, monkeypatch: pytest
     folder = exported("saelens", tmp_path, transcoder(BatchTopK(3)))
     interop.main(["upload", str(folder), "org/name", "--dry-run"])
     monkeypatch.setattr(interop, "get_token", lambda: None)
-    with pytest.raises(SystemExit, match="hf auth login"):
+    with pytest.raises(ValueError, match="hf auth login"):
         interop.main(["upload", str(folder), "org/name"])
     assert sent == []
     monkeypatch.setattr(interop, "get_token", lambda: "token")

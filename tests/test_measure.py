@@ -114,5 +114,5 @@ def test_what_does_not_fit_is_refused_in_one_line(
 
 
 def test_the_command_line_says_one_line_and_fails() -> None:
-    with pytest.raises(SystemExit, match=r"^unknown target 'nonesuch': use one of [^\n]*$"):
+    with pytest.raises(ValueError, match=r"^unknown target 'nonesuch': use one of [^\n]*$"):
         measure.command_line(["nowhere", "--target", "nonesuch"])
