@@ -49,12 +49,14 @@ class TrainingRecord:
     seed: int
     commit: str | None
     recipe: str | None = None  # how it was trained: settings in words
+    hooks: tuple[str, ...] = ()  # TransformerLens hook points that a foreign file names as what it reads and writes
 
     @classmethod
-    def imported(cls, name: str, target: str) -> "TrainingRecord":
+    def imported(cls, name: str, target: str, hooks: tuple[str, ...] = ()) -> "TrainingRecord":
         """Of a foreign dictionary, whose file says nothing of its training."""
         return cls(
-            name=name, target=target, target_fingerprint=None, train_tokens=None, train_seconds=0.0, seed=0, commit=None
+            name=name, target=target, target_fingerprint=None, train_tokens=None, train_seconds=0.0, seed=0, commit=None,
+            hooks=hooks,
         )  # fmt: skip
 
 
@@ -121,12 +123,7 @@ def load_tensors(path: Path, device: str) -> dict:  # type: ignore[type-arg]
         return torch.load(path, map_location=device, weights_only=True)  # type: ignore[no-any-return]
     except pickle.UnpicklingError:
         raise ValueError(f"{path} holds pickled objects, not tensors: it is not opened") from None
-    except (
-        RuntimeError,
-        EOFError,
-        UnicodeDecodeError,
-        zipfile.BadZipFile,
-    ):  # an archive that torch did not write whole
+    except Exception:  # of a damaged file the unpickler raises anything: KeyError, IndexError, RuntimeError, …
         raise ValueError(f"{path} is truncated or no torch file: fetch or train it again") from None
 
 
@@ -204,7 +201,7 @@ def read_config(folder: Path) -> tuple[Any, TrainingRecord]:
     if not (folder / CONFIG).exists():
         raise ValueError(f"{folder} holds no {CONFIG}: not a finished checkpoint")
     blob = read_object(folder / CONFIG)
-    config, record = blob.get("config"), blob.get("record")
+    config, record = blob.get("config"), from_json(blob.get("record"))
     if not (isinstance(config, dict) and isinstance(record, dict)):
         raise ValueError(f"{folder} is no checkpoint of ours: name its --format")
     return from_json(config), from_fields(TrainingRecord, record)

@@ -196,17 +196,20 @@ def find_place(source: Path, hook: str, given: Place, said: int | None = None) -
     return layer, site
 
 
-INPUT_HOOK = r"(?:blocks\.(\d+)\.)?(?:mlp\.hook_in|ln2\.hook_out)"  # the norm's output: what our transcoders read
-OUTPUT_HOOK = r"(?:blocks\.(\d+)\.)?(?:hook_mlp_out|mlp\.hook_out)"
+INPUT_HOOKS = r"(mlp\.hook_in|ln2\.hook_out)"  # the norm's output: what our transcoders read
+OUTPUT_HOOKS = r"(hook_mlp_out|mlp\.hook_out)"
 
 
-def check_transcoder_hooks(source: Path, reads: str, writes: str) -> None:
-    """Raises ValueError for a transcoder that does not say, or reads and writes other tensors than one layer's MLP."""
+def check_transcoder_hooks(source: Path, reads: str, writes: str, *, prefix: str) -> None:
+    """Raises ValueError for a transcoder that does not say, or reads and writes other tensors than one layer's MLP.
+
+    `prefix` is a pattern of what comes before a hook's own name; its group is the layer.
+    """
     if reads.endswith("ln2.hook_normalized"):
         raise ValueError(
             f"{source} reads {reads!r}, which lacks an RMSNorm's gain: fold it into W_enc, name mlp.hook_in"
         )
-    read, written = re.fullmatch(INPUT_HOOK, reads), re.fullmatch(OUTPUT_HOOK, writes)
+    read, written = re.fullmatch(prefix + INPUT_HOOKS, reads), re.fullmatch(prefix + OUTPUT_HOOKS, writes)
     if read is None:
         raise ValueError(f"{source} reads {reads!r}: only transcoders of the MLP's own input, mlp.hook_in, fit")
     if written is None or written[1] != read[1]:

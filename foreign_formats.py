@@ -57,6 +57,7 @@ class Dictionary(NamedTuple):
     name: str
     target: str  # the model's name in the foreign file, "" where it has none
     coder: Coder
+    hooks: tuple[str, ...] = ()  # TransformerLens hook points that the file names as what it reads and writes
 
 
 Files = dict[str, Any]  # relative path → Tensors (.safetensors, .pt) or a JSON value; configurations last
@@ -155,7 +156,7 @@ def read_upstream(folder: Path, given: Place) -> list[Dictionary]:
 
 def write_upstream(dictionaries: Sequence[Dictionary]) -> Files:
     files: Files = {}
-    for name, _, coder in dictionaries:
+    for name, _, coder, _ in dictionaries:
         config, parts, refusal = (
             coder.config,
             fold(coder),
@@ -290,7 +291,7 @@ def read_saelens(folder: Path, given: Place) -> list[Dictionary]:
     read, written = read_text(source, meta, "hook_name"), read_text(source, meta, "hook_name_out")
     read_layer_of = read_layer(source, meta, "hook_layer")
     if is_transcoder:
-        check_transcoder_hooks(source, read, written)
+        check_transcoder_hooks(source, read, written, prefix=r"blocks\.(\d+)\.")
         remedy = "a transcoder subtracts nothing from its input: say false, or fold b_dec into b_enc"
         require_one_of(source, blob, "apply_b_dec_to_input", allowed=(False,), remedy=remedy)
         layer = find_layer(source, read, given, read_layer_of)
@@ -306,7 +307,8 @@ def read_saelens(folder: Path, given: Place) -> list[Dictionary]:
             b_enc = b_enc + shift
             magnitude = magnitude and magnitude._replace(b=magnitude.b + magnitude.r.exp() * shift)
     part = FoldedLayer(W_enc, b_enc, W_dec, t["b_dec"], t.get("W_skip"), theta, magnitude)
-    return [Dictionary(folder.resolve().name, read_text(source, meta, "model_name"), build(config, [part]))]
+    named = tuple(hook for hook in (read, written) if hook)
+    return [Dictionary(folder.resolve().name, read_text(source, meta, "model_name"), build(config, [part]), named)]
 
 
 def by_decoder_norm(
@@ -323,7 +325,7 @@ def by_decoder_norm(
 
 def write_saelens(dictionaries: Sequence[Dictionary]) -> Files:
     files: Files = {}
-    for name, target, coder in dictionaries:
+    for name, target, coder, _ in dictionaries:
         config, part = coder.config, fold(coder)[0]
         rule = {Relu: "standard", TopK: "topk", BatchTopK: "jumprelu", JumpReLU: "jumprelu", Gated: "gated"}.get(
             type(config.rule), "unknown"
@@ -409,7 +411,7 @@ def read_sparsify(folder: Path, given: Place) -> list[Dictionary]:
 
 def write_sparsify(dictionaries: Sequence[Dictionary]) -> Files:
     files: Files = {}
-    for _, _, coder in dictionaries:
+    for _, _, coder, _ in dictionaries:
         config, part = coder.config, fold(coder)[0]
         if not isinstance(config.rule, TopK) or isinstance(config, CLTConfig) or config.d_in != config.d_out:
             raise refuse("sparsify", config, "TopK SAEs and TopK transcoders whose input and output are equally wide")
@@ -499,7 +501,7 @@ def counted(source: Path, blob: dict[str, Any], t: Tensors) -> int:
 
 def write_dictionary_learning(dictionaries: Sequence[Dictionary]) -> Files:
     files: Files = {}
-    for i, (_, target, coder) in enumerate(dictionaries):
+    for i, (_, target, coder, _) in enumerate(dictionaries):
         config, part = coder.config, fold(coder)[0]
         refusal = f"SAEs of {', '.join(rule.__name__ for rule in DICTIONARIES)}"
         if not isinstance(config, SAEConfig):
@@ -550,7 +552,7 @@ def read_circuit_tracer(folder: Path, given: Place) -> list[Dictionary]:
         source, blob, "model_kind", allowed=kinds, remedy="only these two are known: " + ", ".join(kinds)
     )
     read, written = read_text(source, blob, "feature_input_hook"), read_text(source, blob, "feature_output_hook")
-    check_transcoder_hooks(source, read, written)
+    check_transcoder_hooks(source, read, written, prefix="()")  # the same of every layer
     target, is_set = read_text(source, blob, "model_name"), kind == "transcoder_set"
     n = count_layers(folder, "layer" if is_set else "W_enc")
     found, parts = [], []
@@ -574,13 +576,15 @@ def read_circuit_tracer(folder: Path, given: Place) -> list[Dictionary]:
         parts.append(part)
         if is_set:
             config = EncoderConfig(layer=i, d_in=d, d_out=d, d_dict=f, rule=rule, skip=skip is not None)
-            found.append(Dictionary(f"layer_{i}", target, build(config, [part])))
+            named = (f"blocks.{i}.{read}", f"blocks.{i}.{written}")
+            found.append(Dictionary(f"layer_{i}", target, build(config, [part]), named))
     if len({(part.W_enc.shape, part.theta is None, part.W_skip is None) for part in parts}) > 1:
         raise ValueError(f"{folder}: the layers differ in width, activation or skip")
     if is_set:
         return found
     clt = CLTConfig(layers=tuple(range(n)), d_in=d, d_out=d, d_dict=f, rule=rule)
-    return [Dictionary(folder.resolve().name, target, build(clt, parts))]
+    named = tuple(f"blocks.{i}.{hook}" for i in range(n) for hook in (read, written))
+    return [Dictionary(folder.resolve().name, target, build(clt, parts), named)]
 
 
 def count_layers(folder: Path, stem: str) -> int:
@@ -681,7 +685,7 @@ def check_templates(source: Path, blob: dict[str, Any]) -> None:
         return
     read, written = (read_text(source, blob, f"tl_{side}_template") for side in ("input", "output"))
     if read or written:
-        check_transcoder_hooks(source, read.replace("{}", "0"), written.replace("{}", "0"))
+        check_transcoder_hooks(source, read, written, prefix=r"blocks\.(\{\})\.")
 
 
 FORMATS: dict[str, Format] = {

@@ -66,7 +66,7 @@ def model_card(format_name: str, dictionaries: Sequence[Dictionary]) -> str:
     rows = [
         f"| {name} | {type(c.config).__name__.removesuffix('Config')} | {', '.join(map(str, c.config.layers))} | "
         f"{c.config.d_in} → {c.config.d_dict} → {c.config.d_out} | {c.config.rule} |"
-        for name, _, c in dictionaries
+        for name, _, c, _ in dictionaries
     ]
     heading = f"# Sparse dictionaries of {target or 'an unnamed model'} ({format_name} format)"
     note = "Trained and measured with nn_decompositions. Scales are folded: inputs and outputs are raw activations."
@@ -95,9 +95,9 @@ def import_(
     found = import_dictionaries(format, source, Place(layer, site))
     if destination.exists() and any(destination.iterdir()):
         raise ValueError(f"{destination} is not empty: choose another destination")
-    for name, model, coder in found:
+    for name, model, coder, hooks in found:
         folder = destination if len(found) == 1 else destination / name
-        save_checkpoint(folder, coder, TrainingRecord.imported(name, target or model))
+        save_checkpoint(folder, coder, TrainingRecord.imported(name, target or model, hooks))
         print(folder)
 
 

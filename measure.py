@@ -33,7 +33,9 @@ def _load(reference: str, target: TargetModel, form: str, layer: int | None, sit
         found = import_dictionaries(form, reference, Place(layer, site))
         paths = [reference if len(found) == 1 else f"{reference}/{entry.name}" for entry in found]
         loaded = [
-            Checkpoint(entry.coder.to(target.device).eval(), TrainingRecord.imported(path, target.name), path)
+            Checkpoint(
+                entry.coder.to(target.device).eval(), TrainingRecord.imported(path, target.name, entry.hooks), path
+            )
             for entry, path in zip(found, paths)
         ]
     else:

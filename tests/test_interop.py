@@ -28,6 +28,8 @@ from interop_cases import (
     sae,
     save,
     transcoder,
+    upstream_folder,
+    write_crosslayer_coding,
 )  # fmt: skip
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -208,24 +210,6 @@ def test_circuit_tracer_clt(tmp_path: Path, rule: Rule) -> None:
     assert_same(ours(imported("circuit-tracer", folder, tmp_path / "back")), ours(coder))
 
 
-def write_crosslayer_coding(folder: Path, coder: Coder, **changes: Any) -> Path:
-    """A CLT of that library, with a bias on every decoder."""
-    parts, t = fold(coder), {}
-    kind = "relu" if isinstance(coder.config.rule, Relu) else "jumprelu"
-    for i, part in enumerate(parts):
-        t |= {f"encoder_module.encoders.{i}.weight": part.W_enc, f"encoder_module.encoders.{i}.bias_param": part.b_enc}
-        for j, block in enumerate(part.W_dec.split(D, dim=1), start=i):
-            t[f"decoder_module.decoders.{i}->{j}.weight"] = block.T
-            t[f"decoder_module.decoders.{i}->{j}.bias_param"] = parts[j].b_dec / (j + 1)
-    if kind == "jumprelu":
-        t["theta_manager.log_threshold"] = torch.stack([part.theta for part in parts]).log()
-    folder.mkdir(parents=True)
-    save_file({k: v.contiguous() for k, v in t.items()}, folder / "clt_checkpoint_latest.safetensors")
-    cfg = {"num_features": F, "num_layers": N, "d_model": D, "activation_fn": kind, "model_name": "gpt2"}
-    (folder / "cfg.json").write_text(json.dumps(cfg | changes))
-    return folder
-
-
 @pytest.mark.parametrize("rule", [RULES[0], RULES[3]])
 def test_crosslayer_coding(tmp_path: Path, rule: Rule) -> None:
     coder = clt(rule)
@@ -242,14 +226,6 @@ def test_a_batch_topk_code_of_the_foreign_file_ignores_neighbours(tmp_path: Path
 
 
 # ----------------------------------------------------------------------------------------- upstream's own peculiarities
-
-
-def upstream_folder(folder: Path, kind: str = "topk", **changes: Any) -> Path:
-    coder = transcoder(TopK(3) if kind != "jumprelu" else RULES[3])
-    interop.write_files(folder, FORMATS["upstream"].write([Dictionary("x", "", coder)]))
-    path = folder / "x" / "config.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | {"encoder_type": kind} | changes))
-    return folder / "x"
 
 
 def test_upstream_device_is_overridden_and_b_enc_honoured(tmp_path: Path) -> None:
