@@ -229,11 +229,10 @@ def load_checkpoint(reference: str, device: str) -> Checkpoint:
 
 def check_widths(config: CoderConfig, state: dict[str, torch.Tensor], reference: str) -> None:
     """Raises ValueError where tensors are not as wide as the configuration says, before anything so wide is made."""
-    said = [(config.d_dict, config.d_in), (config.d_out,)]
-    found = [state[name].shape for name in sorted(state) if name.endswith("W_enc")][:1]
-    found += [state["b_dec"].shape[-1:]] if "b_dec" in state else []
-    if found != said:
-        raise ValueError(f"{reference} does not match its {CONFIG}: W_enc and b_dec are {found}, it says {said}")
+    for name, width in (("W_enc", (config.d_dict, config.d_in)), ("b_dec", (config.d_out,))):
+        shapes = [tensor.shape for key, tensor in state.items() if key.endswith(name)]
+        if not shapes or any(shape[-len(width) :] != width for shape in shapes):
+            raise ValueError(f"{reference} does not match its {CONFIG}: tensor {name!r} is missing, extra or misshapen")
 
 
 def load_spd(reference: str, target: TargetModel) -> tuple[ComponentModel, TrainingRecord]:

@@ -105,7 +105,7 @@ def upstream_log_threshold(at: str) -> str:
     return f"jumprelu_log_thresholds{at}" if at else "jumprelu.log_threshold"
 
 
-def read_layers(source: Path, blob: dict[str, Any]) -> tuple[int, ...]:
+def spanned_layers(source: Path, blob: dict[str, Any]) -> tuple[int, ...]:
     """The layers of a CLT, a list that is written as a text; () for a PLT, which has no such key."""
     if blob.get("layers") is None:
         return ()
@@ -133,7 +133,7 @@ def read_upstream(folder: Path, given: Place) -> list[Dictionary]:
         if kind == "jumprelu"
         else TopK(require_positive_int(source, blob, "top_k"))
     )
-    layers = read_layers(source, blob)
+    layers = spanned_layers(source, blob)
     n, ats = (len(layers), [f".{i}" for i in range(len(layers))]) if layers else (1, [""])
     shapes: dict[str, tuple[int, ...]] = {}
     for i, at in enumerate(ats):
