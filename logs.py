@@ -5,6 +5,7 @@ with WANDB_MODE=disabled; nothing in the project needs a server.
 """
 
 import contextlib
+import csv
 import dataclasses
 import json
 import os
@@ -13,7 +14,7 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ import torch
 from devices import device_name
 
 REPOSITORY = Path(__file__).parent
+STARTED = time.perf_counter()  # about the process' start: every command line imports this file
 
 
 @contextlib.contextmanager
@@ -77,8 +79,20 @@ def write_json(path: Path, value: Any) -> None:
         temporary.write_text(json.dumps(value, indent=1, default=str) + "\n")
 
 
-def write_settings(folder: Path, settings: Any, device: str, seconds: float) -> None:
-    """settings.json: the settings dataclass, command, commit, versions, device, seconds."""
+def write_csv(path: Path, columns: Sequence[str], rows: Iterable[Iterable[object]]) -> None:
+    """A CSV with a line of column names; None is written as an empty cell, a float so that it reads back exactly."""
+    with atomic_path(path) as temporary, temporary.open("w", newline="") as file:
+        csv.writer(file, lineterminator="\n").writerows([columns, *rows])
+
+
+def read_csv(path: Path) -> list[dict[str, str]]:
+    """The rows of a CSV, each from column name to text, in the file's order."""
+    with path.open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def write_settings(folder: Path, settings: Any, device: str) -> None:
+    """settings.json: the settings dataclass, command, commit, versions, device, date, seconds since the process' start."""
     relative = {k: str(v.relative_to(REPOSITORY)) if isinstance(v, Path) and v.is_relative_to(REPOSITORY) else v
                 for k, v in dataclasses.asdict(settings).items()}  # fmt: skip
     write_json(
@@ -90,7 +104,7 @@ def write_settings(folder: Path, settings: Any, device: str, seconds: float) -> 
             "python": platform.python_version(),
             "torch": torch.__version__,
             "device": device_name(device),
-            "seconds": round(seconds, 1),
+            "seconds": round(time.perf_counter() - STARTED, 1),
             "date": time.strftime("%Y-%m-%d"),
         },
     )

@@ -5,6 +5,7 @@ refuse is not looked at here: the readers refuse it first.
 """
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -25,7 +26,7 @@ def config_of(path: Path) -> dict[str, Any]:
 def tensors_of(path: Path) -> dict[str, Tensor]:
     """As float64, without the prefixes of compiled and distributed modules."""
     state = load_file(path) if path.suffix == ".safetensors" else torch.load(path, weights_only=True)
-    return {name.removeprefix("module.").removeprefix("_orig_mod."): t.double() for name, t in state.items()}
+    return {re.sub(r"^(module\.|_orig_mod\.)+", "", name): tensor.double() for name, tensor in state.items()}
 
 
 def top(pre: Tensor, k: int) -> Tensor:

@@ -119,6 +119,8 @@ def change_bytes(draw: Callable[..., Any], path: Path) -> str:
 
 def change_tensors(draw: Callable[..., Any], path: Path) -> str:
     state = load_file(path) if path.suffix == ".safetensors" else torch.load(path, weights_only=True)
+    if not state:
+        return "nothing is left"
     name = draw(st.sampled_from(sorted(state)))
     tensor = state[name]
     how = draw(
@@ -150,7 +152,7 @@ def change_tensors(draw: Callable[..., Any], path: Path) -> str:
                 state[name].view(-1)[draw(st.integers(0, tensor.numel() - 1))] = value
         case "zero a row":
             state[name] = tensor.clone()
-            state[name][:1] = 0 if tensor.ndim else tensor
+            state[name][: 1 if tensor.ndim else ...] = 0
         case "scale":
             state[name] = tensor * draw(st.sampled_from([-1, 2, 100]))
     state = {key: value.contiguous().clone() for key, value in state.items()}
@@ -201,7 +203,8 @@ def read(format: str, folder: Path, destination: Path) -> list[Any]:
     """Our coders of a folder, through the files that an import writes."""
     if format == "nn_decompositions":
         return [load_checkpoint(str(folder), "cpu").coder]
-    is_plt = "layers" not in (folder / "config.json").read_text("latin-1") if format == "upstream" else False
+    config = folder / "config.json"
+    is_plt = format == "upstream" and not (config.exists() and "layers" in config.read_text("latin-1"))
     interop.import_(format, str(folder), destination, layer=1 if is_plt else None)
     configs = sorted(destination.rglob("config.json"))
     return [load_checkpoint(str(config.parent), "cpu").coder for config in configs]
