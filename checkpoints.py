@@ -1,15 +1,20 @@
 """The only reader and writer of checkpoints: a folder with `encoder.pt` (tensors) and `config.json` (what they are).
 
 Wherever a checkpoint is named, a local folder and a W&B artifact `entity/project/name:version` are interchangeable.
-Tensors are read with weights_only=True; every file is written to a temporary name and renamed.
+Tensors are read with weights_only=True; every file is written to a temporary name and renamed. What a process is about
+to write it holds with `held`, so that a second one says so instead of writing into it.
 """
 
 import dataclasses
+import fcntl
 import json
 import os
 import pickle
+import re
 import shutil
 import zipfile
+from collections.abc import Iterable, Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -20,7 +25,7 @@ from torch.utils._pytree import tree_leaves
 
 from clt import CrossLayerTranscoder
 from coder import Coder
-from config import CLTConfig, CoderConfig, EncoderConfig, SAEConfig, from_json, to_json
+from config import CLTConfig, CoderConfig, EncoderConfig, SAEConfig, SPDConfig, from_fields, from_json, to_json
 from logs import atomic_path, cache_folder, download_artifact, write_json
 from sae import build_sae
 from spd_model import ComponentModel
@@ -44,12 +49,14 @@ class TrainingRecord:
     seed: int
     commit: str | None
     recipe: str | None = None  # how it was trained: settings in words
+    hooks: tuple[str, ...] = ()  # TransformerLens hook points that a foreign file names as what it reads and writes
 
     @classmethod
-    def imported(cls, name: str, target: str) -> "TrainingRecord":
+    def imported(cls, name: str, target: str, hooks: tuple[str, ...] = ()) -> "TrainingRecord":
         """Of a foreign dictionary, whose file says nothing of its training."""
         return cls(
-            name=name, target=target, target_fingerprint=None, train_tokens=None, train_seconds=0.0, seed=0, commit=None
+            name=name, target=target, target_fingerprint=None, train_tokens=None, train_seconds=0.0, seed=0, commit=None,
+            hooks=hooks,
         )  # fmt: skip
 
 
@@ -62,8 +69,10 @@ class Checkpoint:
 
 def build_coder(config: CoderConfig, generator: torch.Generator) -> Coder:
     """The coder a configuration describes."""
-    builders = {SAEConfig: build_sae, EncoderConfig: build_transcoder, CLTConfig: CrossLayerTranscoder}
-    return builders[type(config)](config, generator)  # type: ignore[operator,no-any-return]
+    return BUILDERS[type(config)](config, generator)  # type: ignore[operator,no-any-return]
+
+
+BUILDERS = {SAEConfig: build_sae, EncoderConfig: build_transcoder, CLTConfig: CrossLayerTranscoder}
 
 
 def coder_name(target: str, config: CoderConfig, seed: int) -> str:
@@ -114,11 +123,54 @@ def load_tensors(path: Path, device: str) -> dict:  # type: ignore[type-arg]
         return torch.load(path, map_location=device, weights_only=True)  # type: ignore[no-any-return]
     except pickle.UnpicklingError:
         raise ValueError(f"{path} holds pickled objects, not tensors: it is not opened") from None
+    except Exception:  # of a damaged file the unpickler raises anything: KeyError, IndexError, RuntimeError, …
+        raise ValueError(f"{path} is truncated or no torch file: fetch or train it again") from None
+
+
+def check_named(path: Path, state: object) -> dict[str, torch.Tensor]:
+    """The tensors of a file by their names; raises ValueError where it holds anything else."""
+    named = isinstance(state, dict) and all(isinstance(key, str) for key in state)
+    if not named or not all(isinstance(value, torch.Tensor) for value in state.values()):  # type: ignore[attr-defined]
+        raise ValueError(f"{path} holds something other than named tensors: it is not opened")
+    return state  # type: ignore[return-value]
+
+
+@contextmanager
+def held(paths: Iterable[Path]) -> Iterator[None]:
+    """Within, this process alone writes what stands at the paths; raises ValueError where another one does already.
+
+    Beside each path lies a lock file with the process's number. The lock is the kernel's and ends with the process, so
+    that a killed one leaves none behind, whatever its file says.
+    """
+    with ExitStack() as stack:
+        for path in sorted(set(paths)):
+            stack.enter_context(_lock(path))
+        yield
+
+
+@contextmanager
+def _lock(path: Path) -> Iterator[None]:
+    file = path.with_name(f".{path.name}.lock")
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with file.open("a+") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            owner = file.read_text().strip() or "unknown"
+            raise ValueError(
+                f"{path} is being written by process {owner}: wait for its end, or choose another folder"
+            ) from None
+        lock.truncate(0)
+        print(os.getpid(), file=lock, flush=True)
+        yield
+
+
+ARTIFACT = r"[\w.-]+/[\w.-]+/[\w.-]+:[\w.-]+"
 
 
 def resolve(reference: str) -> Path:
-    """A local folder as it is; `entity/project/name:version` is fetched from W&B once."""
-    if Path(reference).exists() or ":" not in reference:
+    """A local folder as it is, also with a colon in its name; `entity/project/name:version` is fetched from W&B once."""
+    if Path(reference).exists() or re.fullmatch(ARTIFACT, reference) is None:
         return Path(reference)
     return download_artifact(reference, cache_folder() / "artifacts")
 
@@ -132,24 +184,55 @@ def is_trained(folder: Path, config: CoderConfig, *, train_tokens: int, fingerpr
     return same and found == config and record.recipe in (None, recipe)
 
 
+def read_object(file: Path) -> dict[str, Any]:
+    """The object that a JSON file holds, with or without a byte-order mark; raises ValueError for any other file."""
+    try:
+        blob = json.loads(file.read_text("utf-8-sig"))
+    except (ValueError, RecursionError) as error:
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"{file} is truncated or no JSON ({reason}): fetch or train it again") from None
+    if not isinstance(blob, dict):
+        raise ValueError(f"{file} holds a {type(blob).__name__}, not a configuration")
+    return blob
+
+
 def read_config(folder: Path) -> tuple[Any, TrainingRecord]:
     """What a checkpoint's tensors are, and where they come from; raises ValueError where it does not say so."""
     if not (folder / CONFIG).exists():
         raise ValueError(f"{folder} holds no {CONFIG}: not a finished checkpoint")
-    try:
-        blob = json.loads((folder / CONFIG).read_text())
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{folder / CONFIG} is truncated or no JSON ({error}): fetch or train it again") from None
-    return from_json(blob["config"]), TrainingRecord(**blob["record"])
+    blob = read_object(folder / CONFIG)
+    config, record = blob.get("config"), from_json(blob.get("record"))
+    if not (isinstance(config, dict) and isinstance(record, dict)):
+        raise ValueError(f"{folder} is no checkpoint of ours: name its --format")
+    return from_json(config), from_fields(TrainingRecord, record)
+
+
+def is_spd(reference: str) -> bool:
+    """Whether a checkpoint is a decomposition; False for what is no checkpoint."""
+    file = resolve(reference) / CONFIG
+    config = read_object(file).get("config") if file.exists() else None
+    return isinstance(config, dict) and config.get("class") == SPDConfig.__name__
 
 
 def load_checkpoint(reference: str, device: str) -> Checkpoint:
     """The coder in eval mode on `device`, whatever device it was saved from."""
     folder = resolve(reference)
     config, record = read_config(folder)
+    if type(config) not in BUILDERS:
+        raise ValueError(f"{reference} holds a {type(config).__name__}, not a coder")
+    state = check_named(folder / ENCODER, load_tensors(folder / ENCODER, "cpu"))
+    check_widths(config, state, reference)
     coder = build_coder(config, torch.Generator())
-    load_state(coder, load_tensors(folder / ENCODER, "cpu"), reference)
+    load_state(coder, state, reference)
     return Checkpoint(coder.to(device).eval(), record, reference)
+
+
+def check_widths(config: CoderConfig, state: dict[str, torch.Tensor], reference: str) -> None:
+    """Raises ValueError where tensors are not as wide as the configuration says, before anything so wide is made."""
+    for name, width in (("W_enc", (config.d_dict, config.d_in)), ("b_dec", (config.d_out,))):
+        shapes = [tensor.shape for key, tensor in state.items() if key.endswith(name)]
+        if not shapes or any(shape[-len(width) :] != width for shape in shapes):
+            raise ValueError(f"{reference} does not match its {CONFIG}: tensor {name!r} is missing, extra or misshapen")
 
 
 def load_spd(reference: str, target: TargetModel) -> tuple[ComponentModel, TrainingRecord]:
@@ -161,19 +244,31 @@ def load_spd(reference: str, target: TargetModel) -> tuple[ComponentModel, Train
             f"{reference} decomposes {record.target!r} ({record.target_fingerprint}), not {target.fingerprint}"
         )
     model = ComponentModel(target.model, config, torch.Generator())
-    load_state(model, load_tensors(folder / ENCODER, "cpu"), reference)
+    load_state(model, check_named(folder / ENCODER, load_tensors(folder / ENCODER, "cpu")), reference)
     return model.float().to(target.device).eval(), record
 
 
 def load_state(module: nn.Module, state: dict[str, torch.Tensor], reference: str) -> None:
-    """Load after checking names and shapes; raises ValueError naming the first tensor that does not fit."""
+    """Load after checking names, shapes and values; raises ValueError naming the first tensor that does not fit.
+
+    A threshold alone may be infinite: that of a coder which was never calibrated.
+    """
     expected = module.state_dict()
     wrong = [name for name in expected.keys() | state.keys() if name not in expected or name not in state]
-    wrong += [name for name in expected.keys() & state.keys() if expected[name].shape != state[name].shape]
+    wrong += [name for name in expected.keys() & state.keys() if not _same_kind(expected[name], state[name])]
     if wrong:
         first = sorted(wrong)[0]
         raise ValueError(f"{reference} does not match its {CONFIG}: tensor {first!r} is missing, extra or misshapen")
+    for name, tensor in state.items():
+        whole = tensor.isnan().logical_not() if name.endswith("threshold") else tensor.isfinite()
+        if not whole.all():
+            raise ValueError(f"{reference}: tensor {name!r} holds NaN or infinity: fetch or train it again")
     module.load_state_dict(state)
+
+
+def _same_kind(expected: torch.Tensor, found: torch.Tensor) -> bool:
+    same = expected.shape == found.shape and expected.is_floating_point() == found.is_floating_point()
+    return same and found.layout == torch.strided and not found.is_complex()
 
 
 def check_target(checkpoint: Checkpoint, target: TargetModel) -> None:

@@ -9,6 +9,7 @@ sparsity rule.
 """
 
 import copy
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from itertools import chain
 
@@ -185,8 +186,15 @@ REPLACEMENTS: dict[type[CoderConfig], Callable[..., Coded]] = {
 
 
 def as_replacements(checkpoints: Sequence[Checkpoint], top_k: int | None = None) -> list[Coded]:
-    """One replacement per CLT, and one per set of per-layer coders that differ in their layer alone, of equal seeds."""
+    """One replacement per CLT, and one per set of per-layer coders that differ in their layer alone, of equal seeds.
+
+    Of several such coders of one layer the first of each layer stand together, then the second, and so on.
+    """
     groups: dict[object, list[Checkpoint]] = {}
+    before: Counter[object] = Counter()
     for checkpoint in checkpoints:
-        groups.setdefault((checkpoint.coder.config.family, checkpoint.record.seed), []).append(checkpoint)
+        config, seed = checkpoint.coder.config, checkpoint.record.seed
+        same_layer = (config, seed)
+        groups.setdefault((config.family, seed, before[same_layer]), []).append(checkpoint)
+        before[same_layer] += 1
     return [as_replacement(group, top_k) for group in groups.values()]

@@ -5,9 +5,16 @@
 
 import dataclasses
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from types import UnionType
+from typing import Any, ClassVar, Literal, Union, get_args, get_origin, get_type_hints
 
 Site = Literal["mlp_out", "resid", "attn_out"]
+
+
+def require(holds: bool, otherwise: str) -> None:
+    """Raises ValueError with the text where a setting is not what it must be."""
+    if not holds:
+        raise ValueError(otherwise)
 
 
 @dataclass(frozen=True)
@@ -17,7 +24,7 @@ class Relu:
     l1: float  # coefficient of the L1 penalty beside a loss of FVU
 
     def __post_init__(self) -> None:
-        assert self.l1 >= 0, f"l1 must not be negative: {self.l1=}"
+        require(self.l1 >= 0, f"l1 must not be negative, but is {self.l1}")
 
 
 @dataclass(frozen=True)
@@ -27,7 +34,7 @@ class TopK:
     k: int  # active latents per token
 
     def __post_init__(self) -> None:
-        assert self.k >= 1, f"k must be at least 1: {self.k=}"
+        require(self.k >= 1, f"k must be at least 1 active latent, but is {self.k}")
 
 
 @dataclass(frozen=True)
@@ -37,7 +44,7 @@ class BatchTopK:
     k: int  # active latents per token, on average over the batch
 
     def __post_init__(self) -> None:
-        assert self.k >= 1, f"k must be at least 1: {self.k=}"
+        require(self.k >= 1, f"k must be at least 1 active latent, but is {self.k}")
 
 
 @dataclass(frozen=True)
@@ -50,8 +57,10 @@ class JumpReLU:
     preact: float = 3e-6  # coefficient of Σ relu(θ − pre) ‖W_dec‖, which lets silent latents move
 
     def __post_init__(self) -> None:
-        assert self.theta > 0 and self.bandwidth > 0, f"{self.theta=} and {self.bandwidth=} must be positive"
-        assert self.l0 >= 0 and self.preact >= 0, f"{self.l0=} and {self.preact=} must not be negative"
+        require(self.theta > 0, f"theta must be positive, but is {self.theta}")
+        require(self.bandwidth > 0, f"bandwidth must be positive, but is {self.bandwidth}")
+        require(self.l0 >= 0, f"l0 must not be negative, but is {self.l0}")
+        require(self.preact >= 0, f"preact must not be negative, but is {self.preact}")
 
 
 @dataclass(frozen=True)
@@ -64,7 +73,7 @@ class Gated:
     l1: float  # coefficient of the L1 penalty on the gates beside a loss of FVU
 
     def __post_init__(self) -> None:
-        assert self.l1 >= 0, f"l1 must not be negative: {self.l1=}"
+        require(self.l1 >= 0, f"l1 must not be negative, but is {self.l1}")
 
 
 Rule = Relu | TopK | BatchTopK | JumpReLU | Gated
@@ -143,7 +152,8 @@ class CLTConfig:
     rule: Rule  # per layer: k counts one layer's latents
 
     def __post_init__(self) -> None:
-        assert tuple(sorted(set(self.layers))) == tuple(self.layers), f"layers must ascend: {self.layers=}"
+        ascend = tuple(sorted(set(self.layers))) == tuple(self.layers)
+        require(ascend and len(self.layers) > 0, f"layers must ascend, each named once, but are {self.layers}")
 
     @property
     def site(self) -> Site:
@@ -197,9 +207,12 @@ class GateConfig:
         kinds = ("mlp", "vector_mlp", "shared_mlp", "global_shared_mlp", "global_shared_transformer")
         if self.kind not in kinds:
             raise ValueError(f"unknown gate kind {self.kind!r}: use one of {', '.join(kinds)}")
-        assert self.hidden, f"a gate needs a hidden layer: {self.hidden=}"
+        require(len(self.hidden) > 0, "a gate needs a hidden layer")
         if self.kind == "global_shared_transformer":
-            assert min(self.d_model, self.blocks, self.heads) > 0, f"{self.d_model=} {self.blocks=} {self.heads=}"
+            sizes = f"d_model {self.d_model}, blocks {self.blocks}, heads {self.heads}"
+            require(
+                min(self.d_model, self.blocks, self.heads) > 0, f"a transformer gate needs positive sizes, not {sizes}"
+            )
 
     @property
     def local(self) -> bool:
@@ -271,7 +284,7 @@ def to_json(config: Any) -> Any:
 
 
 def from_json(blob: Any) -> Any:
-    """Inverse of `to_json`; lists come back as tuples. Raises ValueError on an unknown class or field."""
+    """Inverse of `to_json`; lists come back as tuples. Raises ValueError on an unknown class, field or kind of value."""
     if isinstance(blob, list):
         return tuple(from_json(item) for item in blob)
     if not isinstance(blob, dict):
@@ -279,10 +292,35 @@ def from_json(blob: Any) -> Any:
     fields = {key: from_json(value) for key, value in blob.items() if key != "class"}
     if "class" not in blob:
         return fields
-    cls = globals().get(blob["class"])
+    cls = globals().get(blob["class"]) if isinstance(blob["class"], str) else None
     if not (dataclasses.is_dataclass(cls) and isinstance(cls, type)):
         raise ValueError(f"unknown configuration class {blob['class']!r}: is the checkpoint from a newer version?")
-    unknown = set(fields) - {f.name for f in dataclasses.fields(cls)}
-    if unknown:
-        raise ValueError(f"{blob['class']} has no field {sorted(unknown)}: is the checkpoint from another version?")
-    return cls(**fields)
+    return from_fields(cls, fields)
+
+
+def from_fields[T](cls: type[T], values: dict[str, Any]) -> T:
+    """A dataclass of these values. Raises ValueError naming a field that is unknown, missing or of another type."""
+    fields = {field.name: field for field in dataclasses.fields(cls)}  # type: ignore[arg-type]
+    unknown = sorted(values.keys() - fields.keys())
+    require(not unknown, f"{cls.__name__} has no field {unknown}: is the checkpoint from another version?")
+    missing = [name for name, field in fields.items() if name not in values and field.default is dataclasses.MISSING]
+    require(not missing, f"{cls.__name__} lacks {missing}: is the checkpoint from another version?")
+    for name, hint in get_type_hints(cls).items():
+        if name in values and not _is_a(values[name], hint):
+            raise ValueError(f"{name} of {cls.__name__} is {values[name]!r}: is the checkpoint from another version?")
+    return cls(**values)
+
+
+def _is_a(value: Any, hint: Any) -> bool:
+    """Whether a value that was read is of the annotated type; a whole number is a float too, a truth value no number."""
+    origin, args = get_origin(hint), get_args(hint)
+    if origin in (UnionType, Union):
+        return any(_is_a(value, option) for option in args)
+    if origin is Literal:
+        return isinstance(value, str) and value in args
+    if origin is tuple:
+        of_each = args[:1] * len(value) if isinstance(value, tuple) and args[-1] is ... else args
+        return isinstance(value, tuple) and len(value) == len(of_each) and all(map(_is_a, value, of_each))
+    if hint in (int, float):
+        return isinstance(value, (int, hint)) and not isinstance(value, bool)
+    return isinstance(value, hint)

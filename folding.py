@@ -60,7 +60,10 @@ def fold(coder: Coder) -> tuple[FoldedLayer, ...]:
 
 @torch.no_grad()
 def build(config: CoderConfig, parts: Sequence[FoldedLayer]) -> Coder:
-    """Inverse of `fold`: a coder in eval mode with scales of one."""
+    """Inverse of `fold`: a coder in eval mode with scales of one.
+
+    Raises ValueError where a value is not finite, as after arithmetic on what a file holds.
+    """
     coder = build_coder(config, torch.Generator())
     for i, (part, encoder, W_dec) in enumerate(zip(parts, coder.encoders, coder.decoders, strict=True)):
         encoder.W_enc.copy_(part.W_enc)
@@ -74,6 +77,11 @@ def build(config: CoderConfig, parts: Sequence[FoldedLayer]) -> Coder:
             encoder.load_threshold(part.theta)
         if part.magnitude is not None:
             encoder.load_magnitude(*part.magnitude)
+    for name, tensor in coder.state_dict().items():
+        if not (tensor.exp() if name.endswith("r_mag") else tensor).isfinite().all():
+            raise ValueError(
+                f"{name} of layers {config.layers} exceeds float32: scale the dictionary down where it was trained"
+            )
     return coder.eval()
 
 

@@ -1,7 +1,8 @@
 """Reading files that others wrote: every name, shape and value is checked before it is used.
 
-Only safetensors and torch files of plain tensors are opened, and what is wrong is said in one line. Layer and site of a
-dictionary are read from the hook point or module path that its file names.
+Only safetensors and torch files of plain tensors are opened, and what is wrong is said in one line. A reader writes down
+the keys it understands (`Keys`): any other key of a configuration is refused, since nobody here knows what it changes.
+Layer and site of a dictionary are read from the hook point or module path that its file names.
 """
 
 import json
@@ -16,7 +17,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from checkpoints import load_tensors
+from checkpoints import check_named, load_tensors
 from config import EncoderConfig, SAEConfig, Site
 from target_models import TARGETS
 
@@ -24,12 +25,13 @@ Tensors = dict[str, Tensor]
 
 
 def read_blob(path: Path) -> dict[str, Any]:
-    """A JSON or YAML object; ValueError in one line for anything else."""
+    """A JSON or YAML object, with or without a byte-order mark; ValueError in one line for anything else."""
     if not path.exists():
         raise ValueError(f"{path} does not exist: check the path")
     try:
-        blob = json.loads(path.read_text()) if path.suffix == ".json" else yaml.safe_load(path.read_text())
-    except (json.JSONDecodeError, yaml.YAMLError, UnicodeDecodeError):
+        text = path.read_text("utf-8-sig")
+        blob = json.loads(text) if path.suffix == ".json" else yaml.safe_load(text)
+    except (ValueError, yaml.YAMLError, RecursionError):  # ValueError: of JSON, of UTF-8, of a date in YAML
         raise ValueError(f"{path} is truncated or not {path.suffix[1:].upper()}: fetch it again") from None
     if not isinstance(blob, dict):
         raise ValueError(f"{path} holds a {type(blob).__name__}, not a configuration")
@@ -40,28 +42,73 @@ def read_tensors(path: Path) -> Tensors:
     """Named tensors of a safetensors or torch file, on the CPU; nothing is unpickled but tensors."""
     if not path.exists():
         raise ValueError(f"{path} does not exist: check the path")
-    kind = "safetensors" if path.suffix == ".safetensors" else "torch"
     try:
-        state: Any = load_file(path) if kind == "safetensors" else load_tensors(path, "cpu")
-    except (SafetensorError, RuntimeError):  # the latter: a zip archive that torch did not write
-        raise ValueError(f"{path} is truncated or no {kind} file: fetch it again") from None
-    named = isinstance(state, dict) and all(isinstance(k, str) and isinstance(v, Tensor) for k, v in state.items())
-    if not named:
-        raise ValueError(f"{path} holds something other than named tensors: it is not opened")
-    return state  # type: ignore[no-any-return]
+        state: Any = load_file(path) if path.suffix == ".safetensors" else load_tensors(path, "cpu")
+    except SafetensorError:
+        raise ValueError(f"{path} is truncated or no safetensors file: fetch it again") from None
+    return plain_names(check_named(path, state))
+
+
+PREFIXES = ("_orig_mod.", "module.")  # of a compiled module, and of one trained on several devices
+
+
+def plain_names(state: Tensors) -> Tensors:
+    """Without a prefix that all names share."""
+    while state and (prefix := next((p for p in PREFIXES if all(name.startswith(p) for name in state)), None)):
+        state = {name.removeprefix(prefix): tensor for name, tensor in state.items()}
+    return state
 
 
 def check(source: Path, state: Tensors, shapes: dict[str, tuple[int, ...]]) -> Tensors:
-    """float32 copies; ValueError naming the first tensor that is missing, unexpected, misshapen or not finite."""
+    """float32 copies; ValueError naming the first tensor that is missing, unexpected, misshapen or not finite.
+
+    Only a number alone may be whole: quantised weights would need a scale that nobody reads.
+    """
     for name in sorted(state.keys() ^ shapes.keys()):
         raise ValueError(f"{source}: tensor {name!r} is {'not expected' if name in state else 'missing'}")
-    floats = {name: tensor.to(torch.float32) for name, tensor in state.items()}
+    floats = {}
     for name, shape in shapes.items():
-        if floats[name].shape != shape:
-            raise ValueError(f"{source}: tensor {name!r} has shape {tuple(floats[name].shape)}, expected {shape}")
+        tensor = state[name]
+        if tensor.shape != shape:
+            raise ValueError(f"{source}: tensor {name!r} has shape {tuple(tensor.shape)}, expected {shape}")
+        whole = shape == () and not tensor.is_complex() and tensor.dtype != torch.bool
+        if tensor.layout != torch.strided or not (tensor.is_floating_point() or whole):
+            raise ValueError(f"{source}: tensor {name!r} is of {tensor.dtype}: save it as float32")
+        floats[name] = tensor.to(torch.float32)
         if not floats[name].isfinite().all():
             raise ValueError(f"{source}: tensor {name!r} holds NaN or infinity")
     return floats
+
+
+class Only(NamedTuple):
+    """The values that a key may have; the first is what the format means where the key is absent."""
+
+    values: tuple[Any, ...]
+    remedy: str  # what to do about any other value
+
+
+class Keys(NamedTuple):
+    """What a reader understands of a configuration."""
+
+    read: str  # keys that the reader looks at itself
+    only: dict[str, Only]
+    harmless: str  # keys that say how it was trained or where it comes from, not what it computes
+
+
+def understood(source: Path, blob: dict[str, Any], keys: Keys) -> dict[str, Any]:
+    """The configuration, with the format's defaults in place of absent keys.
+
+    Raises ValueError naming the first key that is unknown and not null, or whose value is none of those accepted.
+    """
+    for name in sorted(map(str, blob.keys() - {*keys.read.split(), *keys.only, *keys.harmless.split()})):
+        if blob.get(name, name) is not None:
+            raise ValueError(
+                f"{source}: unknown key {name!r}, which may change what the dictionary computes: delete it if it does not"
+            )
+    defaults = {name: accepted.values[0] for name, accepted in keys.only.items()}
+    for name, accepted in keys.only.items():
+        require_one_of(source, defaults | blob, name, allowed=accepted.values, remedy=accepted.remedy)
+    return defaults | blob
 
 
 def require_positive_int(source: Path, blob: dict[str, Any], name: str) -> int:
@@ -73,10 +120,35 @@ def require_positive_int(source: Path, blob: dict[str, Any], name: str) -> int:
 
 
 def require_one_of(source: Path, blob: dict[str, Any], name: str, *, allowed: Sequence[Any], remedy: str) -> Any:
-    """The value of `name`, which must be one of `allowed`."""
-    if blob.get(name) not in allowed:
-        raise ValueError(f"{source}: {name} is {blob.get(name)!r}: {remedy}")
-    return blob.get(name)
+    """The value of `name`, which must be one of `allowed`, and of its type: 0 is not False."""
+    value = blob.get(name)
+    if not any(type(value) is type(option) and value == option for option in allowed):
+        raise ValueError(f"{source}: {name} is {value!r}: {remedy}")
+    return value
+
+
+def require_section(source: Path, blob: dict[str, Any], name: str, *, otherwise: str) -> dict[str, Any]:
+    """An object inside the configuration."""
+    section = blob.get(name)
+    if not isinstance(section, dict):
+        raise ValueError(f"{source} has no {name}: {otherwise}")
+    return section
+
+
+def read_text(source: Path, blob: dict[str, Any], name: str) -> str:
+    """A text of a configuration, "" where it is absent or null."""
+    value = blob.get(name)
+    if value is not None and not isinstance(value, str):
+        raise ValueError(f"{source}: {name} is {value!r}, not a text")
+    return value or ""
+
+
+def read_layer(source: Path, blob: dict[str, Any], name: str) -> int | None:
+    """The number of a layer; None where it is absent."""
+    value = blob.get(name)
+    if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 0):
+        raise ValueError(f"{source}: {name} is {value!r}, not the number of one: name it with --layer")
+    return value
 
 
 class Place(NamedTuple):
@@ -86,41 +158,63 @@ class Place(NamedTuple):
     site: Site | None = None
 
 
-INPUT_HOOKS = ("mlp.hook_in", "ln2.hook_out", "ln2.hook_normalized")  # the norm's output: what our transcoders read
+class NoSite(ValueError):
+    """Of a dictionary that reads what this project does not measure; beside others it is passed over."""
+
+
 SITE_PATTERNS: tuple[tuple[str, Site, int], ...] = (  # hook point or module path → site, and the layer's offset
-    (r"hook_resid_post$|resid_post|(layers|h|blocks)\.\d+$", "resid", 0),
-    (r"hook_resid_pre$|resid_pre", "resid", -1),
-    (r"mlp_out|\.mlp$|mlp\.hook_out$", "mlp_out", 0),
-    (r"attn_out|\.(self_)?attn$|\.attention$", "attn_out", 0),
+    (r"(hook_)?resid_post(_layer_\d+)?|(layers|h|blocks)\.\d+", "resid", 0),
+    (r"(hook_)?resid_pre(_layer_\d+)?", "resid", -1),
+    (r"(hook_)?mlp_out(_layer_\d+)?|mlp|mlp\.hook_out", "mlp_out", 0),
+    (r"(hook_)?attn_out(_layer_\d+)?|(self_)?attn|(self_)?attention|attn\.hook_out", "attn_out", 0),
 )
 
 
-def find_layer(source: Path, hook: str, given: Place) -> int:
-    """The layer's number in a hook point or module path, unless it is given."""
+def find_layer(source: Path, hook: str, given: Place, said: int | None = None) -> int:
+    """The layer's number in a hook point or module path, or the one that the file says, unless it is given."""
+    if given.layer is not None:
+        return given.layer
     number = re.search(r"(?<![^\W_])\d+(?![^\W_])", hook)
-    if given.layer is None and number is None:
+    found = {said} - {None} | ({int(number.group())} if number else set())
+    if not found:
         raise ValueError(f"{source} does not say which layer it belongs to: name it with --layer")
-    return given.layer if given.layer is not None else int(number.group())  # type: ignore[union-attr]
+    if len(found) > 1:
+        raise ValueError(f"{source} says layer {said} and {hook!r}: name the right one with --layer")
+    return found.pop()  # type: ignore[return-value]
 
 
-def find_place(source: Path, hook: str, given: Place) -> tuple[int, Site]:
-    """Layer and site of an SAE."""
-    matches = [(site, shift) for pattern, site, shift in SITE_PATTERNS if re.search(pattern, hook)]
+def find_place(source: Path, hook: str, given: Place, said: int | None = None) -> tuple[int, Site]:
+    """Layer and site of an SAE; raises NoSite for one of the embedding, of heads, of a norm."""
     if given.site is not None:
-        return find_layer(source, hook, given), given.site
+        return find_layer(source, hook, given, said), given.site
+    matches = [(site, shift) for pattern, site, shift in SITE_PATTERNS if re.fullmatch(rf"(.*\.)?({pattern})", hook)]
     if not matches:
-        raise ValueError(f"{source}: {hook!r} is no site known here: name it with --site")
+        raise NoSite(f"{source}: {hook!r} is no site known here: name it with --site")
     site, shift = matches[0]
-    layer = find_layer(source, hook, given) + (shift if given.layer is None else 0)
+    layer = find_layer(source, hook, given, said) + (shift if given.layer is None else 0)
     if layer < 0:
-        raise ValueError(f"{source}: {hook!r} is the embedding, which no layer writes")
+        raise NoSite(f"{source}: {hook!r} is the embedding, which no layer writes")
     return layer, site
 
 
-def check_input_hook(source: Path, hook: str | None) -> None:
-    """Raises ValueError for a transcoder that reads something else than the MLP does."""
-    if hook is not None and not hook.endswith(INPUT_HOOKS):
-        raise ValueError(f"{source} reads {hook!r}: only transcoders of the MLP's own input, {INPUT_HOOKS[0]}, fit")
+INPUT_HOOKS = r"(mlp\.hook_in|ln2\.hook_out)"  # the norm's output: what our transcoders read
+OUTPUT_HOOKS = r"(hook_mlp_out|mlp\.hook_out)"
+
+
+def check_transcoder_hooks(source: Path, reads: str, writes: str, *, prefix: str) -> None:
+    """Raises ValueError for a transcoder that does not say, or reads and writes other tensors than one layer's MLP.
+
+    `prefix` is a pattern of what comes before a hook's own name; its group is the layer.
+    """
+    if reads.endswith("ln2.hook_normalized"):
+        raise ValueError(
+            f"{source} reads {reads!r}, which lacks an RMSNorm's gain: fold it into W_enc, name mlp.hook_in"
+        )
+    read, written = re.fullmatch(prefix + INPUT_HOOKS, reads), re.fullmatch(prefix + OUTPUT_HOOKS, writes)
+    if read is None:
+        raise ValueError(f"{source} reads {reads!r}: only transcoders of the MLP's own input, mlp.hook_in, fit")
+    if written is None or written[1] != read[1]:
+        raise ValueError(f"{source} reads {reads!r} and writes {writes!r}: only hook_mlp_out of the same layer fits")
 
 
 def hooks(config: SAEConfig | EncoderConfig) -> tuple[str, str]:

@@ -18,7 +18,7 @@ from checkpoints import TrainingRecord, load_checkpoint, save_checkpoint, save_t
 from config import Site
 from foreign_files import Place, model_name
 from foreign_formats import Dictionary, Files, format_named, import_dictionaries
-from logs import atomic_path, write_json
+from logs import atomic_path, errors_in_one_line, write_json
 
 
 def export_files(name: str, dictionaries: Sequence[Dictionary]) -> Files:
@@ -64,7 +64,7 @@ def model_card(format_name: str, dictionaries: Sequence[Dictionary]) -> str:
     rows = [
         f"| {name} | {type(c.config).__name__.removesuffix('Config')} | {', '.join(map(str, c.config.layers))} | "
         f"{c.config.d_in} → {c.config.d_dict} → {c.config.d_out} | {c.config.rule} |"
-        for name, _, c in dictionaries
+        for name, _, c, _ in dictionaries
     ]
     heading = f"# Sparse dictionaries of {target or 'an unnamed model'} ({format_name} format)"
     note = "Trained and measured with nn_decompositions. Scales are folded: inputs and outputs are raw activations."
@@ -84,8 +84,8 @@ def import_(
 
     Args:
         format: upstream, saelens, sparsify, dictionary_learning, circuit-tracer or crosslayer-coding.
-        source: Folder (or W&B artifact) with one dictionary, or with a folder for each.
-        destination: New folder; several dictionaries get a folder each.
+        source: Folder (or W&B artifact) with one dictionary, or with folders of them at any depth.
+        destination: New folder; several dictionaries get a folder each, as they lay in the source.
         layer: Layer of the target, where the files do not say.
         site: What an SAE reads, where the files do not say.
         target: The target it belongs to, as measure.py's --target.
@@ -93,9 +93,9 @@ def import_(
     found = import_dictionaries(format, source, Place(layer, site))
     if destination.exists() and any(destination.iterdir()):
         raise ValueError(f"{destination} is not empty: choose another destination")
-    for name, model, coder in found:
+    for name, model, coder, hooks in found:
         folder = destination if len(found) == 1 else destination / name
-        save_checkpoint(folder, coder, TrainingRecord.imported(name, target or model))
+        save_checkpoint(folder, coder, TrainingRecord.imported(name, target or model, hooks))
         print(folder)
 
 
@@ -139,14 +139,12 @@ def upload(folder: Path, repo_id: str, private: bool = False, dry_run: bool = Fa
 def main(arguments: Sequence[str] | None = None) -> None:
     import tyro
 
+    errors_in_one_line()
     app = tyro.extras.SubcommandApp()
     app.command(import_, name="import")
     app.command(export)
     app.command(upload)
-    try:
-        app.cli(args=arguments, description=__doc__, config=(tyro.conf.PositionalRequiredArgs,))
-    except (ValueError, AssertionError) as error:  # a configuration's own checks are assertions
-        raise SystemExit(str(error)) from None
+    app.cli(args=arguments, description=__doc__, config=(tyro.conf.PositionalRequiredArgs,))
 
 
 if __name__ == "__main__":

@@ -19,6 +19,7 @@ from config import Site
 from evaluation import PROTOCOLS, Measurement, Protocol, evaluate, held_out_tokens
 from foreign_files import Place
 from foreign_formats import import_dictionaries
+from logs import errors_in_one_line
 from pareto import markdown_table, read_layers, read_points, row_key, write_layers, write_points
 from replacement import Origin, Replacement
 from spd_replacement import SPDReplacement
@@ -29,9 +30,14 @@ from target_models import TargetModel, at_site, load_target
 def _load(reference: str, target: TargetModel, form: str, layer: int | None, site: Site | None) -> list[Checkpoint]:
     """One checkpoint, or every dictionary of a folder in another library's format, on the target's device."""
     if form:
-        record = TrainingRecord.imported(reference, target.name)
-        coders = [entry.coder for entry in import_dictionaries(form, reference, Place(layer, site))]
-        loaded = [Checkpoint(coder.to(target.device).eval(), record, reference) for coder in coders]
+        found = import_dictionaries(form, reference, Place(layer, site))
+        paths = [reference if len(found) == 1 else f"{reference}/{entry.name}" for entry in found]
+        loaded = [
+            Checkpoint(
+                entry.coder.to(target.device).eval(), TrainingRecord.imported(path, target.name, entry.hooks), path
+            )
+            for entry, path in zip(found, paths)
+        ]
     else:
         loaded = [load_checkpoint(reference, str(target.device))]
     for checkpoint in loaded:
@@ -116,10 +122,8 @@ def command_line(arguments: Sequence[str] | None = None) -> None:
     """`main` with arguments from the command line; what is wrong with them is said in one line."""
     import tyro
 
-    try:
-        tyro.cli(main, args=arguments, prog="measure.py", config=(tyro.conf.PositionalRequiredArgs,))
-    except ValueError as error:
-        raise SystemExit(str(error)) from None
+    errors_in_one_line()
+    tyro.cli(main, args=arguments, prog="measure.py", config=(tyro.conf.PositionalRequiredArgs,))
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from activation_store import DataConfig
-from checkpoints import CONFIG, Checkpoint, Decomposition, TrainingRecord, build_coder, load_spd, save_checkpoint
+from checkpoints import CONFIG, Checkpoint, Decomposition, TrainingRecord, build_coder, held, load_spd, save_checkpoint
 from coder import Coder
 from config import (
     CLTConfig,
@@ -135,19 +135,28 @@ def train_decomposition(
     )  # fmt: skip
     name = f"{target.name}_spd_L{'-'.join(map(str, layers))}_C{r.components}_n{r.steps}x{r.batch}_s{r.seed}"
     in_words = f"{config.gate} {train}"
-    if (folder / name / CONFIG).exists():
+
+    def finished() -> Decomposition | None:
+        if not (folder / name / CONFIG).exists():
+            return None
         found = Decomposition(*load_spd(str(folder / name), target))
         if found.record.recipe != in_words:
             raise ValueError(f"{folder / name} was trained otherwise ({found.record.recipe}): move it away")
         print(f"{name} is already trained in {folder}")
         return found
-    model = ComponentModel(target.model, config, torch.Generator().manual_seed(r.seed)).to(target.device)
-    stream = _OnDevice(target, r.batch, r.seed)
-    seconds = train_spd(model, stream, train, folder / name, name, autocast=bf16_is_fast(target.device))
-    record = TrainingRecord(
-        name=name, target=target.name, target_fingerprint=target.fingerprint,
-        train_tokens=r.steps * r.batch * target.context, train_seconds=seconds, seed=r.seed, commit=git_commit(),
-        recipe=in_words,
-    )  # fmt: skip
-    save_checkpoint(folder / name, model, record)
-    return Decomposition(model, record)
+
+    if found := finished():
+        return found
+    with held([folder / name]):
+        if found := finished():  # by the process that held it until now
+            return found
+        model = ComponentModel(target.model, config, torch.Generator().manual_seed(r.seed)).to(target.device)
+        stream = _OnDevice(target, r.batch, r.seed)
+        seconds = train_spd(model, stream, train, folder / name, name, autocast=bf16_is_fast(target.device))
+        record = TrainingRecord(
+            name=name, target=target.name, target_fingerprint=target.fingerprint,
+            train_tokens=r.steps * r.batch * target.context, train_seconds=seconds, seed=r.seed, commit=git_commit(),
+            recipe=in_words,
+        )  # fmt: skip
+        save_checkpoint(folder / name, model, record)
+        return Decomposition(model, record)

@@ -26,11 +26,11 @@ from checkpoints import (
     Decomposition,
     TrainingRecord,
     checkpoint_folder,
+    is_spd,
     load_spd,
     load_state,
     load_tensors,
     read_config,
-    resolve,
 )
 from config import GateConfig, SPDConfig
 from logs import cache_folder, download_run_files
@@ -58,10 +58,7 @@ def is_run(reference: str) -> bool:
 
 def is_decomposition(reference: str) -> bool:
     """Whether a reference names an SPD, ours or a run of Goodfire's, and not a dictionary."""
-    if is_run(reference):
-        return True
-    folder = resolve(reference)
-    return (folder / CONFIG).exists() and isinstance(read_config(folder)[0], SPDConfig)
+    return is_run(reference) or is_spd(reference)
 
 
 def load_decomposition(reference: str, target: TargetModel, *, unproven: bool = False) -> Decomposition:

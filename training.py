@@ -33,6 +33,7 @@ from checkpoints import (
     Checkpoint,
     TrainingRecord,
     coder_name,
+    held,
     is_trained,
     load_checkpoint,
     load_tensors,
@@ -156,19 +157,25 @@ def train_group(
 
     Coders already trained there with the same settings are left as they are. An interrupted call goes on from its last
     state when made again, and ends bit-identical (on CPU) to one that was never interrupted.
-    Raises ValueError for settings that do not fit the state found, RuntimeError when a loss is not finite.
+    Raises ValueError for settings that do not fit the state found, or where another process trains one of the coders in
+    the same folder; RuntimeError when a loss is not finite.
     """
     names = [coder_name(target.name, coder.config, config.seed) for coder in coders]
     fingerprint, how = target.fingerprint, recipe(config, data)
     assert len(set(names)) == len(names), f"two coders share a name: {names}"
-    todo = [
-        (name, coder) for name, coder in zip(names, coders)
-        if not is_trained(folder / name, coder.config, train_tokens=config.tokens, fingerprint=fingerprint, recipe=how)
-    ]  # fmt: skip
-    if len(todo) < len(coders):
-        print(f"{len(coders) - len(todo)} of {len(coders)} coders are already trained in {folder}")
-    if todo:
-        _train(todo, target, data=data, config=config, folder=folder)
+
+    def untrained() -> list[tuple[str, Coder]]:
+        return [
+            (name, coder) for name, coder in zip(names, coders)
+            if not is_trained(folder / name, coder.config, train_tokens=config.tokens, fingerprint=fingerprint, recipe=how)
+        ]  # fmt: skip
+
+    with held(folder / name for name, _ in untrained()):
+        todo = untrained()  # now that no other process can be at them
+        if len(todo) < len(coders):
+            print(f"{len(coders) - len(todo)} of {len(coders)} coders are already trained in {folder}")
+        if todo:
+            _train(todo, target, data=data, config=config, folder=folder)
     return [load_checkpoint(str(folder / name), str(target.device)) for name in names]
 
 

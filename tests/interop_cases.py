@@ -1,14 +1,19 @@
 """Random coders, and what they compute: shared by the interop tests here and those that need the other libraries."""
 
+import json
 from pathlib import Path
+from typing import Any
 
 import torch
+from safetensors.torch import save_file
 from torch import Tensor
 
 import interop
 from checkpoints import TrainingRecord, build_coder, load_checkpoint, save_checkpoint
 from coder import Coder
 from config import BatchTopK, CLTConfig, CoderConfig, EncoderConfig, Gated, JumpReLU, Relu, Rule, SAEConfig, TopK
+from folding import fold
+from foreign_formats import FORMATS, Dictionary
 from sparse_ops import to_dense
 
 D, F, B, N = 6, 20, 40, 3
@@ -89,3 +94,29 @@ def exported(format: str, folder: Path, *coders: Coder) -> Path:
 def imported(format: str, source: Path, destination: Path, *options: str) -> Coder:
     interop.main(["import", format, str(source), str(destination), *options])
     return load_checkpoint(str(destination), "cpu").coder
+
+
+def write_crosslayer_coding(folder: Path, coder: Coder, **changes: Any) -> Path:
+    """A CLT of that library, with a bias on every decoder."""
+    parts, t = fold(coder), {}
+    kind = "relu" if isinstance(coder.config.rule, Relu) else "jumprelu"
+    for i, part in enumerate(parts):
+        t |= {f"encoder_module.encoders.{i}.weight": part.W_enc, f"encoder_module.encoders.{i}.bias_param": part.b_enc}
+        for j, block in enumerate(part.W_dec.split(D, dim=1), start=i):
+            t[f"decoder_module.decoders.{i}->{j}.weight"] = block.T
+            t[f"decoder_module.decoders.{i}->{j}.bias_param"] = parts[j].b_dec / (j + 1)
+    if kind == "jumprelu":
+        t["theta_manager.log_threshold"] = torch.stack([part.theta for part in parts]).log()
+    folder.mkdir(parents=True)
+    save_file({k: v.contiguous() for k, v in t.items()}, folder / "clt_checkpoint_latest.safetensors")
+    cfg = {"num_features": F, "num_layers": N, "d_model": D, "activation_fn": kind, "model_name": "gpt2"}
+    (folder / "cfg.json").write_text(json.dumps(cfg | changes))
+    return folder
+
+
+def upstream_folder(folder: Path, kind: str = "topk", **changes: Any) -> Path:
+    coder = transcoder(TopK(3) if kind != "jumprelu" else RULES[3])
+    interop.write_files(folder, FORMATS["upstream"].write([Dictionary("x", "", coder)]))
+    path = folder / "x" / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"encoder_type": kind} | changes))
+    return folder / "x"

@@ -28,6 +28,8 @@ from interop_cases import (
     sae,
     save,
     transcoder,
+    upstream_folder,
+    write_crosslayer_coding,
 )  # fmt: skip
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -208,24 +210,6 @@ def test_circuit_tracer_clt(tmp_path: Path, rule: Rule) -> None:
     assert_same(ours(imported("circuit-tracer", folder, tmp_path / "back")), ours(coder))
 
 
-def write_crosslayer_coding(folder: Path, coder: Coder, **changes: Any) -> Path:
-    """A CLT of that library, with a bias on every decoder."""
-    parts, t = fold(coder), {}
-    kind = "relu" if isinstance(coder.config.rule, Relu) else "jumprelu"
-    for i, part in enumerate(parts):
-        t |= {f"encoder_module.encoders.{i}.weight": part.W_enc, f"encoder_module.encoders.{i}.bias_param": part.b_enc}
-        for j, block in enumerate(part.W_dec.split(D, dim=1), start=i):
-            t[f"decoder_module.decoders.{i}->{j}.weight"] = block.T
-            t[f"decoder_module.decoders.{i}->{j}.bias_param"] = parts[j].b_dec / (j + 1)
-    if kind == "jumprelu":
-        t["theta_manager.log_threshold"] = torch.stack([part.theta for part in parts]).log()
-    folder.mkdir(parents=True)
-    save_file({k: v.contiguous() for k, v in t.items()}, folder / "clt_checkpoint_latest.safetensors")
-    cfg = {"num_features": F, "num_layers": N, "d_model": D, "activation_fn": kind, "model_name": "gpt2"}
-    (folder / "cfg.json").write_text(json.dumps(cfg | changes))
-    return folder
-
-
 @pytest.mark.parametrize("rule", [RULES[0], RULES[3]])
 def test_crosslayer_coding(tmp_path: Path, rule: Rule) -> None:
     coder = clt(rule)
@@ -242,14 +226,6 @@ def test_a_batch_topk_code_of_the_foreign_file_ignores_neighbours(tmp_path: Path
 
 
 # ----------------------------------------------------------------------------------------- upstream's own peculiarities
-
-
-def upstream_folder(folder: Path, kind: str = "topk", **changes: Any) -> Path:
-    coder = transcoder(TopK(3) if kind != "jumprelu" else RULES[3])
-    interop.write_files(folder, FORMATS["upstream"].write([Dictionary("x", "", coder)]))
-    path = folder / "x" / "config.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | {"encoder_type": kind} | changes))
-    return folder / "x"
 
 
 def test_upstream_device_is_overridden_and_b_enc_honoured(tmp_path: Path) -> None:
@@ -269,7 +245,7 @@ def test_dictionary_learning_refuses_a_threshold_that_was_never_set(tmp_path: Pa
     folder = exported("dictionary_learning", tmp_path, sae(BatchTopK(3))) / "trainer_0"
     state = torch.load(folder / "ae.pt", weights_only=True) | {"threshold": torch.tensor(-1.0)}
     torch.save(state, folder / "ae.pt")
-    with pytest.raises(SystemExit, match="threshold is -1, never set"):
+    with pytest.raises(ValueError, match="threshold is -1, never set"):
         imported("dictionary_learning", folder, tmp_path / "back")
 
 
@@ -278,7 +254,7 @@ def test_dictionary_learning_refuses_a_layer_that_is_no_number_of_one(tmp_path: 
     folder = exported("dictionary_learning", tmp_path, sae(TopK(3))) / "trainer_0"
     blob = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps({"trainer": blob["trainer"] | {"layer": layer}}))
-    with pytest.raises(SystemExit, match="name it with --layer"):
+    with pytest.raises(ValueError, match="name it with --layer"):
         imported("dictionary_learning", folder, tmp_path / "back")
     assert imported("dictionary_learning", folder, tmp_path / "back", "--layer", "1").config.layer == 1
 
@@ -286,7 +262,7 @@ def test_dictionary_learning_refuses_a_layer_that_is_no_number_of_one(tmp_path: 
 def test_dictionary_learning_refuses_no_active_latents(tmp_path: Path) -> None:
     folder = exported("dictionary_learning", tmp_path, sae(TopK(3))) / "trainer_0"
     torch.save(torch.load(folder / "ae.pt", weights_only=True) | {"k": torch.tensor(0)}, folder / "ae.pt")
-    with pytest.raises(SystemExit, match="k is 0, not a positive whole number"):
+    with pytest.raises(ValueError, match="k is 0, not a positive whole number"):
         imported("dictionary_learning", folder, tmp_path / "back")
 
 
@@ -362,7 +338,7 @@ def test_bad_tensors_are_refused_in_one_line(
     make, tensors, _ = FILES[format]
     folder = make(tmp_path / "made")
     spoil(how, folder / tensors)
-    with pytest.raises(SystemExit) as refusal:
+    with pytest.raises(ValueError) as refusal:
         interop.main(["import", format, str(folder), str(tmp_path / "dest"), "--layer", "0"])
     assert "\n" not in str(refusal.value) and tensors in str(refusal.value)
     assert not (tmp_path / "dest").exists() and not Path("unpickled").exists()
@@ -374,7 +350,7 @@ def test_bad_configurations_are_refused_in_one_line(tmp_path: Path, format: str,
     make, _, config = FILES[format]
     folder = make(tmp_path / "made")
     (folder / config).write_text(text)
-    with pytest.raises(SystemExit) as refusal:
+    with pytest.raises(ValueError) as refusal:
         interop.main(["import", format, str(folder), str(tmp_path / "dest"), "--layer", "0"])
     assert "\n" not in str(refusal.value) and config in str(refusal.value) and not (tmp_path / "dest").exists()
 
@@ -410,7 +386,7 @@ def test_what_a_file_asks_and_no_coder_does_is_refused(
     path = make(tmp_path / "made") / config
     path.write_text(json.dumps(yaml.safe_load(path.read_text()) | changes))
     layer = [] if format == "saelens" else ["--layer", "0"]
-    with pytest.raises(SystemExit, match=says):
+    with pytest.raises(ValueError, match=says):
         interop.main(["import", format, str(path.parent), str(tmp_path / "dest"), *layer])
     assert not (tmp_path / "dest").exists()
 
@@ -441,14 +417,14 @@ def test_what_a_file_asks_and_no_coder_does_is_refused(
 def test_what_a_format_cannot_say_is_not_written(
     tmp_path: Path, format: str, coder: Callable[[], Coder], says: str
 ) -> None:
-    with pytest.raises(SystemExit, match=says):
+    with pytest.raises(ValueError, match=says):
         exported(format, tmp_path, coder())
     assert not (tmp_path / format).exists()
 
 
 def test_a_batch_topk_without_threshold_is_not_exported(tmp_path: Path) -> None:
     coder = build_coder(EncoderConfig(layer=0, d_in=D, d_out=D, d_dict=F, rule=BatchTopK(3)), torch.Generator())
-    with pytest.raises(SystemExit, match="calibrate"):
+    with pytest.raises(ValueError, match="calibrate"):
         exported("saelens", tmp_path, coder)
 
 
@@ -457,7 +433,7 @@ def test_nothing_is_overwritten(tmp_path: Path) -> None:
     for _ in range(2):
         before = sorted(tmp_path.rglob("*"))
         if (tmp_path / "back").exists():
-            with pytest.raises(SystemExit, match="not empty"):
+            with pytest.raises(ValueError, match="not empty"):
                 imported("upstream", folder, tmp_path / "back", "--layer", "0")
             assert sorted(tmp_path.rglob("*")) == before
         else:
@@ -465,7 +441,7 @@ def test_nothing_is_overwritten(tmp_path: Path) -> None:
 
 
 def test_a_transcoder_without_a_layer_asks_for_it(tmp_path: Path) -> None:
-    with pytest.raises(SystemExit, match="--layer"):
+    with pytest.raises(ValueError, match="--layer"):
         imported("upstream", upstream_folder(tmp_path / "made"), tmp_path / "back")
 
 
@@ -509,7 +485,7 @@ def test_upload_sends_the_folder_with_a_card(tmp_path: Path, monkeypatch: pytest
     folder = exported("saelens", tmp_path, transcoder(BatchTopK(3)))
     interop.main(["upload", str(folder), "org/name", "--dry-run"])
     monkeypatch.setattr(interop, "get_token", lambda: None)
-    with pytest.raises(SystemExit, match="hf auth login"):
+    with pytest.raises(ValueError, match="hf auth login"):
         interop.main(["upload", str(folder), "org/name"])
     assert sent == []
     monkeypatch.setattr(interop, "get_token", lambda: "token")

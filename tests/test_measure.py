@@ -1,5 +1,6 @@
 """`python measure.py`: any dictionary, one command, one table."""
 
+import shutil
 from pathlib import Path
 
 import pytest
@@ -137,6 +138,36 @@ def test_foreign_dictionaries_are_measured_by_one_command_and_equal_ours(
     assert theirs.ce == pytest.approx(ours.ce, abs=1e-5) and theirs.l0 == pytest.approx(ours.l0, abs=1e-3)
 
 
+def test_every_dictionary_of_one_layer_has_a_row(
+    checkpoints: dict[str, str], small_target: TargetModel, tmp_path: Path
+) -> None:
+    """Two seeds of layer 1 and one of layer 0, in folders: the first of each layer stand together."""
+    run, own = tmp_path / "run", transcoders(range(2), TopK(4))
+    for layer, seeds in ((0, [0]), (1, [0, 1])):
+        save_checkpoint(tmp_path / f"own_{layer}", own[layer], record(small_target))
+        for seed in seeds:
+            export("sparsify", (str(tmp_path / f"own_{layer}"),), tmp_path / f"made_{layer}_{seed}")
+            made = tmp_path / f"made_{layer}_{seed}" / f"layers.{layer}.mlp"
+            shutil.copytree(made, run / f"layers.{layer}.mlp" / f"seed{seed}")
+    points = tmp_path / "points.csv"
+    measure.main((str(run),), tokens=320, protocols=("free",), format="sparsify", points=points)
+    rows = [p for p in read_points(points) if p.method == "transcoder"]
+    assert [(p.layers, p.checkpoint) for p in rows] == [
+        ((0, 1), f"{run}/layers.0.mlp/seed0 {run}/layers.1.mlp/seed0"), ((1,), f"{run}/layers.1.mlp/seed1"),
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("text", ["{}", "[]", '{"config": []}', "{", '{"trainer": {"dict_class": "AutoEncoder"}}'])
+def test_a_foreign_folder_without_its_format_is_said_in_one_line(
+    checkpoints: dict[str, str], tmp_path: Path, text: str
+) -> None:
+    (tmp_path / "trainer_0").mkdir()
+    (tmp_path / "trainer_0" / "config.json").write_text(text)
+    with pytest.raises(ValueError, match=r"name its --format|not a configuration|no JSON") as refusal:
+        measure.main((str(tmp_path / "trainer_0"),), tokens=320, points=tmp_path / "points.csv")
+    assert "\n" not in str(refusal.value)
+
+
 def test_what_does_not_fit_is_refused_in_one_line(
     checkpoints: dict[str, str], small_target: TargetModel, tmp_path: Path
 ) -> None:
@@ -157,5 +188,5 @@ def test_what_does_not_fit_is_refused_in_one_line(
 
 
 def test_the_command_line_says_one_line_and_fails() -> None:
-    with pytest.raises(SystemExit, match=r"^unknown target 'nonesuch': use one of [^\n]*$"):
+    with pytest.raises(ValueError, match=r"^unknown target 'nonesuch': use one of [^\n]*$"):
         measure.command_line(["nowhere", "--target", "nonesuch"])

@@ -16,7 +16,7 @@ import torch
 
 import checkpoints
 from activation_store import ActivationsStore, DataConfig
-from checkpoints import TrainingRecord, check_target, coder_name, load_checkpoint, save_checkpoint
+from checkpoints import TrainingRecord, check_target, coder_name, held, load_checkpoint, save_checkpoint
 from clt import CrossLayerTranscoder
 from config import BatchTopK, CLTConfig, EncoderConfig, Gated, JumpReLU, Relu, SAEConfig, TopK, TrainConfig
 from patching import capture
@@ -386,6 +386,94 @@ def test_bad_checkpoints_are_refused_in_one_line(tmp_path: Path, small_target: T
     (tmp_path / "config.json").write_text((tmp_path / "config.json").read_text()[:100])
     with pytest.raises(ValueError, match="config.json is truncated or no JSON"):
         load_checkpoint(str(tmp_path), "cpu")
+
+
+def edited(folder: Path, section: str, **changes: object) -> str:
+    """A checkpoint whose configuration was changed by hand; None deletes."""
+    save_checkpoint(folder, coders()[0], RECORD)
+    blob = json.loads((folder / "config.json").read_text())
+    inner = {key: value for key, value in (blob[section] | changes).items() if value is not None}
+    (folder / "config.json").write_text(json.dumps(blob | {section: inner}))
+    return str(folder)
+
+
+@pytest.mark.parametrize(
+    ("section", "changes", "says"),
+    [
+        (
+            "record",
+            {"hardware": "H100"},
+            r"TrainingRecord has no field \['hardware'\]: is the checkpoint from another version",
+        ),
+        ("record", {"seed": None}, r"TrainingRecord lacks \['seed'\]"),
+        ("record", {"train_seconds": "long"}, "train_seconds of TrainingRecord is 'long'"),
+        ("config", {"d_in": "16"}, "d_in of EncoderConfig is '16'"),
+        ("config", {"d_dict": 10**12}, "does not match its config.json"),
+        ("config", {"rule": {"class": "TopK", "k": 0}}, "k must be at least 1 active latent, but is 0"),
+        ("config", {"rule": {"class": "TopK", "k": True}}, "k of TopK is True"),
+        ("config", {"class": "Any"}, "unknown configuration class 'Any'"),
+        ("config", {"class": "TrainConfig"}, "TrainConfig has no field"),
+    ],
+)
+def test_a_configuration_of_another_version_is_refused_in_one_line(
+    tmp_path: Path, section: str, changes: dict[str, object], says: str
+) -> None:
+    with pytest.raises(ValueError, match=says) as refusal:
+        load_checkpoint(edited(tmp_path, section, **changes), "cpu")
+    assert "\n" not in str(refusal.value)
+
+
+@pytest.mark.parametrize("blob", [{}, [], {"trainer": {"dict_class": "AutoEncoder"}}, {"config": 1, "record": {}}])
+def test_a_foreign_folder_asks_for_its_format(tmp_path: Path, blob: object) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(blob))
+    with pytest.raises(ValueError, match="is no checkpoint of ours: name its --format|holds a list") as refusal:
+        load_checkpoint(str(tmp_path), "cpu")
+    assert "\n" not in str(refusal.value)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_checkpoint_that_is_not_finite_is_refused(tmp_path: Path, value: float) -> None:
+    save_checkpoint(tmp_path, coder := coders()[0], RECORD)
+    torch.save(coder.state_dict() | {"b_dec": torch.full_like(coder.b_dec, value)}, tmp_path / "encoder.pt")
+    with pytest.raises(ValueError, match="tensor 'b_dec' holds NaN or infinity"):
+        load_checkpoint(str(tmp_path), "cpu")
+
+
+@pytest.mark.parametrize("name", ["a:b", "entity/project/name:version", "/tmp/x/y:z", "runs/today/12:30/coder"])
+def test_a_path_with_a_colon_is_a_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    """Where it exists, or cannot be an artifact's name."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(checkpoints, "download_artifact", lambda reference, folder: Path("fetched"))
+    expected = Path("fetched") if name.startswith("entity") else Path(name)
+    assert checkpoints.resolve(name) == expected
+    if not name.startswith("/"):
+        Path(name).mkdir(parents=True)
+        assert checkpoints.resolve(name) == Path(name)
+
+
+# ------------------------------------------------------------------------------------------- two processes, one folder
+
+
+def test_a_second_training_in_one_folder_says_who_is_at_it(small_target: TargetModel, tmp_path: Path) -> None:
+    """And a killed one is in nobody's way."""
+    name = coder_name("small", coders()[0].config, 0)
+    folder = str(tmp_path / "runs" / name)
+    code = "import time; from pathlib import Path; from checkpoints import held\n"
+    code += f"with held([Path({folder!r})]): print(1, flush=True); time.sleep(99)"
+    other = subprocess.Popen(
+        [sys.executable, "-c", code], stdout=subprocess.PIPE, cwd=Path(checkpoints.__file__).parent
+    )
+    assert other.stdout is not None and other.stdout.readline() == b"1\n"
+    with pytest.raises(ValueError, match=f"is being written by process {other.pid}: wait for its end") as refusal:
+        train_group(coders()[:1], small_target, data=DATA, config=TRAIN, folder=tmp_path / "runs")
+    assert "\n" not in str(refusal.value) and not (tmp_path / "runs" / name).exists()
+    other.kill()
+    other.wait()
+    train_group(coders()[:1], small_target, data=DATA, config=TRAIN, folder=tmp_path / "runs")
+    with held([tmp_path / "runs" / name]):  # what is trained is loaded also while somebody holds it
+        train_group(coders()[:1], small_target, data=DATA, config=TRAIN, folder=tmp_path / "runs")
+        with pytest.raises(ValueError, match=f"process {os.getpid()}"), held([tmp_path / "runs" / name]):
+            pass
 
 
 def test_a_full_disk_is_said_before_anything_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
