@@ -37,7 +37,14 @@ FAMILIES: dict[str, tuple[type[tf.PretrainedConfig], dict]] = {
     "opt": (tf.OPTConfig, SIZES | {"ffn_dim": 24, "word_embed_proj_dim": 16, "max_position_embeddings": 32}),
     "phi_parallel": (tf.PhiConfig, SIZES | {"intermediate_size": 24}),
     "gptj_parallel": (tf.GPTJConfig, {"vocab_size": 62, "n_embd": 16, "n_layer": 2, "n_head": 2, "rotary_dim": 4}),
+    "gemma3": (tf.Gemma3TextConfig, GATED),
+    "granite": (tf.GraniteConfig, GATED | {"residual_multiplier": 0.22}),
+    "glm4": (tf.Glm4Config, GATED),
+    "stablelm_parallel": (tf.StableLmConfig, GATED | {"use_parallel_residual": True}),
+    "falcon_parallel": (tf.FalconConfig, SIZES | {"new_decoder_architecture": False, "parallel_attn": True}),
+    "falcon": (tf.FalconConfig, SIZES | {"new_decoder_architecture": False, "parallel_attn": False, "bias": True}),
 }
+BEHIND_A_NORM_OR_FACTOR = {"gemma2", "gemma3", "granite", "glm4"}
 TOKENS = torch.arange(2, 22).view(2, 10)
 
 
@@ -115,6 +122,103 @@ def test_captured_input_gives_captured_output(target: TargetModel, monkeypatch: 
     assert found.inputs.shape == found.outputs.shape == (2, 2, 10, 16)
     for layer in (0, 1):
         torch.testing.assert_close(target.mlp(layer, found.inputs[layer]), found.outputs[layer])
+
+
+@torch.inference_mode()
+def test_what_a_function_is_given_stays_as_it_was(target: TargetModel) -> None:
+    """Falcon's blocks add attention to the MLP's output in place, OPT's hand over positions as rows."""
+    kept: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
+
+    def keep(layer: int):
+        return lambda x, y: (kept.__setitem__(layer, (x, y)), y)[1]
+
+    with patched(target, {layer: keep(layer) for layer in (0, 1)}):
+        target.logits(TOKENS % target.vocab_size)
+    for layer, (x, y) in kept.items():
+        assert x.shape == y.shape == (2, 10, 16)
+        torch.testing.assert_close(target.mlp(layer, x), y)
+
+
+@torch.inference_mode()
+def test_a_zeroed_mlp_takes_its_output_from_the_stream(target: TargetModel, request: pytest.FixtureRequest) -> None:
+    """Or what a norm or factor behind it makes of that: then TransformerLens' hook holds something else."""
+    family = request.node.callspec.params["target"].removeprefix("tl:")
+    for layer, (_, y, _, added) in enumerate(written(target)):
+        plain = family not in BEHIND_A_NORM_OR_FACTOR
+        assert torch.allclose(added, y, atol=1e-5) == plain
+        if plain:
+            assert same_site(target, f"blocks.{layer}.hook_mlp_out") is None
+        else:
+            with pytest.raises(ValueError, match="holds what comes behind a norm or factor"):
+                same_site(target, f"blocks.{layer}.hook_mlp_out")
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma2", "gemma3", "granite", "gpt2", "neox_parallel"])
+@torch.inference_mode()
+def test_a_hook_counts_as_ours_where_transformer_lens_holds_our_tensor(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, family: str
+) -> None:
+    monkeypatch.setenv("NN_BF16", "off")
+    target = load_target(f"tl:{saved(tmp_path / 'model', family_model(family))}", "cpu")
+    target.model.enable_compatibility_mode(no_processing=True, disable_warnings=True)
+    found, attention = (capture(view, TOKENS, [1]) for view in (target, at_site(target, "attn_out")))
+    x, y, attn = found.inputs[0], found.outputs[0], attention.outputs[0]
+    _, cache = target.model.run_with_cache(TOKENS)
+    for name, own in {
+        "mlp.hook_in": x, "ln2.hook_out": x, "ln2.hook_normalized": x, "mlp.hook_out": y, "hook_mlp_out": y,
+        "attn.hook_out": attn, "hook_attn_out": attn,
+    }.items():  # fmt: skip
+        hook = f"blocks.1.{name}"
+        if name in ("hook_mlp_out", "hook_attn_out") and family in BEHIND_A_NORM_OR_FACTOR:
+            assert not torch.allclose(cache[hook], own, atol=0.01)
+            with pytest.raises(ValueError, match=f"^'{hook}' of .* holds what comes behind a norm or factor[^\n]*$"):
+                same_site(target, hook)
+        elif name == "ln2.hook_normalized":
+            scale = same_site(target, hook)
+            torch.testing.assert_close(scale.gain * cache[hook] + scale.bias, own, atol=1e-4, rtol=1e-4)
+            assert not torch.allclose(cache[hook], own, atol=0.01)
+        else:
+            assert torch.equal(cache[hook], own) and same_site(target, hook) is None
+    with pytest.raises(ValueError, match="is of layer 2"):
+        same_site(target, "blocks.2.hook_mlp_out")
+    with pytest.raises(ValueError, match="name the layer"):
+        same_site(target, "ln2.hook_normalized")
+
+
+class ReadsTheStream(nn.Module):
+    """A block whose MLP has one more reader than the norm's output: the stream, added inside."""
+
+    def __init__(self, mlp: nn.Module) -> None:
+        super().__init__()
+        self.mlp = mlp
+
+    def __call__(self, x):
+        return self.mlp(x) * 2
+
+
+def test_a_block_that_uses_its_mlp_otherwise_is_refused() -> None:
+    """Each line of the proof by a model that breaks it alone."""
+
+    def refused(break_it, message: str) -> None:
+        model = small_llama_model()
+        break_it(model.h[0])
+        with pytest.raises(ValueError, match=f"^h.0.mlp {message}[^\n]*: this block's layout is not supported$"):
+            make_target("broken", Loaded(model, word_tokenizer(), 16, DatasetSpec("python")), "cpu")
+
+    def twice(block: nn.Module) -> None:  # attention is multiplied by what the MLP writes
+        block.forward = lambda h: h + block.attn(block.rms_1(h)) * block.mlp(block.rms_2(h)).roll(1, dims=1)
+
+    def remembers(block: nn.Module) -> None:  # not a function of x: the mean over positions goes in
+        own = block.mlp.forward
+        block.mlp.forward = lambda x: own(x) + own.__self__.calls.append(1) or own(x) * len(own.__self__.calls)
+        own.__self__.calls = []
+
+    def other(block: nn.Module) -> None:
+        block.forward = lambda h: h + block.attn(block.rms_1(h)) + block.mlp(block.rms_2(h) + h)
+
+    refused(twice, "does not add what it writes")
+    refused(other, "does not read the output of h.0.rms_2 alone")
+
 
 
 @torch.inference_mode()
