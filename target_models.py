@@ -45,7 +45,7 @@ NORMS = (
     "ln_1",
 )
 MLPS = ("mlp", "feed_forward", "fc2")
-ATTENTIONS = ("attn", "self_attn", "attention")
+ATTENTIONS = ("attn", "self_attn", "attention", "self_attention")
 UNSUPPORTED = "this block's layout is not supported"
 DOWNS = ("down_proj", "c_proj", "dense_4h_to_h", "fc2", "fc_out", "out", "w2")
 

@@ -15,7 +15,18 @@ from torch import nn
 
 from devices import bf16_is_fast
 from patching import capture, kept_streams, patched, resumed
-from target_models import ATTENTIONS, Loaded, TargetModel, at_site, load_target, make_target, mlp_matrices
+from target_models import (
+    ATTENTIONS,
+    Loaded,
+    TargetModel,
+    at_site,
+    load_target,
+    make_target,
+    mlp_matrices,
+    same_site,
+    weights_fingerprint,
+    written,
+)
 from token_stream import DatasetSpec
 
 SIZES = {"vocab_size": 62, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
@@ -185,40 +196,44 @@ def test_a_hook_counts_as_ours_where_transformer_lens_holds_our_tensor(
         same_site(target, "ln2.hook_normalized")
 
 
-class ReadsTheStream(nn.Module):
-    """A block whose MLP has one more reader than the norm's output: the stream, added inside."""
-
-    def __init__(self, mlp: nn.Module) -> None:
-        super().__init__()
-        self.mlp = mlp
-
-    def __call__(self, x):
-        return self.mlp(x) * 2
+def block_with_another_input(block: nn.Module) -> None:
+    block.forward = lambda h: h + block.attn(block.rms_1(h)) + block.mlp(block.rms_2(h) + h)
 
 
-def test_a_block_that_uses_its_mlp_otherwise_is_refused() -> None:
-    """Each line of the proof by a model that breaks it alone."""
+def block_that_multiplies(block: nn.Module) -> None:
+    block.forward = lambda h: h + block.attn(block.rms_1(h)) * (1 + block.mlp(block.rms_2(h)))
 
-    def refused(break_it, message: str) -> None:
-        model = small_llama_model()
-        break_it(model.h[0])
-        with pytest.raises(ValueError, match=f"^h.0.mlp {message}[^\n]*: this block's layout is not supported$"):
-            make_target("broken", Loaded(model, word_tokenizer(), 16, DatasetSpec("python")), "cpu")
 
-    def twice(block: nn.Module) -> None:  # attention is multiplied by what the MLP writes
-        block.forward = lambda h: h + block.attn(block.rms_1(h)) * block.mlp(block.rms_2(h)).roll(1, dims=1)
+def mlp_with_a_memory(block: nn.Module) -> None:
+    own, calls = block.mlp.forward, []
+    block.mlp.forward = lambda x: own(x) * (calls.append(1) or len(calls))
 
-    def remembers(block: nn.Module) -> None:  # not a function of x: the mean over positions goes in
-        own = block.mlp.forward
-        block.mlp.forward = lambda x: own(x) + own.__self__.calls.append(1) or own(x) * len(own.__self__.calls)
-        own.__self__.calls = []
 
-    def other(block: nn.Module) -> None:
-        block.forward = lambda h: h + block.attn(block.rms_1(h)) + block.mlp(block.rms_2(h) + h)
+@pytest.mark.parametrize(
+    ("break_it", "message"),
+    [
+        (block_with_another_input, "read the output of h.1.rms_2 alone"),
+        (mlp_with_a_memory, "write a function of what it reads"),
+        (block_that_multiplies, "add what it writes to the residual stream"),
+    ],
+)
+def test_a_block_that_uses_its_mlp_otherwise_is_refused(small_target: TargetModel, break_it, message: str) -> None:
+    break_it(small_target.model.h[1])
+    with pytest.raises(ValueError, match=f"^h.1.mlp does not {message}: this block's layout is not supported$"):
+        make_target("broken", Loaded(small_target.model, word_tokenizer(), 16, DatasetSpec("python")), "cpu")
 
-    refused(twice, "does not add what it writes")
-    refused(other, "does not read the output of h.0.rms_2 alone")
 
+def test_two_weights_exchanged_change_the_fingerprint_and_threads_do_not(small_target: TargetModel) -> None:
+    model, weight = small_target.model, small_target.model.h[1].mlp.c_fc.weight
+    before, threads = weights_fingerprint(model), torch.get_num_threads()
+    assert before == small_target.fingerprint
+    torch.set_num_threads(threads + 1)
+    assert weights_fingerprint(model) == before
+    torch.set_num_threads(threads)
+    with torch.no_grad():
+        weight[-1, -1], weight[-1, -2] = weight[-1, -2].item(), weight[-1, -1].item()
+    assert weights_fingerprint(model) != before
+    assert weights_fingerprint(model.bfloat16()) not in (before, weights_fingerprint(model.half()))
 
 
 @torch.inference_mode()
@@ -392,10 +407,19 @@ def test_blocks_of_an_unknown_layout_are_refused_in_one_line(tmp_path: Path) -> 
     mixtral = tf.MixtralForCausalLM(tf.MixtralConfig(**GATED, num_local_experts=2))
     with pytest.raises(ValueError, match=r"^[^\n]*down projection cannot be told$"):
         make_target("mixtral", Loaded(mixtral, tokenizer, 16, data), "cpu")
+    olmo2 = tf.Olmo2ForCausalLM(tf.Olmo2Config(**GATED))
+    with pytest.raises(ValueError, match=r"^[^\n]*layers.0.mlp does not read the output [^\n]* not supported$"):
+        make_target("olmo2", Loaded(olmo2, tokenizer, 16, data), "cpu")
+    bloom = tf.BloomForCausalLM(tf.BloomConfig(vocab_size=62, hidden_size=16, n_layer=2, n_head=2))
     with pytest.raises(
-        ValueError, match=r"^[^\n]*this block's layout is not supported$"
-    ):  # the bridge runs no mlp there
-        load_target(f"tl:{saved(tmp_path / 'model', family_model('opt'))}", "cpu")
+        ValueError, match=r"^[^\n]*h.0.mlp does not read the output of [^\n]* alone: [^\n]* not supported$"
+    ):
+        make_target("bloom", Loaded(bloom, tokenizer, 16, data), "cpu")  # its module is given the stream too
+    late = tf.OPTForCausalLM(tf.OPTConfig(**FAMILIES["opt"][1], do_layer_norm_before=False))
+    for name, model in {"opt": family_model("opt"), "late": late, "bloom": bloom}.items():
+        prefix = "hf:" if name == "late" else "tl:"  # the bridge runs no mlp of OPT's
+        with pytest.raises(ValueError, match=r"^[^\n]*this block's layout is not supported$"):
+            load_target(f"{prefix}{saved(tmp_path / name, model)}", "cpu")
 
 
 def test_bad_names_are_refused_in_one_line() -> None:
