@@ -63,7 +63,9 @@ class ActivationsStore:
     def __init__(self, target: TargetModel, config: DataConfig, split: Split = "train") -> None:
         check_layers(target, config.layers)
         self.target, self.config, self.split = target, config, split
-        self.stream = TokenStream(target.data, target.tokenizer, split, config.model_batch, target.context, config.seed)
+        self.stream = TokenStream(
+            target.data, target.tokenizer, split, config.model_batch, target.context, config.seed, target.vocab_size
+        )  # fmt: skip
         self.forwards = 0  # batches of tokens whose activations were put into the buffer
         self.generator = torch.Generator().manual_seed(config.seed)
         slots = config.buffer_tokens + config.model_batch * (target.context - 1)

@@ -419,13 +419,19 @@ def _smollm2() -> Loaded:
     return Loaded(model, load_tokenizer(cache / "tokenizer.json"), 256, DatasetSpec("docstrings"))
 
 
+def context_of(model: nn.Module) -> int:
+    """Tokens per sequence of a model that has no number of its own here: 256, or as many as it has positions for."""
+    names = ("max_position_embeddings", "n_ctx", "max_seq_len")
+    return min(256, *(value for name in names if isinstance(value := getattr(model.config, name, None), int)))
+
+
 def _transformer_lens(name: str) -> Loaded:
     """The `transformers` model that TransformerLens knows under `name`, seen through its bridge (hooked modules and all)."""
     from transformer_lens.model_bridge import TransformerBridge
 
     with hub_errors(name):
         bridge = TransformerBridge.boot_transformers(name, dtype=torch.float32)
-    return Loaded(bridge, bridge.tokenizer, 256, DatasetSpec("docstrings"))
+    return Loaded(bridge, bridge.tokenizer, context_of(bridge.original_model), DatasetSpec("docstrings"))
 
 
 LOADERS: dict[str, Callable[[], Loaded]] = {
@@ -441,7 +447,8 @@ def load_target(name: str, device: str) -> TargetModel:
     """The named target, frozen, in eval mode. Raises ValueError for an unknown name or a device that is not there."""
     check_device(device)
     if name.startswith("hf:"):
-        parts = Loaded(*_hub(name.removeprefix("hf:")), 256, DatasetSpec("docstrings"))
+        model, tokenizer = _hub(name.removeprefix("hf:"))
+        parts = Loaded(model, tokenizer, context_of(model), DatasetSpec("docstrings"))
     elif name.startswith("tl:"):
         parts = _transformer_lens(name.removeprefix("tl:"))
     elif name in LOADERS:
