@@ -96,7 +96,7 @@ def _data_errors(path: str) -> Iterator[None]:
     """What `datasets` and its readers say over many lines of a damaged file, in one."""
     try:
         yield
-    except (ValueError, RuntimeError) as error:  # the latter: an empty file
+    except (ValueError, StopIteration) as error:  # the latter: an empty file
         reason = " ".join(str(error).split())[:200]
         raise ValueError(f"dataset {path!r} cannot be read ({reason}): is a file of it empty or damaged?") from error
 
