@@ -27,7 +27,8 @@ class TopK:
     k: int  # active latents per token
 
     def __post_init__(self) -> None:
-        assert self.k >= 1, f"k must be at least 1: {self.k=}"
+        if self.k < 1:
+            raise ValueError(f"k={self.k}: a token needs at least one active latent")
 
 
 @dataclass(frozen=True)
@@ -37,7 +38,8 @@ class BatchTopK:
     k: int  # active latents per token, on average over the batch
 
     def __post_init__(self) -> None:
-        assert self.k >= 1, f"k must be at least 1: {self.k=}"
+        if self.k < 1:
+            raise ValueError(f"k={self.k}: a token needs at least one active latent")
 
 
 @dataclass(frozen=True)
@@ -143,7 +145,8 @@ class CLTConfig:
     rule: Rule  # per layer: k counts one layer's latents
 
     def __post_init__(self) -> None:
-        assert tuple(sorted(set(self.layers))) == tuple(self.layers), f"layers must ascend: {self.layers=}"
+        if not self.layers or tuple(sorted(set(self.layers))) != tuple(self.layers):
+            raise ValueError(f"layers {self.layers} of a cross-layer transcoder must ascend, each named once")
 
     @property
     def site(self) -> Site:

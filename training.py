@@ -25,7 +25,7 @@ from jaxtyping import Float
 from torch import Tensor
 from tqdm import tqdm
 
-from activation_store import ActivationBatch, ActivationsStore, DataConfig
+from activation_store import ActivationBatch, ActivationsStore, DataConfig, check_varies
 from checkpoints import (
     Checkpoint,
     TrainingRecord,
@@ -157,7 +157,8 @@ def train_group(
     """
     names = [coder_name(target.name, coder.config, config.seed) for coder in coders]
     fingerprint, how = target.fingerprint, recipe(config, data)
-    assert len(set(names)) == len(names), f"two coders share a name: {names}"
+    if twice := sorted({name for name in names if names.count(name) > 1}):
+        raise ValueError(f"{', '.join(twice)} was asked for more than once: name every layer and k once")
     todo = [
         (name, coder) for name, coder in zip(names, coders)
         if not is_trained(folder / name, coder.config, train_tokens=config.tokens, fingerprint=fingerprint, recipe=how)
@@ -237,6 +238,7 @@ def start_run(name: str, coder: Coder, *, store: ActivationsStore, config: Train
         )
     rows = [store.config.layers.index(layer) for layer in coder.config.layers]
     stats = coder.stats_of(store.stats, rows)
+    check_varies(store.target, coder.config.layers, stats)
     coder.to(store.target.device).train()
     coder.initialise(stats)
     optimiser = torch.optim.Adam(coder.parameters(), lr=config.lr, betas=config.betas, fused=True)
