@@ -55,6 +55,8 @@ def default_learning_rate(tokens: int, d_dict: int) -> float:
     1,536 latents, 3·10⁵ tokens, mean over layers) is .292, .247, .212 and .198 at 1e-3, 2e-3, 4e-3 and 8e-3; the first factor
     alone is 6.5e-4, both are 6.7e-3 (benchmarks/learning_rate.py and its results).
     """
+    if min(tokens, d_dict) < 1:
+        raise ValueError(f"{tokens} training tokens, {d_dict} latents: ask for 1 or more (--tokens, --d-dict)")
     return 2e-4 / math.sqrt(d_dict / 2**14) * max(1.0, 1e8 / tokens) ** 0.4
 
 

@@ -328,6 +328,14 @@ def test_a_model_loads_by_name_with_its_tokenizer(tmp_path: Path, prefix: str) -
     assert weights == [(24, 16), (24, 16), (16, 24)]
 
 
+@pytest.mark.parametrize("prefix", ["hf:", "tl:"])
+def test_a_context_is_no_longer_than_the_model_has_positions(tmp_path: Path, prefix: str) -> None:
+    for family, context in (("gpt2", 32), ("llama", 256)):
+        target = load_target(f"{prefix}{saved(tmp_path / family, family_model(family))}", "cpu")
+        assert target.context == context
+        target.logits(torch.zeros(1, target.context, dtype=torch.int64))
+
+
 @pytest.mark.parametrize(
     ("name", "repository", "family", "context", "dataset"),
     [
