@@ -102,7 +102,8 @@ class CrossLayerTranscoder(Coder[tuple[Codes, ...]]):
         self, inputs: Float[Tensor, "all_layers batch d_in"], targets: Float[Tensor, "all_layers batch d_out"],
         rows: Sequence[int],
     ) -> tuple[Float[Tensor, "layer batch d_in"], Float[Tensor, "layer batch d_out"]]:  # fmt: skip
-        return inputs[rows], targets[rows]
+        x, y = (torch.stack([side[row] for row in rows]) for side in (inputs, targets))  # a list of rows would be sent
+        return x, y
 
     def variance(self, stats: ActivationStats) -> Float[Tensor, "layer"]:
         return stats.y_variance

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from checkpoints import load_tensors
 from config import EncoderConfig, SAEConfig, Site
+from target_models import TARGETS
 
 Tensors = dict[str, Tensor]
 
@@ -130,15 +131,20 @@ def hooks(config: SAEConfig | EncoderConfig) -> tuple[str, str]:
     return f"blocks.{config.layer}.{name}", f"blocks.{config.layer}.{name}"
 
 
-HUB_NAMES = {
-    "simplestories": "SimpleStories/SimpleStories-35M",
-    "smollm2": "HuggingFaceTB/SmolLM2-135M-Instruct",
-}
-
-
 def model_name(target: str) -> str:
     """Under which other libraries find the target's model."""
-    return HUB_NAMES.get(target, target.removeprefix("hf:").removeprefix("tl:"))
+    if target not in TARGETS:
+        return target.removeprefix("hf:").removeprefix("tl:")
+    spec = TARGETS[target]
+    return spec.exported_as or spec.hub or target
+
+
+def hub_text(target: str) -> tuple[str | None, int]:
+    """(dataset on the hub, tokens per sequence) that a target's coders are trained on; None: its text is not on the hub."""
+    if target not in TARGETS:
+        return None, 256
+    text, context = TARGETS[target].text, TARGETS[target].context
+    return (text.path if "/" in text.path else None), context
 
 
 def neuronpedia_id(target: str, config: SAEConfig | EncoderConfig) -> str:

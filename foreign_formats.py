@@ -34,6 +34,7 @@ from foreign_files import (
     find_layer,
     find_place,
     hooks,
+    hub_text,
     model_name,
     neuronpedia_id,
     read_blob,
@@ -201,11 +202,6 @@ SAELENS: dict[str, tuple[Callable[[int], Rule], bool, bool]] = {  # → (rule of
     "jumprelu_skip_transcoder": (lambda k: JUMPRELU, True, True),
 }  # fmt: skip
 SAELENS_VERSION = "6.54.12"  # whose layout this is; a file without one is read as older than 6, without its metadata
-TEXTS = {  # target → dataset, context: what SAELens' dashboards stream
-    "pile": ("danbraunai/pile-uncopyrighted-tok", 512),
-    "gpt2": ("Skylion007/openwebtext", 256),
-    "simplestories": ("SimpleStories/SimpleStories", 512),
-}
 
 
 def read_saelens(folder: Path, given: Place) -> list[Dictionary]:
@@ -268,7 +264,7 @@ def write_saelens(dictionaries: Sequence[Dictionary]) -> Files:
         if isinstance(config, CLTConfig) or arch not in SAELENS:
             raise refuse("saelens", config, "SAEs of every rule known, and transcoders of Relu, BatchTopK and JumpReLU")
         read, written = hooks(config)
-        dataset, context = TEXTS.get(target, (None, 256))
+        dataset, context = hub_text(target)  # what SAELens' dashboards stream
         meta = {
             "sae_lens_version": SAELENS_VERSION, "sae_lens_training_version": None, "model_name": model_name(target),
             "hook_name": read, "hook_name_out": written, "hook_layer": config.layer, "hook_layer_out": config.layer,

@@ -10,11 +10,9 @@ Nothing is written before everything is read and found right.
 from collections.abc import Sequence
 from pathlib import Path
 
-import tyro
 import yaml
 from huggingface_hub import HfApi, get_token
 from safetensors.torch import save_file
-from tyro.conf import Positional
 
 from checkpoints import TrainingRecord, load_checkpoint, save_checkpoint, save_tensors
 from config import Site
@@ -75,9 +73,9 @@ def model_card(format_name: str, dictionaries: Sequence[Dictionary]) -> str:
 
 
 def import_(
-    format: Positional[str],
-    source: Positional[str],
-    destination: Positional[Path],
+    format: str,
+    source: str,
+    destination: Path,
     layer: int | None = None,
     site: Site | None = None,
     target: str = "",
@@ -101,7 +99,7 @@ def import_(
         print(folder)
 
 
-def export(format: Positional[str], checkpoints: Positional[tuple[str, ...]], destination: Positional[Path]) -> None:
+def export(format: str, checkpoints: tuple[str, ...], destination: Path) -> None:
     """Turn checkpoints into another library's files.
 
     Args:
@@ -115,7 +113,7 @@ def export(format: Positional[str], checkpoints: Positional[tuple[str, ...]], de
     print(destination)
 
 
-def upload(folder: Positional[Path], repo_id: Positional[str], private: bool = False, dry_run: bool = False) -> None:
+def upload(folder: Path, repo_id: str, private: bool = False, dry_run: bool = False) -> None:
     """Send an exported folder, or a checkpoint, to the Hugging Face hub with its model card.
 
     Args:
@@ -139,12 +137,14 @@ def upload(folder: Positional[Path], repo_id: Positional[str], private: bool = F
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
+    import tyro
+
     app = tyro.extras.SubcommandApp()
     app.command(import_, name="import")
     app.command(export)
     app.command(upload)
     try:
-        app.cli(args=arguments, description=__doc__)
+        app.cli(args=arguments, description=__doc__, config=(tyro.conf.PositionalRequiredArgs,))
     except (ValueError, AssertionError) as error:  # a configuration's own checks are assertions
         raise SystemExit(str(error)) from None
 

@@ -18,6 +18,8 @@ import yaml
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from logs import load_tensors
+
 
 @dataclass(frozen=True)
 class LlamaSimpleMLPConfig:
@@ -136,13 +138,13 @@ def initialise(model: LlamaSimpleMLP, generator: torch.Generator) -> None:
             nn.init.normal_(p, std=std, generator=generator)
 
 
-# The keys of a run's `model_config.yaml` that are understood; an absent one of FIXED, or of the rotary embedding and the
+# The keys of a run's `model_config.yaml` that are understood; an absent one of _FIXED, or of the rotary embedding and the
 # norm, has the format's default, which is the value here or the dataclass's.
-SIZES = ("vocab_size", "n_layer", "n_head", "n_embd", "n_intermediate")
-FIXED: dict[str, object] = {
+_SIZES = ("vocab_size", "n_layer", "n_head", "n_embd", "n_intermediate")
+_FIXED: dict[str, object] = {
     "model_type": "LlamaSimpleMLP", "mlp_bias": False, "attn_bias": False, "rotary_adjacent_pairs": False,
 }  # fmt: skip
-READ = (
+_READ = (
     "block_size",
     "n_ctx",
     "n_key_value_heads",
@@ -151,7 +153,7 @@ READ = (
     "rotary_base",
     "rms_norm_eps",
 )
-HARMLESS = ("flash_attention",)  # the same function, computed otherwise
+_HARMLESS = ("flash_attention",)  # the same function, computed otherwise
 
 
 def config_from_yaml(text: str) -> LlamaSimpleMLPConfig:
@@ -161,12 +163,12 @@ def config_from_yaml(text: str) -> LlamaSimpleMLPConfig:
     architecture has not, and for sizes that do not fit each other.
     """
     raw = _mapping(text)
-    if unknown := sorted(map(str, raw.keys() - {*SIZES, *FIXED, *READ, *HARMLESS})):
+    if unknown := sorted(map(str, raw.keys() - {*_SIZES, *_FIXED, *_READ, *_HARMLESS})):
         raise ValueError(f"model_config.yaml: unknown key {unknown[0]!r}: it could change what the model computes")
-    for key, only in FIXED.items():
+    for key, only in _FIXED.items():
         if raw.get(key, only) != only:
             raise ValueError(f"model_config.yaml: {key} is {raw[key]!r}: only {only!r} is known here")
-    sizes = {key: _positive(raw, key) for key in SIZES}
+    sizes = {key: _positive(raw, key) for key in _SIZES}
     contexts = [_positive(raw, key) for key in ("n_ctx", "block_size") if key in raw]
     if not contexts:
         raise ValueError("model_config.yaml has neither n_ctx nor block_size: the longest sequence is not known")
@@ -211,13 +213,14 @@ def load_target_run(folder: Path) -> LlamaSimpleMLP:
 
     Raises ValueError in one line for another folder, a damaged file, and tensors that are not those of the configuration.
     """
-    from foreign_files import read_tensors  # which needs targets itself
-
     config_file, steps = folder / "model_config.yaml", sorted(folder.glob("model_step_*[0-9].pt"), key=_step)
     if not config_file.exists() or not steps:
         raise ValueError(f"{folder} holds no model_config.yaml with a model_step_*.pt beside it: not a training run")
     model = LlamaSimpleMLP(config_from_yaml(config_file.read_text(errors="replace")))
-    state = without_wrappers(read_tensors(steps[-1]))
+    state = load_tensors(steps[-1], "cpu")
+    if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
+        raise ValueError(f"{steps[-1]} holds something other than named tensors: not the weights of a run")
+    state = without_wrappers(state)
     state = {key: value.float() for key, value in state.items() if not re.search(r"rotary|\.(cos|sin)$", key)}
     state.setdefault("lm_head.weight", state.get("wte.weight", torch.empty(0)))
     expected = model.state_dict()

@@ -5,15 +5,18 @@ with WANDB_MODE=disabled; nothing in the project needs a server.
 """
 
 import contextlib
+import csv
 import dataclasses
 import json
 import os
+import pickle
 import platform
 import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+import zipfile
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +25,7 @@ import torch
 from devices import device_name
 
 REPOSITORY = Path(__file__).parent
+STARTED = time.perf_counter()  # about the process' start: every command line imports this file
 
 
 @contextlib.contextmanager
@@ -72,13 +76,39 @@ def errors_in_one_line() -> None:
     sys.excepthook = report
 
 
+def load_tensors(path: Path, device: str) -> dict:  # type: ignore[type-arg]
+    """A torch file that holds tensors only; raises ValueError in one line for a missing, truncated or pickled one."""
+    if not path.exists():
+        raise ValueError(f"{path} does not exist: train it first, or check the path")
+    if not zipfile.is_zipfile(path):
+        raise ValueError(f"{path} is truncated or no torch file: fetch or train it again")
+    try:
+        return torch.load(path, map_location=device, weights_only=True)  # type: ignore[no-any-return]
+    except RuntimeError:  # a zip archive that torch did not write
+        raise ValueError(f"{path} is truncated or no torch file: fetch or train it again") from None
+    except pickle.UnpicklingError:
+        raise ValueError(f"{path} holds pickled objects, not tensors: it is not opened") from None
+
+
 def write_json(path: Path, value: Any) -> None:
     with atomic_path(path) as temporary:
         temporary.write_text(json.dumps(value, indent=1, default=str) + "\n")
 
 
-def write_settings(folder: Path, settings: Any, device: str, seconds: float) -> None:
-    """settings.json: the settings dataclass, command, commit, versions, device, seconds."""
+def write_csv(path: Path, columns: Sequence[str], rows: Iterable[Iterable[object]]) -> None:
+    """A CSV with a line of column names; None is written as an empty cell, a float so that it reads back exactly."""
+    with atomic_path(path) as temporary, temporary.open("w", newline="") as file:
+        csv.writer(file, lineterminator="\n").writerows([columns, *rows])
+
+
+def read_csv(path: Path) -> list[dict[str, str]]:
+    """The rows of a CSV, each from column name to text, in the file's order."""
+    with path.open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def write_settings(folder: Path, settings: Any, device: str) -> None:
+    """settings.json: the settings dataclass, command, commit, versions, device, date, seconds since the process' start."""
     relative = {k: str(v.relative_to(REPOSITORY)) if isinstance(v, Path) and v.is_relative_to(REPOSITORY) else v
                 for k, v in dataclasses.asdict(settings).items()}  # fmt: skip
     write_json(
@@ -90,7 +120,7 @@ def write_settings(folder: Path, settings: Any, device: str, seconds: float) -> 
             "python": platform.python_version(),
             "torch": torch.__version__,
             "device": device_name(device),
-            "seconds": round(seconds, 1),
+            "seconds": round(time.perf_counter() - STARTED, 1),
             "date": time.strftime("%Y-%m-%d"),
         },
     )

@@ -1,40 +1,32 @@
 """The main job: train transcoders and cross-layer transcoders on one stream, measure everything with one ruler.
 
-    python main.py                      # the embedded model, offline, minutes on two cores
+    python main.py                      # the embedded model, offline
     python main.py --tokens 50000 --eval-tokens 4096   # to see that it runs
     python main.py --target pile --device cuda --tokens 500000000 --d-dict 4096 --transcoder-k 16 32 64
 
 Writes points.csv, pareto.png, settings.json and README.md into `output/main`, checkpoints into `checkpoints/main`, and
-prints the table. Coders that are already trained with the same settings are not trained again.
+prints what each method costs with all layers replaced; the README has the whole table. Coders that are already trained
+with the same settings are not trained again.
 """
 
-import time
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
-from baselines import baselines  # fmt: skip
-from checkpoints import (
-    CHECKPOINTS,
-    find_spd,  # fmt: skip
-)
-from coder_replacements import as_replacements  # fmt: skip
+from baselines import baselines
+from checkpoints import CHECKPOINTS, find_spd
+from coder_replacements import as_replacements
 from config import BatchTopK
-from evaluation import (
-    evaluate,
-    held_out_tokens,  # fmt: skip
-)
-from recipes import clt_configs, train_coders, train_decomposition, transcoder_configs  # fmt: skip
-from spd_replacement import spd_replacements  # fmt: skip
-from study import settings_for, write_report  # fmt: skip
+from evaluation import evaluate, held_out_tokens
+from recipes import SPDRecipe, clt_configs, train_coders, train_decomposition, transcoder_configs
+from spd_replacement import spd_replacements
+from study import CoderStudySettings, run_study, write_report
 from target_models import load_target
 
-HERE = Path(__file__).parent
 
-
-@dataclass(frozen=True)
-class Settings:
+@dataclass(frozen=True, kw_only=True)
+class Settings(CoderStudySettings):
     target: str = "tiny"  # tiny, pile, simplestories, gpt2, smollm2, hf:NAME or tl:NAME
     layers: tuple[int, ...] = (0, 1, 2, 3)
     transcoder_k: tuple[int, ...] = (8, 32)  # active latents per token of the BatchTopK transcoders
@@ -47,8 +39,7 @@ class Settings:
     spd_steps: int = 200  # of four sequences each, where SPD is trained
     eval_tokens: int = 32_768  # held-out tokens the table is measured on
     device: str = "cuda" if torch.cuda.is_available() else "cpu"
-    seed: int = 0
-    output: Path = HERE / "output" / "main"
+    output: Path = Path(__file__).parent / "output" / "main"
     checkpoints: Path = CHECKPOINTS / "main"
 
 
@@ -58,22 +49,22 @@ produced."""
 
 
 def main(s: Settings) -> None:
-    began = time.perf_counter()
     target = load_target(s.target, s.device)
     configs = [
-        *transcoder_configs(target, s.layers, [BatchTopK(k) for k in s.transcoder_k], s.d_dict),
-        *clt_configs(target, s.layers, [BatchTopK(k) for k in s.clt_k], s.d_dict),
+        *transcoder_configs(target, layers=s.layers, rules=[BatchTopK(k) for k in s.transcoder_k], d_dict=s.d_dict),
+        *clt_configs(target, layers=s.layers, rules=[BatchTopK(k) for k in s.clt_k], d_dict=s.d_dict),
     ]
-    checkpoints = train_coders(configs, target, s.tokens, s.batch, s.seed, s.checkpoints)
-    replacements = as_replacements(checkpoints) + baselines(target, s.layers, s.neuron_k)
+    trained = train_coders(configs, target, tokens=s.tokens, batch=s.batch, seed=s.seed, folder=s.checkpoints)
+    replacements = as_replacements(trained) + baselines(target, s.layers, s.neuron_k)
     if s.retrain_spd:
-        spd = train_decomposition(target, s.layers, 512, 192, s.spd_steps, 4, s.seed, s.checkpoints)
-        replacements += spd_replacements(target, spd, s.layers, deltas=(False,))
+        recipe = SPDRecipe(components=512, gate_hidden=192, steps=s.spd_steps, batch=4, seed=s.seed)
+        decomposition = train_decomposition(target, recipe, layers=s.layers, folder=s.checkpoints)
+        replacements += spd_replacements(target, decomposition, s.layers, deltas=(False,))
     elif s.target == "tiny":
         replacements += spd_replacements(target, find_spd(target, s.layers), s.layers, deltas=(False,))
     measured = evaluate(target, replacements, held_out_tokens(target, s.eval_tokens), ("single", "frozen", "free"))
-    write_report(s.output, measured, s, "The main job", TEXT, began, s.device)
+    write_report(s, measured, "The main job", TEXT)
 
 
 if __name__ == "__main__":
-    main(settings_for({"tiny": Settings()}, __doc__))
+    run_study(main, [Settings()], __doc__)

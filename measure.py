@@ -11,8 +11,6 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-import tyro
-from tyro.conf import Positional
 
 from baselines import baselines
 from checkpoints import CONFIG, Checkpoint, TrainingRecord, check_target, load_checkpoint, load_spd, resolve
@@ -51,7 +49,7 @@ def _load(reference: str, target: TargetModel, form: str, layer: int | None, sit
 
 
 def main(
-    checkpoints: Positional[tuple[str, ...]],
+    checkpoints: tuple[str, ...],
     target: str = "tiny",
     tokens: int = 100_000,
     protocols: tuple[Protocol, ...] = PROTOCOLS,
@@ -117,8 +115,10 @@ def _append(path: Path, measured: Measurement) -> None:
 
 def command_line(arguments: Sequence[str] | None = None) -> None:
     """`main` with arguments from the command line; what is wrong with them is said in one line."""
+    import tyro
+
     try:
-        tyro.cli(main, args=arguments, prog="measure.py")
+        tyro.cli(main, args=arguments, prog="measure.py", config=(tyro.conf.PositionalRequiredArgs,))
     except ValueError as error:
         raise SystemExit(str(error)) from None
 

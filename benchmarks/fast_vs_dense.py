@@ -8,7 +8,6 @@ that selection by plain bf16 pre-activations would miss, every 50 steps.
     python benchmarks/fast_vs_dense.py        # writes results/fast_vs_dense.csv and .png
 """
 
-import csv
 import os
 import tempfile
 from dataclasses import dataclass
@@ -21,7 +20,7 @@ from torch import Tensor
 
 from activation_store import ActivationsStore, DataConfig
 from config import BatchTopK, EncoderConfig, TrainConfig
-from logs import atomic_path
+from logs import write_csv
 from sparse_encode import dense_encode_batch_topk
 from sparse_ops import Codes, dense_decode, from_dense, to_dense
 from target_models import load_target
@@ -91,10 +90,7 @@ def main(s: Settings) -> None:
         rows.append((step, f"{fvus[0]:.6f}", f"{fvus[1]:.6f}", missed))
         if last:
             print(*rows[-1], flush=True)
-    s.output.parent.mkdir(exist_ok=True)
-    with atomic_path(s.output) as temporary, temporary.open("w", newline="") as file:
-        writer = csv.writer(file, lineterminator="\n")
-        writer.writerows([("step", "fvu_fast", "fvu_dense", "winners_bf16_would_miss"), *rows])
+    write_csv(s.output, ("step", "fvu_fast", "fvu_dense", "winners_bf16_would_miss"), rows)
     draw(rows, s.output.with_suffix(".png"))
 
 

@@ -6,7 +6,6 @@ deployed face, mean over layers, to results/learning_rate.csv.
     python benchmarks/learning_rate.py --tokens 300000 --lrs 1e-3 2e-3 4e-3 8e-3
 """
 
-import csv
 import itertools
 import os
 import tempfile
@@ -22,6 +21,7 @@ from activation_store import ActivationsStore, DataConfig
 from clt import CrossLayerTranscoder
 from coder import Coder
 from config import BatchTopK, CLTConfig, EncoderConfig, TrainConfig
+from logs import read_csv, write_csv
 from losses import fvu
 from target_models import TargetModel, load_target
 from training import CoderRun, annealed_k, schedule, start_run, training_step
@@ -136,11 +136,8 @@ def main(s: Settings) -> None:
                 round(l0 / n / len(held_out), 2))
         )  # fmt: skip
         print(*rows[-1])
-    s.output.parent.mkdir(exist_ok=True)
-    new = not s.output.exists()
-    with s.output.open("a") as f:
-        writer = csv.writer(f)
-        writer.writerows([Row._fields, *rows] if new else rows)
+    old = read_csv(s.output) if s.output.exists() else []
+    write_csv(s.output, Row._fields, [*(row.values() for row in old), *rows])
 
 
 if __name__ == "__main__":

@@ -10,7 +10,6 @@ One thread; CPU seconds of the process (not wall time), so that a shared machine
 the two, and the fastest of each is taken.
 """
 
-import csv
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -23,7 +22,7 @@ from torch import Tensor
 
 from config import GateConfig, Recon, SPDConfig, SPDTrainConfig
 from devices import keep_freed_memory
-from logs import atomic_path
+from logs import write_csv
 from spd_gates import lower, upper
 from spd_model import ComponentModel
 from spd_training import SPDTrainer
@@ -148,8 +147,7 @@ def main(s: Settings) -> None:
         rows.append([name, C, s.batch, s.seeds, *speeds, f"{worst:.1e}",
                      torch.__version__, "CPU seconds, 1 thread, shared machine"])  # fmt: skip
         print(*zip(COLUMNS, rows[-1]))
-    with atomic_path(s.output) as temporary, temporary.open("w", newline="") as file:
-        csv.writer(file, lineterminator="\n").writerows([COLUMNS, *rows])
+    write_csv(s.output, COLUMNS, rows)
 
 
 if __name__ == "__main__":

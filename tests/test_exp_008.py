@@ -64,7 +64,7 @@ class Perfect:
     """Knows that the latent is active on ` w01`."""
 
     def complete(self, prompt: str, max_tokens: int) -> Any:
-        from clients import Reply
+        from judge_clients import Reply
 
         if prompt.startswith("EXPLAIN"):
             return Reply("<think>EXPLANATION: no</think>\nEXPLANATION: the word w01", False)
@@ -78,22 +78,28 @@ class Fixed:
         self.answer, self.cut_off = answer, cut_off
 
     def complete(self, prompt: str, max_tokens: int) -> Any:
-        from clients import Reply
+        from judge_clients import Reply
 
         return Reply("EXPLANATION: words", False) if prompt.startswith("EXPLAIN") else Reply(self.answer, self.cut_off)
 
 
+def judged(
+    autointerp: ModuleType, client: Any, acts: Any, latent: int
+) -> tuple[str | None, set[int] | None, list[bool]]:
+    return autointerp.judge(client, acts, latent, tokenizer=Words(), max_tokens=100, generator=generator())
+
+
 def test_perfect_judge_scores_one_and_silent_judge_scores_half(module: Any) -> None:
-    autointerp, acts = module("autointerp"), activations(module("features"))
+    autointerp, acts = module("autointerp"), activations(module("latent_activations"))
     for client, expected in ((Perfect(), (1.0, 1.0)), (Fixed("ANSWER: none."), (10 / 14, 0.5))):
-        explanation, answer, truth = autointerp.judge(client, 100, Words(), acts, 1, generator())
+        explanation, answer, truth = judged(autointerp, client, acts, 1)
         assert explanation and len(truth) == 14 and sum(truth) == 4
         assert autointerp.score(answer, truth) == pytest.approx(expected)
 
 
 def test_random_examples_are_inactive_and_none_is_used_twice(module: Any) -> None:
-    autointerp, features = module("autointerp"), module("features")
-    peaks = module("examples").windows(activations(features).of(2)).amax(1)
+    autointerp, features = module("autointerp"), module("latent_activations")
+    peaks = module("example_windows").windows(activations(features).of(2)).amax(1)
     examples = autointerp.pick(peaks, generator())
     used = torch.cat([examples.explain, examples.score])
     assert len(examples.explain) == 15 and len(used.unique()) == len(used)
@@ -105,14 +111,14 @@ GARBAGE = ["", "I think 3", "ANSWER:", "ANSWER: 3 and 4", "ANSWER: 99", "<think>
 
 @pytest.mark.parametrize("said", GARBAGE)
 def test_a_reply_without_a_readable_answer_is_a_failure(module: Any, said: str) -> None:
-    autointerp, acts = module("autointerp"), activations(module("features"))
-    assert autointerp.judge(Fixed(said), 100, Words(), acts, 1, generator())[1] is None
-    assert autointerp.judge(Fixed("ANSWER: 1", cut_off=True), 100, Words(), acts, 1, generator())[1] is None
+    autointerp, acts = module("autointerp"), activations(module("latent_activations"))
+    assert judged(autointerp, Fixed(said), acts, 1)[1] is None
+    assert judged(autointerp, Fixed("ANSWER: 1", cut_off=True), acts, 1)[1] is None
 
 
 def test_token_rule_reads_the_same_prompts(module: Any) -> None:
-    autointerp, clients, acts = module("autointerp"), module("clients"), activations(module("features"))
-    explanation, answer, truth = autointerp.judge(clients.TokenRule(), 100, Words(), acts, 3, generator())
+    autointerp, clients, acts = module("autointerp"), module("judge_clients"), activations(module("latent_activations"))
+    explanation, answer, truth = judged(autointerp, clients.TokenRule(), acts, 3)
     assert json.loads(explanation) == ["w03"] and autointerp.score(answer, truth) == (1.0, 1.0)
 
 
@@ -136,21 +142,21 @@ def test_endpoint_asks_with_key_and_room_to_think(module: Any, monkeypatch: pyte
     monkeypatch.setenv("OPENAI_API_KEY", "k")
     monkeypatch.setenv("OPENAI_BASE_URL", f"http://127.0.0.1:{server.server_port}/v1")
     monkeypatch.setenv("no_proxy", "127.0.0.1")
-    reply = module("clients").make_client("endpoint:m", "cpu").complete("hello", 4096)
+    reply = module("judge_clients").make_client("endpoint:m", "cpu").complete("hello", 4096)
     server.server_close()
-    assert reply == ("", True) and module("clients").parse_numbers(reply, 5) is None
+    assert reply == ("", True) and module("judge_clients").parse_numbers(reply, 5) is None
     assert asked[0][0] == "Bearer k" and asked[0][1]["max_completion_tokens"] == 4096
 
 
 def test_deciles_of_tied_activations_are_equal_parts(module: Any) -> None:
-    parts = module("oddity").deciles(torch.tensor([1.0] * 57 + [0.0] * 9 + [0.5] * 3), generator())
+    parts = module("intruder_items").deciles(torch.tensor([1.0] * 57 + [0.0] * 9 + [0.5] * 3), generator())
     assert [len(p) for p in parts] == [6] * 10 and len(torch.cat(parts).unique()) == 60
 
 
 def test_intruder_is_active_for_its_donor_and_silent_for_the_latent(module: Any) -> None:
-    oddity, features = module("oddity"), module("features")
+    oddity, features = module("intruder_items"), module("latent_activations")
     acts = activations(features, 256)
-    found = oddity.items(acts, 0, [1, 2, 3], generator())
+    found = oddity.items(acts, 0, donors=[1, 2, 3], generator=generator())
     assert len(found) == 10
     for item in found:
         assert item.active[item.intruder].any() and not (item.tokens[item.intruder] == 0).any()
@@ -161,13 +167,17 @@ def test_intruder_is_active_for_its_donor_and_silent_for_the_latent(module: Any)
 def test_offline_judges_find_the_intruder_and_shuffling_blinds_them(module: Any) -> None:
     from collections import Counter
 
-    oddity, features = module("oddity"), module("features")
+    oddity, features = module("intruder_items"), module("latent_activations")
     acts = activations(features, 1024)
     embedding = torch.eye(40)
     rates = []
     for case in (acts, features.shuffled(acts, generator())):
         g = generator()
-        items = [item for i in [0, 1, 2, 3] * 3 for item in oddity.items(case, i, [j for j in range(4) if j != i], g)]
+        items = [
+            item
+            for i in [0, 1, 2, 3] * 3
+            for item in oddity.items(case, i, donors=[j for j in range(4) if j != i], generator=g)
+        ]
         for judge in ("tfidf", "embedding"):
             extra = (Counter(), 100) if judge == "tfidf" else (embedding,)
             vectors = getattr(oddity, f"{judge}_vectors")
@@ -177,7 +187,7 @@ def test_offline_judges_find_the_intruder_and_shuffling_blinds_them(module: Any)
 
 
 def test_shuffling_keeps_density_and_avoids_first_positions(module: Any) -> None:
-    features = module("features")
+    features = module("latent_activations")
     acts = activations(features)
     dealt = features.shuffled(acts, generator())
     assert torch.equal(dealt.counts, acts.counts) and (dealt.places % 32 != 0).all()
@@ -192,9 +202,11 @@ def test_tree_learns_a_rule_of_three_tokens_exactly(module: Any) -> None:
     features, n = p.context(tokens, 5), 17 * 6
     half = 200 * 11
     rule = y.flatten()
-    assert p.predictability(features[:half], rule[:half], features[half:], rule[half:], n) == pytest.approx(1.0)
+    assert p.predictability(features[:half], rule[:half], features[half:], rule[half:], n_features=n) == pytest.approx(
+        1.0
+    )
     noise = torch.rand(len(rule), generator=generator()) < 0.3
-    assert abs(p.predictability(features[:half], noise[:half], features[half:], noise[half:], n)) < 0.1
+    assert abs(p.predictability(features[:half], noise[:half], features[half:], noise[half:], n_features=n)) < 0.1
 
 
 def test_jacobian_of_a_linear_map_is_its_matrix(module: Any) -> None:
@@ -215,27 +227,30 @@ def test_identity_replacement_is_faithful_and_mean_ablation_is_not(module: Any) 
         "all": NeuronsReplacement(target, (2,), target.d_mlp),
         "mean": MeanReplacement((2,), torch.zeros(1, target.d_model)),
     }
-    rows = module("faithfulness").measure(target, 2, methods, tokens)
+    rows = module("faithfulness").measure(target, methods, tokens, layer=2)
     for row in rows:
         if row.method in ("all", "mean"):
             assert row.cosine == pytest.approx(float(row.method == "all"), abs=2e-2), row
 
 
 def test_latents_without_active_or_silent_examples_are_not_drawn(module: Any, capsys: pytest.CaptureFixture) -> None:
-    features = module("features")
+    features = module("latent_activations")
     acts = activations(features)  # 128 windows
     everywhere = torch.arange(acts.tokens.numel()).view(acts.tokens.shape)[:, 1:].flatten()
     more = features.Activations(
         acts.tokens, torch.cat([acts.latents, torch.full_like(everywhere, 4)]), torch.cat([acts.places, everywhere]),
         torch.cat([acts.values, torch.ones(len(everywhere))]), 6,
     )  # fmt: skip
-    drawn = features.draw_latents(more, 6, 1, generator())
+    drawn = features.draw_latents(more, 6, active=1, generator=generator())
     assert sorted(drawn["uniform"]) == sorted(drawn["mass"]) == [0, 1, 2, 3], "4 is active everywhere, 5 nowhere"
-    assert features.draw_latents(more, 6, 129, generator()) == {} and "not examined" in capsys.readouterr().out
+    assert (
+        features.draw_latents(more, 6, active=129, generator=generator()) == {}
+        and "not examined" in capsys.readouterr().out
+    )
 
 
 def test_random_weights_target_shares_no_matrix_and_no_name(module: Any, small_target: Any) -> None:
-    null = module("features").randomised(small_target, 0)
+    null = module("methods_and_nulls").randomised(small_target, 0)
     assert null.name == "small-random" and null.fingerprint != small_target.fingerprint
     for (name, p), q in zip(small_target.model.named_parameters(), null.model.parameters()):
         assert torch.equal(p, q) == (p.ndim < 2), name

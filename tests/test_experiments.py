@@ -1,7 +1,9 @@
 """Every experiment runs offline through its command line, at a miniature size, and leaves a table and a figure."""
 
+import dataclasses
 import json
 import runpy
+import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -15,6 +17,7 @@ import study
 import target_models
 import workers
 from pareto import read_points
+from recipes import SPDRecipe
 from target_models import TargetModel
 
 EXPERIMENTS = Path(__file__).parents[1] / "experiments"
@@ -64,7 +67,8 @@ def target(tmp_path_factory: pytest.TempPathFactory) -> TargetModel:
 def checkpoints(target: TargetModel, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Holds a decomposition, as after exp_004; the scripts add their coders and find each other's."""
     folder = tmp_path_factory.mktemp("checkpoints")
-    recipes.train_decomposition(target, range(4), 8, 4, steps=1, batch=2, seed=0, folder=folder / target.name)
+    recipe = SPDRecipe(components=8, gate_hidden=4, steps=1, batch=2)
+    recipes.train_decomposition(target, recipe, layers=range(4), folder=folder / target.name)
     return folder
 
 
@@ -87,7 +91,11 @@ def call(target: TargetModel, checkpoints: Path, monkeypatch: pytest.MonkeyPatch
 
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_it_runs_from_its_command_line(
-    script: str, call: Callable[[str, list[str]], None], checkpoints: Path, tmp_path: Path
+    script: str,
+    call: Callable[[str, list[str]], None],
+    checkpoints: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     arguments, methods = SCRIPTS[script]
     if script.endswith("main.py"):
@@ -101,32 +109,69 @@ def test_it_runs_from_its_command_line(
     assert expected <= {p.method for p in points}, f"{expected - {p.method for p in points}} are missing"
     assert all(p.ce_degradation == 0 for p in points if p.method == "identity")
     assert all(p.tokens == 1024 - 1024 // 16 for p in points)
+    printed = [line for line in capsys.readouterr().out.splitlines() if line.startswith("|")]
+    free = [p for p in points if p.protocol == "free"]
+    assert len(printed) == 2 + len(free or points) and all(line.count("|") <= 6 for line in printed)
 
 
-def test_a_figure_is_drawn_again_without_model_or_data(
+def test_a_report_is_drawn_again_without_model_or_data(
     call: Callable[[str, list[str]], None], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """The committed table of exp_011 gives the committed report."""
     script = "exp_011_pareto_trained_all_layers/pareto_trained_all_layers.py"
-    call(script, [*SCRIPTS[script][0], "--output", str(tmp_path)])
-    (tmp_path / "pareto.png").unlink()
+    committed = (EXPERIMENTS / script).parent / "output"
+    for name in ("points.csv", "README.md"):
+        shutil.copy(committed / name, tmp_path)
     monkeypatch.setattr(target_models, "load_target", None)
     call(script, ["--target", "tiny", "--replot", "--output", str(tmp_path)])
     assert (tmp_path / "pareto.png").exists()
+    assert (tmp_path / "README.md").read_text() == (committed / "README.md").read_text()
     drawn = []
     monkeypatch.setattr(study, "draw", lambda points, path: drawn.append((len(points), path)))
-    others = [other for other in SCRIPTS if other not in ("../main.py", "exp_014_sae_sites/sae_sites.py")]
-    for other in others:
+    for other in SCRIPTS:
         call(other, ["--target", "tiny", "--replot", "--output", str(tmp_path)])
-    assert drawn == [(len(read_points(tmp_path / "points.csv")), tmp_path / "pareto.png")] * len(others)
+    assert drawn == [(len(read_points(tmp_path / "points.csv")), tmp_path / "pareto.png")] * len(SCRIPTS)
+
+
+@pytest.mark.parametrize("named", [["--target=tiny"], ["--target", "tiny"], ["--seed", "0", "--target=tiny"]])
+def test_a_preset_is_the_targets_however_it_is_named(named: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    large = study.CoderStudySettings(target="pile", output=Path("large"))
+    small = dataclasses.replace(large, target="tiny", d_dict=7, output=Path("small"), device="cpu")
+    monkeypatch.setattr(sys, "argv", ["script", *named])
+    assert study.settings_for([large, small], "") == small
+    monkeypatch.setattr(sys, "argv", ["script", "--seed", "0"])
+    assert study.settings_for([large, small], "") == large
+
+
+def test_a_target_without_sizes_is_refused_in_one_line(call: Callable[[str, list[str]], None], tmp_path: Path) -> None:
+    script = "exp_011_pareto_trained_all_layers/pareto_trained_all_layers.py"
+    for named in (["--target", "gpt2"], ["--target=gpt2"]):
+        with pytest.raises(
+            ValueError, match="^this experiment has no sizes for target 'gpt2': use one of pile, tiny, smol"
+        ):
+            call(script, [*named, "--output", str(tmp_path)])
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_single_preset_serves_every_target(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "argv", ["script", "--target=hf:org/name"])
+    only = study.StudySettings(target="tiny", output=Path("output"))
+    assert study.settings_for([only], "") == dataclasses.replace(only, target="hf:org/name")
 
 
 def test_every_experiment_is_tested() -> None:
+    """Here, or in a test file of its own that runs a script of its folder."""
     tested = {script.split("/")[0] for script in SCRIPTS}
-    elsewhere = {
-        "exp_000_train_tiny_target",
-        "exp_008_interp_pile",
-        "exp_009_diagnose_tail",
-        "exp_012_spd_known_mechanisms",
-    }
-    elsewhere |= {"exp_013_spd_mask_leak"}
-    assert {folder.name for folder in EXPERIMENTS.glob("exp_*")} <= tested | elsewhere
+    for file in Path(__file__).parent.glob("test_exp_*.py"):
+        tested |= {folder.name for folder in EXPERIMENTS.glob("exp_*") if folder.name in file.read_text()}
+    assert {folder.name for folder in EXPERIMENTS.glob("exp_*")} <= tested
+
+
+def test_no_script_is_over_150_lines() -> None:
+    lengths = {file.name: len(file.read_text().splitlines()) for file in EXPERIMENTS.rglob("*.py")}
+    assert {name: n for name, n in lengths.items() if n > 150} == {}
+
+
+def test_the_table_of_experiments_is_what_its_script_writes() -> None:
+    readme = (EXPERIMENTS / "README.md").read_text()
+    assert runpy.run_path(str(EXPERIMENTS / "table.py"))["with_table"](readme) == readme

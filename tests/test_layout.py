@@ -9,7 +9,7 @@ from pathlib import Path
 
 REPOSITORY = Path(__file__).parent.parent
 TREES = {file.stem: ast.parse(file.read_text()) for file in sorted(REPOSITORY.glob("*.py"))}
-OPTIONAL = {"wandb", "datasets", "triton", "matplotlib", "transformers", "transformer_lens", "sparse_triton"}
+OPTIONAL = {"wandb", "datasets", "tyro", "triton", "matplotlib", "transformers", "transformer_lens", "sparse_triton"}
 
 
 def test_top_level_modules_are_the_repositorys_own() -> None:

@@ -76,7 +76,7 @@ def test_saes_of_a_site_are_trained_and_measured_by_the_command_line(
     monkeypatch.setattr(measure, "load_target", lambda name, device: small_target)
     for site in SITES:
         view = at_site(small_target, site)
-        coders = [new_coder(c, 0) for c in sae_configs(view, (0, 1), [BatchTopK(4)], 32)]
+        coders = [new_coder(c, 0) for c in sae_configs(view, layers=(0, 1), rules=[BatchTopK(4)], d_dict=32)]
         train_group(
             coders,
             view,

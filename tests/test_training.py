@@ -237,6 +237,25 @@ def test_every_kind_of_coder_learns_in_one_group(small_target: TargetModel, tmp_
         assert checkpoint.record.train_tokens == config.tokens and not checkpoint.coder.training
 
 
+def test_each_kind_of_coder_sees_its_own_part_of_a_batch(small_target: TargetModel) -> None:
+    """A transcoder an MLP's input and output, an SAE its output twice, a CLT all its layers; and statistics alike."""
+    store = ActivationsStore(small_target, DATA)
+    batch, stats = next(store), store.stats
+    transcoder, sae, clt = coders()[1], coders()[3], coders()[4]
+    for coder, inputs, targets in (
+        (transcoder, batch.inputs[1], batch.targets[1]),
+        (sae, batch.targets[1], batch.targets[1]),
+        (clt, batch.inputs, batch.targets),
+    ):
+        rows = list(coder.config.layers)
+        x, y = coder.view(*batch, rows)
+        assert torch.equal(x, inputs) and torch.equal(y, targets)
+        own = coder.stats_of(stats, rows)
+        side = (stats.y_mean, stats.y_scale) if coder is sae else (stats.x_mean, stats.x_scale)
+        assert torch.equal(own.x_mean, side[0][rows]) and torch.equal(own.x_scale, side[1][rows])
+        assert torch.equal(own.y_mean, stats.y_mean[rows]) and coder.variance(own).shape == y.shape[:-2]
+
+
 def test_a_group_trains_each_coder_as_it_would_alone(small_target: TargetModel, tmp_path: Path) -> None:
     together = train_group(coders(), small_target, data=DATA, config=TRAIN, folder=tmp_path / "group")[0]
     alone = train_encoder(coders()[0], small_target, data=DATA, config=TRAIN, folder=tmp_path / "alone")

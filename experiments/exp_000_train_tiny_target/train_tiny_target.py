@@ -5,68 +5,44 @@ order, each seen at most once. Hidden matrices train with Muon (torch.optim.Muon
 than AdamW in runs this short; the tied embedding and the norms with AdamW. Warm-up, plateau, linear decay over the second
 half. An interrupted run goes on from its last state; a finished one is exported to `assets/tiny` with its card.
 
-    python experiments/exp_000_train_tiny_target/train_tiny_target.py    # about 35 minutes on 2 cores
+    python experiments/exp_000_train_tiny_target/train_tiny_target.py    # offline
 
 Expected: at most 1.25 bits per byte on held-out files.
 """
 
-import itertools
 import math
 import time
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 import torch
 import tyro
-from card import export
+from corpus_tokens import tokenise, train_tokenizer
 from jaxtyping import Int
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from target_card import HeldOut, export
 from torch import Tensor
 from tqdm import trange
 
 from checkpoints import CHECKPOINTS, load_tensors, save_tensors
 from llama_simple_mlp import LlamaSimpleMLP, LlamaSimpleMLPConfig, initialise
-from logs import atomic_path
-from python_corpus import Split
-from token_stream import DatasetSpec, documents
-
-STATE = CHECKPOINTS / "exp_000"
-CORPUS = DatasetSpec("python")
+from logs import errors_in_one_line, write_settings
+from target_models import ASSETS
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Settings:
     tokens: int = 13_000_000  # training tokens
     batch: int = 32  # sequences per step
+    layers: int = 4
     vocab: int = 4096
     muon_lr: float = 0.02
     adamw_lr: float = 4e-3
     tokenizer_files: int = 4000  # training files the byte-pair encoding is learnt from
     device: str = "cuda" if torch.cuda.is_available() else "cpu"
     seed: int = 0
-
-
-def train_tokenizer(s: Settings, file: Path) -> None:
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(
-        vocab_size=s.vocab, special_tokens=["<|endoftext|>"], initial_alphabet=alphabet, show_progress=False
-    )
-    tokenizer.train_from_iterator(itertools.islice(documents(CORPUS, "train", 0), s.tokenizer_files), trainer)
-    with atomic_path(file) as temporary:
-        tokenizer.save(str(temporary))
-
-
-def tokenise(file: Path, split: Split) -> tuple[Int[Tensor, "token"], int]:
-    """All tokens of a split, an end-of-text token before each document, and the documents' bytes."""
-    tokenizer, parts, n_bytes = Tokenizer.from_file(str(file)), [], 0
-    for texts in itertools.batched(documents(CORPUS, split, 0), 512):
-        n_bytes += sum(len(text.encode()) for text in texts)
-        parts += [np.array([0, *encoded.ids], dtype=np.uint16) for encoded in tokenizer.encode_batch(list(texts))]
-    return torch.from_numpy(np.concatenate(parts).astype(np.int32)), n_bytes
+    state: Path = CHECKPOINTS / "exp_000"  # the tokenizer, and what an interrupted run goes on from
+    model: Path = ASSETS / "tiny"  # where the finished model goes
+    output: Path = Path(__file__).parent / "output"
 
 
 def rows(tokens: Int[Tensor, "token"], which: Int[Tensor, "batch"], seq: int) -> tuple[Tensor, Tensor]:
@@ -75,13 +51,13 @@ def rows(tokens: Int[Tensor, "token"], which: Int[Tensor, "batch"], seq: int) ->
 
 
 @torch.inference_mode()
-def held_out_nats(model: LlamaSimpleMLP, tokens: Int[Tensor, "token"], limit: int, device: str) -> float:
+def held_out_nats(model: LlamaSimpleMLP, tokens: Int[Tensor, "token"], limit: int) -> float:
     """Mean cross-entropy per token over the first `limit` rows, spread over the split."""
     seq, n = model.config.block_size, (len(tokens) - 1) // model.config.block_size
     chosen = torch.arange(0, n, max(1, n // limit))
     total = 0.0
     for which in chosen.split(32):
-        x, y = (t.to(device) for t in rows(tokens, which, seq))
+        x, y = (t.to(model.lm_head.weight.device) for t in rows(tokens, which, seq))
         total += model(x, y)[1].item() * len(which)
     return total / len(chosen)
 
@@ -89,9 +65,7 @@ def held_out_nats(model: LlamaSimpleMLP, tokens: Int[Tensor, "token"], limit: in
 def train(
     s: Settings, tokens: Int[Tensor, "token"], val: Int[Tensor, "token"]
 ) -> tuple[LlamaSimpleMLP, list[dict[str, float]]]:
-    config = LlamaSimpleMLPConfig(
-        256, s.vocab, n_layer=4, n_head=6, n_embd=192, n_intermediate=768, n_key_value_heads=6
-    )
+    config = LlamaSimpleMLPConfig(256, s.vocab, s.layers, n_head=6, n_embd=192, n_intermediate=768, n_key_value_heads=6)
     model, generator = LlamaSimpleMLP(config), torch.Generator().manual_seed(s.seed)
     initialise(model, generator)
     model.to(s.device)
@@ -101,8 +75,8 @@ def train(
     muon = torch.optim.Muon(hidden, lr=s.muon_lr, momentum=0.95, weight_decay=0.01)
     adamw = torch.optim.AdamW(other, lr=s.adamw_lr, betas=(0.9, 0.95), weight_decay=0.0, fused=True)
     steps, start, log, spent = s.tokens // (s.batch * 256), 0, [], 0.0
-    if (STATE / "state.pt").exists():
-        state = load_tensors(STATE / "state.pt", s.device)
+    if (s.state / "state.pt").exists():
+        state = load_tensors(s.state / "state.pt", s.device)
         model.load_state_dict(state["model"])
         muon.load_state_dict(state["muon"])
         adamw.load_state_dict(state["adamw"])
@@ -121,27 +95,32 @@ def train(
             optimiser.zero_grad(set_to_none=True)
         if step % 20 == 0 or step == steps - 1:
             assert math.isfinite(loss.item()), f"loss {loss.item()} at step {step}"
-            log.append(
-                {"tokens": (step + 1) * s.batch * 256, "loss": loss.item(), "seconds": time.perf_counter() - began}
-            )
+            seconds = time.perf_counter() - began
+            log.append({"tokens": (step + 1) * s.batch * 256, "loss": loss.item(), "seconds": seconds})
         if step % 200 == 199 or step == steps - 1:
-            log[-1]["held_out"] = held_out_nats(model, val, 256, s.device)
-            state = {"model": model.state_dict(), "muon": muon.state_dict(), "adamw": adamw.state_dict()}
-            save_tensors(
-                STATE / "state.pt", state | {"step": step + 1, "log": log, "seconds": time.perf_counter() - began}
-            )
+            log[-1]["held_out"] = held_out_nats(model, val, 256)
+            state = {
+                "model": model.state_dict(), "muon": muon.state_dict(), "adamw": adamw.state_dict(), "step": step + 1,
+                "log": log, "seconds": time.perf_counter() - began,
+            }  # fmt: skip
+            save_tensors(s.state / "state.pt", state)
     return model, log
 
 
 def main(s: Settings) -> None:
-    STATE.mkdir(parents=True, exist_ok=True)
-    if not (STATE / "tokenizer.json").exists():
-        train_tokenizer(s, STATE / "tokenizer.json")
-    (tokens, train_bytes), (val, val_bytes) = (tokenise(STATE / "tokenizer.json", split) for split in ("train", "val"))
+    tokenizer_file = s.state / "tokenizer.json"
+    if not tokenizer_file.exists():
+        train_tokenizer(tokenizer_file, vocab=s.vocab, files=s.tokenizer_files)
+    (tokens, train_bytes), (val, val_bytes) = (tokenise(tokenizer_file, split) for split in ("train", "val"))
     model, log = train(s, tokens, val)
-    nats = held_out_nats(model.eval(), val, 10**9, s.device)
-    export(model, STATE / "tokenizer.json", log, nats, len(val), val_bytes, train_bytes, s.device)
+    held_out = HeldOut(held_out_nats(model.eval(), val, 10**9), len(val), val_bytes)
+    export(
+        model, log, held_out, tokenizer_file=tokenizer_file, train_bytes=train_bytes, device=s.device, folder=s.model,
+        output=s.output,
+    )  # fmt: skip
+    write_settings(s.output, s, s.device)
 
 
 if __name__ == "__main__":
+    errors_in_one_line()
     main(tyro.cli(Settings, description=__doc__))

@@ -5,29 +5,28 @@ sequences and the masks of deployment on the others, importance minimality with 
 that read their own module's input at the same position (and so cannot see the future), start from a least-squares
 factorisation in place of faithfulness warm-up. `recipes.train_decomposition` says more.
 
-    python experiments/exp_004_train_spd_gpt2/train_spd_gpt2.py                # GPT-2, layer 8: GPU, network, a day
-    python experiments/exp_004_train_spd_gpt2/train_spd_gpt2.py --target tiny  # layer 2 of `tiny`, 7 minutes of one core
+    python experiments/exp_004_train_spd_gpt2/train_spd_gpt2.py                # GPT-2, layer 8: GPU, network
+    python experiments/exp_004_train_spd_gpt2/train_spd_gpt2.py --target tiny  # layer 2 of `tiny`, offline
     python experiments/exp_004_train_spd_gpt2/train_spd_gpt2.py --target tiny --layers 0 1 2 3 --components 512 \\
-        --steps 2000 --ship assets/spd_tiny                                    # the shipped decomposition, 46 minutes
+        --steps 2000 --ship assets/spd_tiny                                    # the shipped decomposition
     … --replot draws the figure again from points.csv
 """
 
 import copy
-import time
 from dataclasses import dataclass
 from pathlib import Path
 
 from baselines import baselines
 from checkpoints import checkpoint_folder, save_checkpoint
 from evaluation import evaluate, held_out_tokens
-from recipes import train_decomposition
+from recipes import SPDRecipe, train_decomposition
 from spd_replacement import spd_replacements
-from study import replot, settings_for, write_report
+from study import StudySettings, run_study, write_report
 from target_models import load_target
 
 
-@dataclass(frozen=True)
-class Settings:
+@dataclass(frozen=True, kw_only=True)
+class Settings(StudySettings):
     target: str = "gpt2"
     layers: tuple[int, ...] = (8,)
     components: int = 6144  # C of every matrix
@@ -36,45 +35,32 @@ class Settings:
     batch: int = 32  # sequences per step
     lr: float = 1e-3  # peak of AdamW, cosine to a tenth
     minimality: float = 5e-4
-    eval_tokens: int = 131_072  # held-out tokens
-    device: str = "cuda"
-    seed: int = 0
-    ship: Path = Path()  # also write a half-precision copy here
+    ship: Path | None = None  # also write a half-precision copy here
     output: Path = Path(__file__).parent / "output"
-    replot: bool = False  # draw the figure from points.csv and stop
 
 
-PRESETS = {
-    "gpt2": Settings(),
-    "tiny": Settings(
-        "tiny", (2,), components=512, gate_hidden=192, steps=400, batch=4, eval_tokens=102_400, device="cpu"
+PRESETS = (
+    Settings(),
+    Settings(
+        target="tiny", layers=(2,), components=512, gate_hidden=192, steps=400, batch=4, eval_tokens=102_400,
+        device="cpu",
     ),
-}
+)  # fmt: skip
 
 
 def main(s: Settings) -> None:
-    if s.replot:
-        return replot(s.output)
-    began = time.perf_counter()
     target = load_target(s.target, s.device)
-    decomposition = train_decomposition(
-        target,
-        s.layers,
-        s.components,
-        s.gate_hidden,
-        s.steps,
-        s.batch,
-        s.seed,
-        checkpoint_folder(s.target),
-        s.lr,
-        s.minimality,
-    )
-    if s.ship != Path():
+    recipe = SPDRecipe(
+        components=s.components, gate_hidden=s.gate_hidden, steps=s.steps, batch=s.batch, lr=s.lr,
+        minimality=s.minimality, seed=s.seed,
+    )  # fmt: skip
+    decomposition = train_decomposition(target, recipe, layers=s.layers, folder=checkpoint_folder(s.target))
+    if s.ship is not None:
         save_checkpoint(s.ship, copy.deepcopy(decomposition.model).half(), decomposition.record)
     replacements = spd_replacements(target, decomposition, s.layers) + baselines(target, s.layers, (16, 64, 256))
     measured = evaluate(target, replacements, held_out_tokens(target, s.eval_tokens))
-    write_report(s.output, measured, s, "SPD of MLP matrices", __doc__, began, s.device)
+    write_report(s, measured, "SPD of MLP matrices", __doc__)
 
 
 if __name__ == "__main__":
-    main(settings_for(PRESETS, __doc__))
+    run_study(main, PRESETS, __doc__)

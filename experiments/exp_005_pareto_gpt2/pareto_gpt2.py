@@ -1,63 +1,51 @@
 """What does one MLP cost to replace as its active parts grow from 1 to 500: transcoder or SPD?
 
-One layer replaced (`single`). The transcoder's codes are cut to each token's L0 largest (off its trained sparsity but at
-the trained k, which is marked); SPD's components are ranked by pre-sigmoid importance, c_fc and down_proj each alone and
-both together; neurons are ranked by |h|·‖W_out‖.
+One layer replaced (`single`). The transcoder's codes are cut to each token's L0 largest. Only the point at the trained k
+uses the sparsity the coder was trained for; it is drawn full, the others hollow. SPD's components are ranked by
+pre-sigmoid importance, c_fc and down_proj each alone and both together; neurons are ranked by |h|·‖W_out‖.
 
     python experiments/exp_005_pareto_gpt2/pareto_gpt2.py                # GPT-2, layer 8: GPU, network
-    python experiments/exp_005_pareto_gpt2/pareto_gpt2.py --target tiny  # offline, 19 min of a core
+    python experiments/exp_005_pareto_gpt2/pareto_gpt2.py --target tiny  # offline
     … --replot draws the figure again from points.csv
 """
 
-import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from baselines import baselines  # fmt: skip
-from checkpoints import checkpoint_folder  # fmt: skip
-from coder_replacements import as_replacement  # fmt: skip
-from config import BatchTopK, EncoderConfig
-from evaluation import (
-    evaluate,
-    held_out_tokens,  # fmt: skip
-)
-from recipes import train_coders  # fmt: skip
-from spd_replacement import spd_sweep  # fmt: skip
-from study import replot, settings_for, write_report  # fmt: skip
+from baselines import baselines
+from checkpoints import checkpoint_folder
+from coder_replacements import as_replacement
+from config import BatchTopK
+from evaluation import evaluate, held_out_tokens
+from recipes import train_coders, transcoder_configs
+from spd_replacement import spd_sweep
+from study import CoderStudySettings, run_study, write_report
 from target_models import load_target
 
 
-@dataclass(frozen=True)
-class Settings:
+@dataclass(frozen=True, kw_only=True)
+class Settings(CoderStudySettings):
     target: str = "gpt2"
     layer: int = 8
     trained_k: int = 16  # active latents per token in training
     l0: tuple[int, ...] = (1, 2, 4, 8, 16, 32, 64, 128, 256, 500)  # active latents, components or neurons in evaluation
-    d_dict: int = 12_288  # latents
-    tokens: int = 200_000_000  # training tokens
-    batch: int = 4096  # tokens per training batch
-    eval_tokens: int = 131_072  # held-out tokens
-    device: str = "cuda"
-    seed: int = 0
+    d_dict: int = 12_288
+    tokens: int = 200_000_000
     output: Path = Path(__file__).parent / "output"
-    replot: bool = False  # draw the figure from points.csv and stop
 
 
-PRESETS = {
-    "gpt2": Settings(),
-    "tiny": Settings("tiny", layer=2, d_dict=1536, tokens=1_000_000, batch=2048, eval_tokens=102_400, device="cpu"),
-}
+PRESETS = (
+    Settings(),
+    Settings(target="tiny", layer=2, d_dict=1536, tokens=1_000_000, batch=2048, eval_tokens=102_400, device="cpu"),
+)
 
 
 def main(s: Settings) -> None:
-    if s.replot:
-        return replot(s.output)
-    began = time.perf_counter()
     target = load_target(s.target, s.device)
-    config = EncoderConfig(
-        layer=s.layer, d_in=target.d_model, d_out=target.d_model, d_dict=s.d_dict, rule=BatchTopK(s.trained_k)
+    configs = transcoder_configs(target, layers=(s.layer,), rules=[BatchTopK(s.trained_k)], d_dict=s.d_dict)
+    trained = train_coders(
+        configs, target, tokens=s.tokens, batch=s.batch, seed=s.seed, folder=checkpoint_folder(s.target)
     )
-    trained = train_coders([config], target, s.tokens, s.batch, s.seed, checkpoint_folder(s.target))
     replacements = [
         as_replacement(trained),
         *(as_replacement(trained, top_k=k) for k in s.l0),
@@ -65,8 +53,8 @@ def main(s: Settings) -> None:
         *baselines(target, (s.layer,), neurons=s.l0),
     ]
     measured = evaluate(target, replacements, held_out_tokens(target, s.eval_tokens), ("single",))
-    write_report(s.output, measured, s, "One MLP of GPT-2", __doc__, began, s.device)
+    write_report(s, measured, "One MLP of GPT-2", __doc__)
 
 
 if __name__ == "__main__":
-    main(settings_for(PRESETS, __doc__))
+    run_study(main, PRESETS, __doc__)

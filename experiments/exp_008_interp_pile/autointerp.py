@@ -7,29 +7,29 @@ counted, shown, never scored. Without a language model (`--client tokens`) the e
 often marked, read and judged through the same prompts: a floor for explanations in words, the same for every method.
 
     python experiments/exp_008_interp_pile/autointerp.py --client endpoint:MODEL   # pile: GPU, network
-    python experiments/exp_008_interp_pile/autointerp.py --target tiny             # offline; minutes on 2 cores
+    python experiments/exp_008_interp_pile/autointerp.py --target tiny             # offline
     … --replot draws the figure again from results.csv
 
 Expected: transcoder and CLT latents near .8, shuffled activations at .5; the random-weights target between.
 """
 
-import time
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
-from clients import Client, make_client, parse_explanation, parse_numbers
-from examples import numbered, text, windows
-from features import TINY, Activations, Common, all_activations, draw_latents
-from figures import dots, means, read_csv, table, write_csv, write_readme
+from example_windows import numbered, text, windows
+from interval_report import dots, means, table, write_readme, write_results
 from jaxtyping import Int
+from judge_clients import Client, make_client, parse_explanation, parse_numbers
+from latent_activations import Activations, all_activations, draw_latents
+from methods_and_nulls import TINY, InterpSettings
 from torch import Tensor
 
 from evaluation import held_out_tokens
-from logs import write_settings
-from study import settings_for
+from logs import read_csv, write_settings
+from study import run_study
 from target_models import load_target
 
 TOP, DRAWN, SCORED_TOP, SCORED_DRAWN, SCORED_RANDOM = 10, 5, 2, 2, 10
@@ -37,14 +37,14 @@ ACTIVE = TOP + DRAWN + SCORED_TOP + SCORED_DRAWN
 CUT = 0.01  # tokens below this share of the latent's largest activation are not marked
 
 
-@dataclass(frozen=True)
-class Settings(Common):
+@dataclass(frozen=True, kw_only=True)
+class Settings(InterpSettings):
     client: str = "tokens"  # tokens, endpoint:MODEL or local:FOLDER
     max_tokens: int = 4096  # of a reply; a reasoning model thinks within it
     output: Path = Path(__file__).parent / "output" / "autointerp"
 
 
-PRESETS = {"pile": Settings(), "tiny": Settings(**vars(TINY))}
+PRESETS = (Settings(), Settings(**TINY))
 
 EXPLAIN = """EXPLAIN one unit of a language model. Below are pieces of text on which it is active. << and >> were added
 by us around the active tokens; they are not part of the text. What do the marked tokens have in common? Think as long
@@ -64,10 +64,10 @@ class Result(NamedTuple):
     drawn: str  # uniform or mass
     latent: int
     density: float
-    accuracy: float | str  # empty for a failure
-    balanced: float | str
-    failure: str  # "", explanation or answer
-    explanation: str
+    accuracy: float | None  # None for a failure
+    balanced: float | None
+    failure: Literal["explanation", "answer"] | None
+    explanation: str | None
 
 
 class Examples(NamedTuple):
@@ -94,15 +94,15 @@ def pick(peaks: Tensor, generator: torch.Generator) -> Examples:
 
 
 def judge(
-    client: Client, max_tokens: int, tokenizer: Any, acts: Activations, latent: int, generator: torch.Generator
-) -> tuple[str, set[int] | None, list[bool]]:
-    """(explanation, numbers answered, which of them are active); an empty explanation or None for a failure."""
+    client: Client, acts: Activations, latent: int, *, tokenizer: Any, max_tokens: int, generator: torch.Generator
+) -> tuple[str | None, set[int] | None, list[bool]]:
+    """(explanation, numbers answered, which of the pieces are active); None for a failure."""
     tokens, values = windows(acts.tokens), windows(acts.of(latent))
     examples, marked = pick(values.amax(1), generator), values > CUT * values.max()
     shown = numbered([text(tokenizer, tokens[w], marked[w]) for w in examples.explain.tolist()])
     explanation = parse_explanation(client.complete(EXPLAIN.format(examples=shown), max_tokens))
     if explanation is None:
-        return "", None, examples.active
+        return None, None, examples.active
     n = len(examples.score)
     plain = numbered([tokenizer.decode(tokens[w]) for w in examples.score.tolist()])
     prompt = SCORE.format(explanation=explanation, n=n, examples=plain)
@@ -117,21 +117,20 @@ def score(answer: set[int], truth: list[bool]) -> tuple[float, float]:
 
 
 def main(s: Settings) -> None:
-    if s.replot:
-        return draw(s.output)
-    began, client = time.perf_counter(), make_client(s.client, s.device)
-    target = load_target(s.target, s.device)
-    rows = []
+    client, target, rows = make_client(s.client, s.device), load_target(s.target, s.device), []
     for method, acts in all_activations(s, target, held_out_tokens(target, s.eval_tokens)).items():
         generator, density = torch.Generator().manual_seed(s.seed), acts.density
-        for how, latents in draw_latents(acts, s.latents, ACTIVE, generator, silent=SCORED_RANDOM).items():
+        drawn = draw_latents(acts, s.latents, active=ACTIVE, generator=generator, silent=SCORED_RANDOM)
+        for how, latents in drawn.items():
             for latent in latents:
-                explanation, answer, truth = judge(client, s.max_tokens, target.tokenizer, acts, latent, generator)
-                scores = ("", "") if answer is None else score(answer, truth)
-                failure = "explanation" if not explanation else "answer" if answer is None else ""
+                explanation, answer, truth = judge(
+                    client, acts, latent, tokenizer=target.tokenizer, max_tokens=s.max_tokens, generator=generator
+                )
+                scores = (None, None) if answer is None else score(answer, truth)
+                failure = "explanation" if explanation is None else "answer" if answer is None else None
                 rows.append(Result(method, how, latent, density[latent].item(), *scores, failure, explanation))
-    write_csv(s.output / "results.csv", rows)
-    write_settings(s.output, s, s.device, time.perf_counter() - began)
+    write_results(s.output / "results.csv", rows)
+    write_settings(s.output, s, s.device)
     draw(s.output)
 
 
@@ -139,12 +138,12 @@ def draw(folder: Path) -> None:
     """scores.png and README.md from results.csv alone."""
     rows = read_csv(folder / "results.csv")
     found = means(rows, "drawn", "balanced")
-    dots(found, 0.5, "balanced accuracy", folder / "scores.png")
+    dots(found, folder / "scores.png", null=0.5, label="balanced accuracy")
     failures = Counter((row["method"], row["failure"]) for row in rows if row["failure"])
     lines = [f"{n} of {method} ({kind})" for (method, kind), n in failures.items()]
     failed = f"Failures among {len(rows)} latents (counted, not scored): " + ("; ".join(lines) or "none") + "."
-    write_readme(folder, "Autointerp", __doc__, "scores.png", [table(found), failed])
+    write_readme(folder, [table(found), failed], title="Autointerp", doc=__doc__, image="scores.png")
 
 
 if __name__ == "__main__":
-    main(settings_for(PRESETS, __doc__))
+    run_study(main, PRESETS, __doc__, draw)

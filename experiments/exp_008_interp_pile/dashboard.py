@@ -5,45 +5,44 @@ lowers, and its explanation where autointerp.py wrote one. The logit effect is m
 when the latent's mean write is added to the MLP's output at every position of a batch of held-out text.
 
     python experiments/exp_008_interp_pile/dashboard.py                 # pile: GPU to train, network
-    python experiments/exp_008_interp_pile/dashboard.py --target tiny   # offline; minutes on 2 cores
+    python experiments/exp_008_interp_pile/dashboard.py --target tiny   # offline
 
-Writes dashboard.html. `--replot` is not offered: the page is the result.
+Writes dashboard.html. `--replot` is refused: the page is the result.
 """
 
 import html
-import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from examples import windows
-from features import TINY, Activations, Common, collect, draw_latents, replacements
-from figures import read_csv
+from dashboard_page import PAGE
+from example_windows import windows
 from jaxtyping import Float, Int
-from page import PAGE
+from latent_activations import Activations, collect, draw_latents
+from methods_and_nulls import TINY, InterpSettings, replacements
 from torch import Tensor
 
 from evaluation import held_out_tokens
-from logs import atomic_path, write_settings
+from logs import atomic_path, read_csv, write_settings
 from patching import patched
 from replacement import Replacement
 from sparse_ops import Codes, Layout
-from study import settings_for
+from study import run_study
 from target_models import TargetModel, load_target
 
 HERE = Path(__file__).parent
 EXAMPLES, EFFECTS = 8, 8
 
 
-@dataclass(frozen=True)
-class Settings(Common):
+@dataclass(frozen=True, kw_only=True)
+class Settings(InterpSettings):
     method: str = "transcoder"  # transcoder, clt or neurons
     explanations: Path = HERE / "output" / "autointerp" / "results.csv"  # its latents are shown, where it exists
     output: Path = HERE / "output" / "dashboard"
 
 
-PRESETS = {"pile": Settings(), "tiny": Settings(**vars(TINY))}
+PRESETS = (Settings(), Settings(**TINY))
 
 
 class Effect(NamedTuple):
@@ -52,7 +51,7 @@ class Effect(NamedTuple):
 
 
 def write_vector(
-    replacement: Replacement, layer: int, latent: int, value: float, x: Float[Tensor, "1 d_in"]
+    replacement: Replacement, x: Float[Tensor, "1 d_in"], *, layer: int, latent: int, value: float
 ) -> Float[Tensor, "1 1 d_out"]:
     """What `latent` at `value` adds to the output of `layer`; x, any input, says width and device."""
     size = next(group.n_parts for group in replacement.part_groups(replacement.layers) if group.layer == layer)
@@ -70,10 +69,10 @@ def write_vector(
 
 @torch.inference_mode()
 def logit_effect(
-    target: TargetModel, layer: int, vector: Float[Tensor, "1 1 d_out"], tokens: Int[Tensor, "batch seq"],
+    target: TargetModel, vector: Float[Tensor, "1 1 d_out"], tokens: Int[Tensor, "batch seq"], *, layer: int,
     before: Float[Tensor, "vocab"],
 ) -> Effect:  # fmt: skip
-    """Mean change of the logits over all positions, less its mean over the vocabulary."""
+    """Mean change of the logits over all positions, from `before` on, less its mean over the vocabulary."""
     with patched(target, {layer: lambda x, y: y + vector}):
         change = target.logits(tokens).float().mean((0, 1)) - before
     change = change - change.mean()
@@ -87,7 +86,9 @@ def shown(piece: str) -> str:
     return html.escape(piece).replace("\n", "⏎")
 
 
-def card(target: TargetModel, acts: Activations, latent: int, density: float, effect: Effect, explanation: str) -> str:
+def latent_card(
+    target: TargetModel, acts: Activations, latent: int, *, density: float, effect: Effect, explanation: str | None
+) -> str:
     """One latent as HTML."""
     tokens, values = windows(acts.tokens), windows(acts.of(latent))
     peaks, largest = values.amax(1), values.max().item()
@@ -110,29 +111,35 @@ def card(target: TargetModel, acts: Activations, latent: int, density: float, ef
 
 
 def main(s: Settings) -> None:
-    began, target = time.perf_counter(), load_target(s.target, s.device)
+    target = load_target(s.target, s.device)
     tokens = held_out_tokens(target, s.eval_tokens)
     replacement = replacements(s, target, (s.method,))[s.method][1]
-    acts = collect(s, target, replacement, tokens)
+    acts = collect(target, replacement, tokens, layer=s.layer)
     rows = read_csv(s.explanations) if s.explanations.exists() else []
     said = {int(row["latent"]): row["explanation"] for row in rows if row["method"] == s.method}
-    latents = list(said) or draw_latents(acts, s.latents, EXAMPLES, torch.Generator().manual_seed(s.seed))["uniform"]
+    generator = torch.Generator().manual_seed(s.seed)
+    latents = list(said) or draw_latents(acts, s.latents, active=EXAMPLES, generator=generator)["uniform"]
     sample, origin = tokens[:8, :64], torch.zeros(1, target.d_model, device=target.device)
     with torch.inference_mode():
         before = target.logits(sample).float().mean((0, 1))
     cards, density = [], acts.density
     for latent in latents:
         values = acts.values[acts.latents == latent]
-        vector = write_vector(replacement, s.layer, latent, values.mean().item(), origin)
-        effect = logit_effect(target, s.layer, vector, sample, before)
-        cards.append(card(target, acts, latent, density[latent].item(), effect, said.get(latent, "")))
+        vector = write_vector(replacement, origin, layer=s.layer, latent=latent, value=values.mean().item())
+        effect = logit_effect(target, vector, sample, layer=s.layer, before=before)
+        share, words = density[latent].item(), said.get(latent) or None
+        cards.append(latent_card(target, acts, latent, density=share, effect=effect, explanation=words))
     title = f"{s.method}, layer {s.layer} of {s.target}"
     text = f"{len(latents)} latents of {acts.d_dict}; {tokens.numel():,} held-out tokens; strongest examples first."
     with atomic_path(s.output / "dashboard.html") as temporary:
         temporary.write_text(PAGE.format(title=html.escape(title), text=text, cards="\n".join(cards)), encoding="utf-8")
-    write_settings(s.output, s, s.device, time.perf_counter() - began)
+    write_settings(s.output, s, s.device)
     print(s.output / "dashboard.html")
 
 
+def redraw(folder: Path) -> None:
+    raise ValueError(f"the page in {folder} is the result itself: write it again without --replot")
+
+
 if __name__ == "__main__":
-    main(settings_for(PRESETS, __doc__))
+    run_study(main, PRESETS, __doc__, redraw)

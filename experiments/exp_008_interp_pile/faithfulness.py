@@ -9,48 +9,46 @@ in each of the two matrices where SPD is there. Null, per method: its Jacobian a
 (`-othertoken`), i.e. what a constant linear map would get. `affine` is the least-squares map, the same for every token.
 
     python experiments/exp_008_interp_pile/faithfulness.py                 # pile: GPU to train, network
-    python experiments/exp_008_interp_pile/faithfulness.py --target tiny   # offline; minutes on 2 cores
+    python experiments/exp_008_interp_pile/faithfulness.py --target tiny   # offline
     … --replot draws the figure again from results.csv
 
 Published for the pile target, layer 3, local / end-to-end: transcoder .334 / .720, SPD .130 / .640.
 """
 
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from features import TINY, Common, replacements
-from figures import dots, means, read_csv, table, write_csv, write_readme
-from jacobians import cosines, jacobian
-from jaxtyping import Float, Int
+from interval_report import dots, means, table, write_readme, write_results
+from jacobians import MLP, cosines, local_jacobian, logit_jacobian
+from jaxtyping import Int
+from methods_and_nulls import TINY, InterpSettings, replacements
 from torch import Tensor
 
 from baselines import baselines
 from coder_replacements import CLTReplacement
 from evaluation import held_out_tokens
-from logs import write_settings
-from patching import Captured, capture, patched
+from logs import read_csv, write_settings
+from patching import Captured, capture
 from replacement import Pass, Replacement
 from spd_replacement import SPDReplacement, spd_sweep
-from study import settings_for
+from study import run_study
 from target_models import TargetModel, load_target
 
 TOP_LOGITS = 10
 
 
-@dataclass(frozen=True)
-class Settings(Common):
+@dataclass(frozen=True, kw_only=True)
+class Settings(InterpSettings):
     samples: int = 500  # tokens, each from another sequence
     seq: int = 64  # tokens of a sequence: the last is measured
     spd: bool = True  # measure SPD's checkpoint too
     output: Path = Path(__file__).parent / "output" / "faithfulness"
 
 
-PRESETS = {"pile": Settings(), "tiny": Settings(**vars(TINY), samples=100)}
-MLP = Callable[[Float[Tensor, "sample 1 d_in"]], Float[Tensor, "sample 1 d_out"]]
+PRESETS = (Settings(), Settings(**TINY, samples=100))
 
 
 class Result(NamedTuple):
@@ -75,28 +73,8 @@ def open_pass(replacement: Replacement, clean: Captured, layer: int) -> Pass:
     return pass_
 
 
-def local_jacobian(mlp: MLP, x: Float[Tensor, "sample 1 d_in"]) -> Float[Tensor, "sample d_out d_in"]:
-    x = x.clone().requires_grad_()
-    with torch.enable_grad():
-        return jacobian(mlp(x)[:, 0], x)
-
-
-def logit_jacobian(
-    target: TargetModel, layer: int, mlp: MLP, tokens: Int[Tensor, "sample seq"], top: Int[Tensor, "sample 10"]
-) -> Float[Tensor, "sample 10 d_in"]:
-    """Derivative of chosen logits by the input of the last token's MLP; the stream around it stays as it is."""
-    shift = torch.zeros(len(tokens), 1, target.d_model, device=tokens.device, requires_grad=True)
-
-    def last(x: Tensor, y: Tensor) -> Tensor:
-        return torch.cat([y[:, :-1], mlp(x[:, -1:].detach() + shift)], dim=1)
-
-    with torch.enable_grad(), patched(target, {layer: last}):
-        logits = target.logits(tokens)[:, -1].gather(1, top)
-    return jacobian(logits, shift)
-
-
 def measure(
-    target: TargetModel, layer: int, methods: dict[str, Replacement], tokens: Int[Tensor, "sample seq"]
+    target: TargetModel, methods: dict[str, Replacement], tokens: Int[Tensor, "sample seq"], *, layer: int
 ) -> list[Result]:
     """Every method and its null on these tokens."""
     clean = Captured(*(kept[:, :, -1:].clone().float() for kept in capture(target, tokens, range(target.n_layers))))
@@ -105,7 +83,7 @@ def measure(
         top = target.logits(tokens)[:, -1].topk(TOP_LOGITS).indices
 
     def both(make: Callable[[], MLP]) -> dict[str, Tensor]:
-        logits = logit_jacobian(target, layer, make(), tokens, top)
+        logits = logit_jacobian(target, make(), tokens, layer=layer, top=top)
         return {"local": local_jacobian(make(), x), "end-to-end": logits}
 
     truth = both(lambda: lambda z: target.mlp(layer, z))
@@ -126,17 +104,15 @@ def measure(
 
 
 def main(s: Settings) -> None:
-    if s.replot:
-        return draw(s.output)
-    began, target = time.perf_counter(), load_target(s.target, s.device)
+    target = load_target(s.target, s.device)
     tokens = held_out_tokens(target, s.samples * target.context)[:, : s.seq]
     methods = {n: r for n, (_, r) in replacements(s, target, ("transcoder", "clt", "neurons")).items()}
     if s.spd:
         methods["spd"] = spd_sweep(target, s.layers, (s.k // 2,))[0]
     methods |= {r.method: r for r in baselines(target, s.layers, ()) if r.method == "affine"}
-    rows = [row for part in tokens.split(50) for row in measure(target, s.layer, methods, part)]
-    write_csv(s.output / "results.csv", rows)
-    write_settings(s.output, s, s.device, time.perf_counter() - began)
+    rows = [row for part in tokens.split(50) for row in measure(target, methods, part, layer=s.layer)]
+    write_results(s.output / "results.csv", rows)
+    write_settings(s.output, s, s.device)
     draw(s.output)
 
 
@@ -144,12 +120,12 @@ def draw(folder: Path) -> None:
     """faithfulness.png and README.md from results.csv alone."""
     rows = read_csv(folder / "results.csv")
     found, active = means(rows, "quantity", "cosine"), means(rows, "quantity", "active")
-    dots(found, 0.0, "cosine of Jacobians", folder / "faithfulness.png")
+    dots(found, folder / "faithfulness.png", null=0.0, label="cosine of Jacobians")
     kept = [m for m, q in active if q == "local" and "-" not in m and m != "affine"]
     counts = ", ".join(f"{m} {active[m, 'local'].mean:.1f}" for m in kept)
     said = f"Active parts of this layer per MLP output, as measured: {counts}."
-    write_readme(folder, "Jacobian faithfulness", __doc__, "faithfulness.png", [table(found), said])
+    write_readme(folder, [table(found), said], title="Jacobian faithfulness", doc=__doc__, image="faithfulness.png")
 
 
 if __name__ == "__main__":
-    main(settings_for(PRESETS, __doc__))
+    run_study(main, PRESETS, __doc__, draw)

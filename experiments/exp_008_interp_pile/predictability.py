@@ -6,38 +6,38 @@ best on that half. Score: Matthews correlation on the other half; 0 is chance. (
 17 · vocabulary one-hot columns; counting is exact and shorter.)
 
     python experiments/exp_008_interp_pile/predictability.py                 # pile: GPU to train, network
-    python experiments/exp_008_interp_pile/predictability.py --target tiny   # offline; minutes on 2 cores
+    python experiments/exp_008_interp_pile/predictability.py --target tiny   # offline
     … --replot draws the figure again from results.csv
 
 Expected: shuffled activations at 0; the random-weights target well above 0, since its latents detect tokens: high
 predictability alone is no evidence of anything learnt.
 """
 
-import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from features import TINY, WIDTH, Common, all_activations, draw_latents
-from figures import dots, means, read_csv, table, write_csv, write_readme
+from interval_report import dots, means, table, write_readme, write_results
 from jaxtyping import Bool, Float, Int
+from latent_activations import WIDTH, all_activations, draw_latents
+from methods_and_nulls import TINY, InterpSettings
 from torch import Tensor, nn
 
 from evaluation import held_out_tokens
-from logs import write_settings
-from study import settings_for
+from logs import read_csv, write_settings
+from study import run_study
 from target_models import load_target
 
 REACH, DEPTH = 8, 3
 
 
-@dataclass(frozen=True)
-class Settings(Common):
+@dataclass(frozen=True, kw_only=True)
+class Settings(InterpSettings):
     output: Path = Path(__file__).parent / "output" / "predictability"
 
 
-PRESETS = {"pile": Settings(), "tiny": Settings(**vars(TINY) | {"latents": 30})}
+PRESETS = (Settings(), Settings(**TINY | {"latents": 30}))
 
 
 class Result(NamedTuple):
@@ -56,7 +56,7 @@ def context(tokens: Int[Tensor, "sequence seq"], vocab: int) -> Int[Tensor, "tok
 
 
 def leaf_rates(
-    train: Int[Tensor, "n feature"], y: Bool[Tensor, "n"], test: Int[Tensor, "m feature"], n_features: int,
+    train: Int[Tensor, "n feature"], y: Bool[Tensor, "n"], test: Int[Tensor, "m feature"], *, n_features: int,
     depth: int = DEPTH,
 ) -> tuple[Float[Tensor, "n"], Float[Tensor, "m"]]:  # fmt: skip
     """Share of active training tokens in the leaf of each training and test token."""
@@ -70,7 +70,7 @@ def leaf_rates(
     best = int(purity.masked_fill(~splits, -1).argmax())
     sides, out = ((train == best).any(1), (test == best).any(1)), (torch.empty(n), torch.empty(len(test)))
     for a, b in (sides, (~sides[0], ~sides[1])):
-        out[0][a], out[1][b] = leaf_rates(train[a], y[a], test[b], n_features, depth - 1)
+        out[0][a], out[1][b] = leaf_rates(train[a], y[a], test[b], n_features=n_features, depth=depth - 1)
     return out
 
 
@@ -82,40 +82,40 @@ def mcc(predicted: Bool[Tensor, "n"], y: Bool[Tensor, "n"]) -> float:
     return float(pair[0] @ pair[1] / size) if size > 0 else 0.0
 
 
-def predictability(train: Tensor, y: Tensor, test: Tensor, y_test: Tensor, n_features: int) -> float:
+def predictability(train: Tensor, y: Tensor, test: Tensor, y_test: Tensor, *, n_features: int) -> float:
     """Held-out Matthews correlation of the tree with the threshold that is best in training."""
-    rates, test_rates = leaf_rates(train, y, test, n_features)
+    rates, test_rates = leaf_rates(train, y, test, n_features=n_features)
     thresholds = rates.unique().tolist()
     best = max(thresholds, key=lambda threshold: mcc(rates >= threshold, y))
     return mcc(test_rates >= best, y_test)
 
 
 def main(s: Settings) -> None:
-    if s.replot:
-        return draw(s.output)
-    began, target, rows = time.perf_counter(), load_target(s.target, s.device), []
+    target, rows = load_target(s.target, s.device), []
     everything = all_activations(s, target, held_out_tokens(target, s.eval_tokens))
     tokens = everything["transcoder"].tokens
     half, n_features = len(tokens) // 2, (2 * REACH + 1) * (target.vocab_size + 1)
     train, test = (context(part, target.vocab_size) for part in (tokens[:half], tokens[half:]))
     for method, acts in everything.items():
         generator, density = torch.Generator().manual_seed(s.seed), acts.density
-        for how, latents in draw_latents(acts, s.latents, 2 * WIDTH, generator).items():
+        for how, latents in draw_latents(acts, s.latents, active=2 * WIDTH, generator=generator).items():
             for latent in latents:
                 active = acts.of(latent)[:, 1:] > 0
-                score = predictability(train, active[:half].flatten(), test, active[half:].flatten(), n_features)
+                y, y_test = active[:half].flatten(), active[half:].flatten()
+                score = predictability(train, y, test, y_test, n_features=n_features)
                 rows.append(Result(method, how, latent, density[latent].item(), score))
-    write_csv(s.output / "results.csv", rows)
-    write_settings(s.output, s, s.device, time.perf_counter() - began)
+    write_results(s.output / "results.csv", rows)
+    write_settings(s.output, s, s.device)
     draw(s.output)
 
 
 def draw(folder: Path) -> None:
     """predictability.png and README.md from results.csv alone."""
     found = means(read_csv(folder / "results.csv"), "drawn", "mcc")
-    dots(found, 0.0, "held-out Matthews correlation", folder / "predictability.png")
-    write_readme(folder, "Predictability from nearby tokens", __doc__, "predictability.png", [table(found)])
+    dots(found, folder / "predictability.png", null=0.0, label="held-out Matthews correlation")
+    title, image = "Predictability from nearby tokens", "predictability.png"
+    write_readme(folder, [table(found)], title=title, doc=__doc__, image=image)
 
 
 if __name__ == "__main__":
-    main(settings_for(PRESETS, __doc__))
+    run_study(main, PRESETS, __doc__, draw)

@@ -9,13 +9,12 @@ matrix are kept, n over a log grid, and CE is measured on other held-out tokens 
     random  the components are kept in random order instead: what the ranking is worth
 
     python experiments/exp_009_diagnose_tail/diagnose_tail.py                # GPT-2, what exp_004 trained: GPU, network
-    python experiments/exp_009_diagnose_tail/diagnose_tail.py --target tiny  # the shipped SPD, offline; minutes
+    python experiments/exp_009_diagnose_tail/diagnose_tail.py --target tiny  # the shipped SPD, offline
     … --replot draws the figure again from components.csv and points.csv
 
 Expected: gated, little is lost with the tail, which seldom fires; open, much, because it carries weight all the same.
 """
 
-import time
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -31,26 +30,23 @@ from pareto import write_points
 from patching import Captured, capture
 from replacement import Origin
 from spd_replacement import SPDPass, SPDReplacement
-from study import settings_for
+from study import StudySettings, run_study
 from target_models import load_target
 
 
-@dataclass(frozen=True)
-class Settings:
+@dataclass(frozen=True, kw_only=True)
+class Settings(StudySettings):
     target: str = "gpt2"
     kept: tuple[int, ...] = (16, 64, 256, 1024, 3072, 6144)  # components kept of every matrix
     rank_tokens: int = 131_072  # held-out tokens that rank the components
     eval_tokens: int = 1_000_000  # held-out tokens after those, that CE is measured on
-    device: str = "cuda"
-    seed: int = 0  # of the random order
-    replot: bool = False
     output: Path = Path(__file__).parent / "output"
 
 
-PRESETS = {
-    "gpt2": Settings(),
-    "tiny": Settings("tiny", (32, 128, 512), rank_tokens=65_536, eval_tokens=102_400, device="cpu"),
-}
+PRESETS = (
+    Settings(),
+    Settings(target="tiny", kept=(32, 128, 512), rank_tokens=65_536, eval_tokens=102_400, device="cpu"),
+)
 
 
 class Gates:
@@ -66,12 +62,15 @@ class Gates:
 
 
 class Cut(SPDReplacement):
-    """The decomposition without the components outside `kept`."""
+    """The decomposition without the components outside `kept`: n of every matrix."""
 
-    def cut(self, gates: Gates, kept: dict[str, Bool[Tensor, "component"]], n: int, always: bool, order: str) -> "Cut":
+    def __init__(
+        self, gates: Gates, kept: dict[str, Bool[Tensor, "component"]], *, n: int, always: bool, delta: bool, order: str
+    ) -> None:
+        spd = gates.spd
+        super().__init__(spd.target, spd.model, delta=delta, origin=spd.origin)
         self.gates, self.kept, self.k, self.always = gates, kept, n, always
-        self.method = f"spd-{'open' if always else 'gated'}{'-delta' if self.delta else ''}{order}"
-        return self
+        self.method = f"spd-{'open' if always else 'gated'}{'-delta' if delta else ''}{order}"
 
     def frozen(self, captured: Captured) -> SPDPass:
         inf, z = float("inf"), self.gates(captured)
@@ -97,14 +96,12 @@ def rank(spd: SPDReplacement, tokens: Tensor) -> tuple[list[Component], dict[str
 
 
 def main(s: Settings) -> None:
-    if s.replot:
-        return draw(s.output, __doc__)
-    began, target = time.perf_counter(), load_target(s.target, s.device)
+    target = load_target(s.target, s.device)
     model, record = find_spd(target, ())  # the one there is
     origin = Origin(record.seed, record.train_tokens, record.train_seconds, record.name)
     held_out = held_out_tokens(target, s.rank_tokens + s.eval_tokens)
     n_rank = s.rank_tokens // target.context
-    gates = Gates(SPDReplacement(target, model))
+    gates = Gates(SPDReplacement(target, model, origin=origin))
     components, ranked = rank(gates.spd, held_out[:n_rank])
     generator = torch.Generator().manual_seed(s.seed)
     shuffled = {path: order[torch.randperm(len(order), generator=generator)] for path, order in ranked.items()}
@@ -112,18 +109,28 @@ def main(s: Settings) -> None:
     def keep(order: dict[str, Tensor], n: int) -> dict[str, Tensor]:
         return {path: torch.zeros_like(o, dtype=torch.bool).index_fill(0, o[:n], True) for path, o in order.items()}
 
-    def cut(n: int, always: bool, delta: bool, order: dict[str, Tensor] = ranked, suffix: str = "") -> Cut:
-        return Cut(target, model, delta=delta, origin=origin).cut(gates, keep(order, n), n, always, suffix)
-
-    cuts = [cut(n, always, delta) for always in (False, True) for delta in (False, True) for n in s.kept]
-    cuts += [cut(n, True, True, shuffled, "-random") for n in s.kept if n < max(map(len, ranked.values()))]
+    cuts = [
+        Cut(gates, keep(ranked, n), n=n, always=always, delta=delta, order="")
+        for always in (False, True)
+        for delta in (False, True)
+        for n in s.kept
+    ]
+    cuts += [
+        Cut(gates, keep(shuffled, n), n=n, always=True, delta=True, order="-random")
+        for n in s.kept
+        if n < max(map(len, ranked.values()))
+    ]
     measured = evaluate(target, cuts, held_out[n_rank:], ("frozen",))
     s.output.mkdir(parents=True, exist_ok=True)
     write_points(s.output / "points.csv", measured.points)
     write_components(s.output / "components.csv", components)
-    write_settings(s.output, s, s.device, time.perf_counter() - began)
-    draw(s.output, __doc__)
+    write_settings(s.output, s, s.device)
+    redraw(s.output)
+
+
+def redraw(folder: Path) -> None:
+    draw(folder, __doc__)
 
 
 if __name__ == "__main__":
-    main(settings_for(PRESETS, __doc__))
+    run_study(main, PRESETS, __doc__, redraw)

@@ -1,6 +1,5 @@
 """The tail's components as a table, in one figure and in words."""
 
-import csv
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -8,7 +7,7 @@ from typing import NamedTuple
 import matplotlib.pyplot as plt
 from matplotlib.ticker import NullFormatter
 
-from logs import atomic_path
+from logs import atomic_path, read_csv, write_csv
 from pareto import ParetoPoint, markdown_table, read_points
 from pareto_figure import STYLES
 
@@ -27,15 +26,12 @@ class Component(NamedTuple):
 
 
 def write_components(path: Path, components: Sequence[Component]) -> None:
-    with atomic_path(path) as temporary, temporary.open("w", newline="") as file:
-        writer = csv.writer(file, lineterminator="\n")
-        writer.writerow(Component._fields)
-        writer.writerows([f"{v:.4g}" if isinstance(v, float) else v for v in component] for component in components)
+    rows = ([f"{v:.4g}" if isinstance(v, float) else v for v in component] for component in components)
+    write_csv(path, Component._fields, rows)
 
 
 def read_components(path: Path) -> list[Component]:
-    with path.open(newline="") as file:
-        rows = list(csv.DictReader(file))
+    rows = read_csv(path)
     return [Component(r["matrix"], int(r["rank"]), *(float(r[f]) for f in Component._fields[2:])) for r in rows]
 
 
@@ -58,7 +54,7 @@ def conclusion(rows: Sequence[Component], points: Sequence[ParetoPoint]) -> str:
     )
 
 
-def draw(folder: Path, doc: str | None) -> None:
+def draw(folder: Path, doc: str) -> None:
     """tail.png and README.md from components.csv and points.csv alone."""
     rows = read_components(folder / "components.csv")
     points = read_points(folder / "points.csv")
@@ -89,6 +85,6 @@ def draw(folder: Path, doc: str | None) -> None:
     plt.close(figure)
     said = conclusion(rows, points)
     parts = ["# The tail of SPD", said, "![importance, firing, norm and ΔCE by rank](tail.png)", TABLE,
-             markdown_table(points, COLUMNS), "```\n" + (doc or "").strip() + "\n```"]  # fmt: skip
+             markdown_table(points, COLUMNS), "```\n" + doc.strip() + "\n```"]  # fmt: skip
     (folder / "README.md").write_text("\n\n".join(parts) + "\n")
     print(said)

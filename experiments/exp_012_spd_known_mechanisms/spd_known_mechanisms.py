@@ -1,16 +1,14 @@
 """Does SPD find mechanisms that are known? TMS and ResidMLP toys, trained and decomposed, three seeds each.
 
     python experiments/exp_012_spd_known_mechanisms/spd_known_mechanisms.py                 # what points.csv lacks
-    python experiments/exp_012_spd_known_mechanisms/spd_known_mechanisms.py --toys tms_5-2  # one toy, minutes
+    python experiments/exp_012_spd_known_mechanisms/spd_known_mechanisms.py --toys tms_5-2  # one toy
 
 The seeds of a toy (target and decomposition both) run side by side in batched products. Expected: one component per
 feature in linear1 and linear2 (MMCS 1, no importance error); in a ResidMLP one per feature in each input matrix, and
 outputs of rank 50, 25 per layer, 17 per layer. ResidMLPs run without ever forming their embedding.
 """
 
-import csv
 import sys
-import time
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,8 +18,9 @@ from folded import FoldedDecomposition
 from recovered import importance_errors, importance_matrix, recovery
 from toy_figures import draw_directions, draw_importance
 
+from checkpoints import CHECKPOINTS
 from config import GateConfig, Recon, SPDConfig, SPDTrainConfig
-from logs import REPOSITORY, atomic_path, write_settings
+from logs import errors_in_one_line, read_csv, write_csv, write_settings
 from spd_model import ComponentModel
 from spd_training import train_spd
 from toy_models import TOYS, Toy, ToyBatches, train_target
@@ -29,36 +28,40 @@ from toy_models import TOYS, Toy, ToyBatches, train_target
 COLUMNS = ["toy", "seed", "mmcs", "ml2r", "ci_error_01", "ci_error_02", "l0", "steps", "seconds"]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Recipe:
-    C: int
-    gate: GateConfig
+    C: int  # components of every matrix
+    gate: GateConfig = GateConfig(kind="mlp", hidden=(16,))
     minimality: float
     p: float
     lr: float
-    schedule: str
     steps: int
     batch: int
     recon: tuple[Recon, ...] = (Recon(coefficient=1.0), Recon(coefficient=1.0, routing="layerwise"))
 
 
-SCALAR = GateConfig(kind="mlp", hidden=(16,))
 # Published: batch 4096 (TMS), 2048 (ResidMLP); steps 10k (TMS; 40-10+id 20k), 20k, 25k and 50k (ResidMLP).
 # resid_2 and resid_3 are made for an hour of a busy core each: published C is 400 and 500 per matrix, rates 3e-4 and
-# 1e-3 constant, resid_3's gates 128 wide.
+# 1e-3 constant, resid_3's gates 128 wide. Here every rate falls by a cosine.
+TMS_5 = Recipe(C=20, minimality=3e-3, p=1.0, lr=1e-3, steps=8000, batch=1024)
+TMS_40 = Recipe(C=200, minimality=1e-4, p=2.0, lr=1e-3, steps=10_000, batch=1024)
 RECIPES = {
-    "tms_5-2": Recipe(20, SCALAR, 3e-3, 1.0, 1e-3, "cosine", 8000, 1024),
-    "tms_5-2_id": Recipe(20, SCALAR, 3e-3, 1.0, 1e-3, "cosine", 8000, 1024),
-    "tms_40-10": Recipe(200, SCALAR, 1e-4, 2.0, 1e-3, "cosine", 10_000, 1024),
-    "tms_40-10_id": Recipe(200, SCALAR, 1e-4, 2.0, 1e-3, "cosine", 10_000, 1024),
-    "resid_1": Recipe(100, SCALAR, 1e-5, 2.0, 2e-3, "cosine", 20_000, 1024),
-    "resid_2": Recipe(100, GateConfig(kind="shared_mlp", hidden=(256,)), 1e-4, 2.0, 1e-3, "cosine", 12_000, 512,
-                      (Recon(coefficient=2.0, routing="subset"), Recon(coefficient=2.0, source="pgd", routing="subset"))),
-    "resid_3": Recipe(100, SCALAR, 1e-5, 2.0, 2e-3, "cosine", 12_000, 512),
+    "tms_5-2": TMS_5,
+    "tms_5-2_id": TMS_5,
+    "tms_40-10": TMS_40,
+    "tms_40-10_id": TMS_40,
+    "resid_1": Recipe(C=100, minimality=1e-5, p=2.0, lr=2e-3, steps=20_000, batch=1024),
+    "resid_2": Recipe(
+        C=100, gate=GateConfig(kind="shared_mlp", hidden=(256,)), minimality=1e-4, p=2.0, lr=1e-3, steps=12_000,
+        batch=512, recon=(
+            Recon(coefficient=2.0, routing="subset"), Recon(coefficient=2.0, source="pgd", routing="subset"),
+        ),
+    ),
+    "resid_3": Recipe(C=100, minimality=1e-5, p=2.0, lr=2e-3, steps=12_000, batch=512),
 }  # fmt: skip
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Settings:
     toys: tuple[str, ...] = tuple(RECIPES)  # in this order; a toy already in points.csv is skipped
     seeds: int = 3  # side by side
@@ -69,7 +72,7 @@ class Settings:
 
 
 def decompose(name: str, toy: Toy, s: Settings) -> None:
-    recipe, folder = RECIPES[name], REPOSITORY / "checkpoints" / f"toy_{name}_s{s.seed}"
+    recipe, folder = RECIPES[name], CHECKPOINTS / f"toy_{name}_s{s.seed}"
     target = train_target(toy, s.seeds, s.seed)
     if toy.kind == "tms":
         patterns = [("linear1", recipe.C), ("linear2", recipe.C)] + [("hidden_layers.*", recipe.C)] * (toy.layers > 0)
@@ -79,11 +82,13 @@ def decompose(name: str, toy: Toy, s: Settings) -> None:
     config = SPDConfig(components=tuple(patterns), gate=recipe.gate, tied=tied)
     decomposition = ComponentModel if toy.kind == "tms" else FoldedDecomposition
     model = decomposition(target, config, torch.Generator().manual_seed(s.seed + 1))
-    if s.compile_gates and recipe.gate == SCALAR:
+    if s.compile_gates and recipe.gate.kind == "mlp":
         model.compile_gates()
     steps = round(recipe.steps * s.scale)
-    train = SPDTrainConfig(steps=steps, lr=recipe.lr, recon=recipe.recon, minimality=recipe.minimality, p=(recipe.p, recipe.p),
-                           schedule=recipe.schedule, seed=s.seed + 2)  # type: ignore[arg-type]  # fmt: skip
+    train = SPDTrainConfig(
+        steps=steps, lr=recipe.lr, recon=recipe.recon, minimality=recipe.minimality, p=(recipe.p, recipe.p),
+        schedule="cosine", seed=s.seed + 2,
+    )  # fmt: skip
     seconds = train_spd(model, ToyBatches(toy, s.seeds, recipe.batch, s.seed + 3), train, folder, f"spd_{name}")
     importances = importance_matrix(toy, model)
     mmcs, ml2r = recovery(toy, model)
@@ -97,36 +102,30 @@ def decompose(name: str, toy: Toy, s: Settings) -> None:
          round(l0[i].item(), 3), steps, round(seconds, 1)]
         for i in range(s.seeds)
     ]  # fmt: skip
-    write_rows(s.output / "points.csv", name, rows)
+    write_csv(s.output / "points.csv", COLUMNS, [*(row.values() for row in read_rows(s.output)), *rows])
     draw_importance(importances, s.output / f"importance_{name}.png", name)
     if name == "tms_5-2":
         draw_directions(model, s.output / "directions_tms_5-2.png")
     print(*rows, sep="\n")
 
 
-def write_rows(path: Path, name: str, rows: list[list[object]]) -> None:
-    old = [row for row in read_rows(path) if row[0] != name]
-    with atomic_path(path) as temporary, temporary.open("w", newline="") as file:
-        csv.writer(file, lineterminator="\n").writerows([COLUMNS, *old, *rows])
-
-
-def read_rows(path: Path) -> list[list[str]]:
-    return list(csv.reader(path.open()))[1:] if path.exists() else []
+def read_rows(folder: Path) -> list[dict[str, str]]:
+    file = folder / "points.csv"
+    return read_csv(file) if file.exists() else []
 
 
 def main(s: Settings) -> None:
-    began = time.perf_counter()
-    unknown = [toy for toy in s.toys if toy not in RECIPES]
-    if unknown:
-        raise SystemExit(f"unknown toy {unknown[0]!r}: use {', '.join(RECIPES)}")
-    done = {row[0] for row in read_rows(s.output / "points.csv")}
+    if unknown := [toy for toy in s.toys if toy not in RECIPES]:
+        raise ValueError(f"unknown toy {unknown[0]!r}: use {', '.join(RECIPES)}")
+    done = {row["toy"] for row in read_rows(s.output)}
     for name in s.toys:
         if name in done:
             print(f"{name} is in {s.output / 'points.csv'}: delete its rows to run it again", file=sys.stderr)
         else:
             decompose(name, TOYS[name], s)
-            write_settings(s.output, s, "cpu", time.perf_counter() - began)
+            write_settings(s.output, s, "cpu")
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Settings))
+    errors_in_one_line()
+    main(tyro.cli(Settings, description=__doc__))

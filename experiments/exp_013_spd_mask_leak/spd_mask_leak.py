@@ -14,10 +14,9 @@ Expected: a per-position gate predicts about as well as, or less well than, the 
 than any causal predictor could, if it leaks.
 """
 
-import csv
-import time
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import matplotlib.pyplot as plt
 import torch
@@ -29,28 +28,27 @@ from tqdm import trange
 from checkpoints import find_spd, load_spd
 from config import GateConfig, Recon, SPDConfig, SPDTrainConfig
 from devices import bf16_is_fast
-from logs import atomic_path, write_settings
+from logs import atomic_path, read_csv, write_csv, write_settings
 from spd_model import ComponentModel
 from spd_training import SPDTrainer
-from study import settings_for
+from study import StudySettings, run_study
 from target_models import TargetModel, load_target
 from token_stream import TokenStream, take_tokens
 
 COLUMNS = ["gate", "probe_ce", "shuffled_ce", "current_token_ce", "model_ce", "l0", "tokens", "classes", "gate_steps"]
 
 
-@dataclass(frozen=True)
-class Settings:
+@dataclass(frozen=True, kw_only=True)
+class Settings(StudySettings):
     target: str = "tiny"
-    checkpoint: str = ""  # of an SPD, a folder or a W&B artifact; empty: the target's own
-    tokens: int = 102_400  # half of them, in sequences drawn at random, train the probe; the others measure it
+    checkpoint: str | None = None  # of an SPD, a folder or a W&B artifact; None: the target's own
+    eval_tokens: int = 102_400  # half of them, in sequences drawn at random, train the probe; the others measure it
     classes: int = 256  # most frequent next tokens; positions with others are left out
     probe_steps: int = 1000
     probe_lr: float = 1e-2
     gate_steps: int = 0  # steps of training each transformer gate; 0: only the decomposition's own gate
-    seed: int = 0
+    device: Literal["cpu"] = "cpu"
     output: Path = Path(__file__).parent / "output"
-    replot: bool = False  # draw the figure from points.csv and stop
 
 
 def probe(x: Float[Tensor, "position feature"], y: Int[Tensor, "position"], s: Settings) -> float:
@@ -82,23 +80,16 @@ def masks(model: ComponentModel, tokens: Int[Tensor, "sequence seq"]) -> Tensor:
     return torch.cat(out)
 
 
-def with_gate(own: ComponentModel, target: TargetModel, causal: bool, s: Settings) -> ComponentModel:
+def with_gate(own: ComponentModel, target: TargetModel, s: Settings, *, causal: bool) -> ComponentModel:
     """The same components, a transformer gate trained to serve them."""
     gate = GateConfig(kind="global_shared_transformer", hidden=(256,), d_model=128, blocks=2, heads=4, causal=causal)
-    model = ComponentModel(
-        target.model, SPDConfig(components=own.config.components, gate=gate), torch.Generator().manual_seed(s.seed)
-    )
+    config = SPDConfig(components=own.config.components, gate=gate)
+    model = ComponentModel(target.model, config, torch.Generator().manual_seed(s.seed))
     model._components.load_state_dict(own._components.state_dict())
     recipe = SPDTrainConfig(
-        steps=s.gate_steps,
-        lr=1e-3,
-        recon=(Recon(coefficient=1.0),),
-        minimality=5e-4,
-        distance="kl",
-        p=(2.0, 0.4),
-        warmup=0.05,
-        final=0.1,
-    )
+        steps=s.gate_steps, lr=1e-3, recon=(Recon(coefficient=1.0),), minimality=5e-4, distance="kl", p=(2.0, 0.4),
+        warmup=0.05, final=0.1,
+    )  # fmt: skip
     trainer = SPDTrainer(model, recipe, autocast=bf16_is_fast(target.device))
     model._components.requires_grad_(False)
     stream = TokenStream(target.data, target.tokenizer, "train", 4, target.context, s.seed)
@@ -108,42 +99,38 @@ def with_gate(own: ComponentModel, target: TargetModel, causal: bool, s: Setting
 
 
 def main(s: Settings) -> None:
-    if s.replot:
-        return draw(s.output)
-    began = time.perf_counter()
-    target = load_target(s.target, "cpu")
-    own, _ = load_spd(s.checkpoint, target) if s.checkpoint else find_spd(target, ())
-    tokens = take_tokens(TokenStream(target.data, target.tokenizer, "val", 16, target.context), s.tokens)
+    target = load_target(s.target, s.device)
+    own, _ = find_spd(target, ()) if s.checkpoint is None else load_spd(s.checkpoint, target)
+    tokens = take_tokens(TokenStream(target.data, target.tokenizer, "val", 16, target.context), s.eval_tokens)
     tokens = tokens[torch.randperm(len(tokens), generator=torch.Generator().manual_seed(s.seed))]
     nexts, current = tokens[:, 1:].flatten(), tokens[:, :-1].flatten()
     common = torch.bincount(nexts, minlength=target.vocab_size).topk(s.classes).indices
     label = torch.full((target.vocab_size,), -1).scatter(0, common, torch.arange(s.classes))[nexts]
     kept = (label >= 0).nonzero().flatten()
-    y, frequent = label[kept], torch.bincount(current, minlength=target.vocab_size).topk(1024).indices
+    frequent = torch.bincount(current, minlength=target.vocab_size).topk(min(1024, target.vocab_size)).indices
+    y = label[kept]
     bigram = probe((current[kept, None] == frequent).to(torch.uint8), y, s)
     with torch.inference_mode():
         logits = torch.cat([target.logits(rows)[:, :-1, common].flatten(0, 1) for rows in tokens.split(16)])[kept]
     model_ce = F.cross_entropy(logits[len(y) // 2 :], y[len(y) // 2 :]).item()
     gates = {f"{own.config.gate.kind} (its own)": own}
-    if s.gate_steps:
-        gates |= {name: with_gate(own, target, name == "causal transformer", s)
-                  for name in ("causal transformer", "bidirectional transformer")}  # fmt: skip
+    for causal in (True, False) if s.gate_steps else ():
+        gates[f"{'causal' if causal else 'bidirectional'} transformer"] = with_gate(own, target, s, causal=causal)
     shuffle = torch.randperm(len(y), generator=torch.Generator().manual_seed(s.seed))
     rows = []
     for name, model in gates.items():
         x = masks(model, tokens)[kept]
         scores = [round(v, 4) for v in (probe(x, y, s), probe(x[shuffle], y, s), bigram, model_ce)]
         l0 = x.float().sum(1).mean().item() / len(model.paths)
-        rows.append([name, *scores, round(l0, 2), s.tokens, s.classes, s.gate_steps if model is not own else ""])
+        rows.append([name, *scores, round(l0, 2), s.eval_tokens, s.classes, s.gate_steps if model is not own else None])
         print(dict(zip(COLUMNS, rows[-1])))
-    with atomic_path(s.output / "points.csv") as temporary, temporary.open("w", newline="") as file:
-        csv.writer(file, lineterminator="\n").writerows([COLUMNS, *rows])
+    write_csv(s.output / "points.csv", COLUMNS, rows)
+    write_settings(s.output, s, s.device)
     draw(s.output)
-    write_settings(s.output, s, "cpu", time.perf_counter() - began)
 
 
 def draw(folder: Path) -> None:
-    rows = list(csv.DictReader((folder / "points.csv").open()))
+    rows = read_csv(folder / "points.csv")
     figure, axis = plt.subplots(figsize=(6, 3.2), layout="tight")
     axis.bar([row["gate"] for row in rows], [float(row["probe_ce"]) for row in rows], width=0.4)
     for key, style in (("shuffled_ce", ":"), ("current_token_ce", "--"), ("model_ce", "-")):
@@ -159,4 +146,4 @@ def draw(folder: Path) -> None:
 
 
 if __name__ == "__main__":
-    main(settings_for({"tiny": Settings()}, __doc__))
+    run_study(main, [Settings()], __doc__, draw)

@@ -1,6 +1,5 @@
 """Rows of a results.csv; their means with intervals, as a figure and as a table, from that file and nothing else."""
 
-import csv
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -8,24 +7,17 @@ from typing import NamedTuple
 import matplotlib.pyplot as plt
 import torch
 
-from logs import atomic_path
+from logs import atomic_path, write_csv
+from metrics import bootstrap_interval
 from pareto_figure import STYLES
 
 Rows = Sequence[dict[str, str]]
 
 
-def write_csv(path: Path, rows: Sequence[NamedTuple]) -> None:
+def write_results(path: Path, rows: Sequence[NamedTuple]) -> None:
     if not rows:
-        raise SystemExit("no latent of any method has enough examples: give more --eval-tokens")
-    with atomic_path(path) as temporary, temporary.open("w", newline="") as file:
-        writer = csv.writer(file, lineterminator="\n")
-        writer.writerow(rows[0]._fields)
-        writer.writerows([f"{v:.5g}" if isinstance(v, float) else v for v in row] for row in rows)
-
-
-def read_csv(path: Path) -> list[dict[str, str]]:
-    with path.open(newline="") as file:
-        return list(csv.DictReader(file))
+        raise ValueError("no latent of any method has enough examples: give more --eval-tokens")
+    write_csv(path, rows[0]._fields, ([f"{v:.5g}" if isinstance(v, float) else v for v in row] for row in rows))
 
 
 class Interval(NamedTuple):
@@ -38,8 +30,7 @@ def interval(values: Sequence[float], seed: int = 0) -> Interval:
     """Mean with its 95 % percentile bootstrap over the values (latents, or tokens of different sequences)."""
     sample = torch.tensor(values, dtype=torch.float64)
     draws = torch.randint(len(sample), (1000, len(sample)), generator=torch.Generator().manual_seed(seed))
-    low, high = sample[draws].mean(1).quantile(torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
-    return Interval(sample.mean().item(), low, high)
+    return Interval(sample.mean().item(), *bootstrap_interval(sample, draws))
 
 
 def means(rows: Rows, by: str, value: str) -> dict[tuple[str, str], Interval]:
@@ -49,7 +40,7 @@ def means(rows: Rows, by: str, value: str) -> dict[tuple[str, str], Interval]:
     return {key: interval(values) for key, values in kept.items() if values}
 
 
-def dots(found: dict[tuple[str, str], Interval], null: float, label: str, path: Path) -> None:
+def dots(found: dict[tuple[str, str], Interval], path: Path, *, null: float, label: str) -> None:
     """One panel per group, one dot with its interval per method; the dashed line is chance."""
     groups = list(dict.fromkeys(group for _, group in found))
     methods = list(dict.fromkeys(m for m, _ in found))
@@ -89,8 +80,9 @@ def table(found: dict[tuple[str, str], Interval]) -> str:
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
-def write_readme(folder: Path, title: str, doc: str | None, image: str, parts: Sequence[str]) -> None:
-    body = "\n\n".join([f"# {title}", (doc or "").strip(), f"![{title}]({image})", *parts])
+def write_readme(folder: Path, parts: Sequence[str], *, title: str, doc: str, image: str) -> None:
+    """A report: title, the script's docstring, its figure, then the parts, which are printed too."""
+    body = "\n\n".join([f"# {title}", doc.strip(), f"![{title}]({image})", *parts])
     with atomic_path(folder / "README.md") as temporary:
         temporary.write_text(body + "\n")
     print(*parts, sep="\n\n")

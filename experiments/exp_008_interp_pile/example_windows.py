@@ -4,8 +4,8 @@ import json
 from collections.abc import Sequence
 from typing import Any
 
-from features import WIDTH
 from jaxtyping import Bool, Int
+from latent_activations import WIDTH
 from torch import Tensor
 
 

@@ -1,4 +1,4 @@
-"""Export the trained model to `assets/tiny` and write its card: what it saw, how well it predicts, what it writes."""
+"""Export a trained target model and write its card: what it saw, how well it predicts, what it writes."""
 
 import dataclasses
 import hashlib
@@ -6,6 +6,7 @@ import lzma
 import math
 import shutil
 from pathlib import Path
+from typing import NamedTuple
 
 import matplotlib.pyplot as plt
 import torch
@@ -16,32 +17,38 @@ from devices import device_name
 from llama_simple_mlp import LlamaSimpleMLP
 from logs import atomic_path, write_json
 from python_corpus import environment_corpus, read_source
-from target_models import ASSETS, load_tokenizer
+from target_models import load_tokenizer
 
-OUTPUT = Path(__file__).parent / "output"
-FOLDER = ASSETS / "tiny"
 PROMPT = "import numpy as np\n\n\ndef "
 
 
+class HeldOut(NamedTuple):
+    """What the model makes of the whole validation split."""
+
+    nats: float  # mean cross-entropy per token
+    tokens: int
+    bytes: int
+
+
 def export(
-    model: LlamaSimpleMLP, tokenizer_file: Path, log: list[dict[str, float]], nats: float, val_tokens: int, val_bytes: int,
-    train_bytes: int, device: str,
+    model: LlamaSimpleMLP, log: list[dict[str, float]], held_out: HeldOut, *, tokenizer_file: Path, train_bytes: int,
+    device: str, folder: Path, output: Path,
 ) -> None:  # fmt: skip
-    """`nats`: mean held-out cross-entropy per token over the whole validation split."""
-    FOLDER.mkdir(parents=True, exist_ok=True)
+    """Write weights, tokenizer and card into `folder`; results, the curve and a README that links the card into `output`."""
+    folder.mkdir(parents=True, exist_ok=True)
     weights = {k: v.half().contiguous() for k, v in model.cpu().state_dict().items() if k != "lm_head.weight"}
-    with atomic_path(FOLDER / "model.safetensors") as temporary:
+    with atomic_path(folder / "model.safetensors") as temporary:
         save_file(weights, temporary)
-    shutil.copy(tokenizer_file, FOLDER / "tokenizer.json")
+    shutil.copy(tokenizer_file, folder / "tokenizer.json")
     config = {"model_type": "LlamaSimpleMLP", "use_grouped_query_attention": True} | dataclasses.asdict(model.config)
-    (FOLDER / "model_config.yaml").write_text(yaml.safe_dump(config, sort_keys=False))
+    (folder / "model_config.yaml").write_text(yaml.safe_dump(config, sort_keys=False))
     text = "".join(read_source(f.path) for f in environment_corpus("val")).encode()
     train = environment_corpus("train")
     results = {
-        "bits_per_byte": nats / math.log(2) * val_tokens / val_bytes,
-        "nats_per_token": nats,
-        "held_out_bytes": val_bytes,
-        "held_out_tokens": val_tokens,
+        "bits_per_byte": held_out.nats / math.log(2) * held_out.tokens / held_out.bytes,
+        "nats_per_token": held_out.nats,
+        "held_out_bytes": held_out.bytes,
+        "held_out_tokens": held_out.tokens,
         "xz_bits_per_byte": 8 * len(lzma.compress(text, preset=9)) / len(text),
         "train_tokens": log[-1]["tokens"],
         "train_seconds": log[-1]["seconds"],
@@ -51,38 +58,38 @@ def export(
         "parameters": sum(p.numel() for p in model.parameters()),
         "device": device_name(device),
     }
-    OUTPUT.mkdir(exist_ok=True)
-    write_json(OUTPUT / "results.json", results | {"log": log})
-    plot(log, nats)
-    (FOLDER / "README.md").write_text(card(model, results))
-    (OUTPUT / "README.md").write_text(
+    output.mkdir(parents=True, exist_ok=True)
+    write_json(output / "results.json", results | {"log": log})
+    plot(log, held_out.nats, output)
+    (folder / "README.md").write_text(card(model, results, folder))
+    (output / "README.md").write_text(
         "# The embedded target\n\nCard: [assets/tiny](../../../assets/tiny/README.md)\n\n![curve](curve.png)\n"
     )
 
 
-def plot(log: list[dict[str, float]], nats: float) -> None:
+def plot(log: list[dict[str, float]], nats: float, output: Path) -> None:
     figure, axes = plt.subplots(figsize=(6, 3.5), layout="constrained")
     axes.plot([r["tokens"] / 1e6 for r in log], [r["loss"] for r in log], lw=0.8, color="0.5", label="training batch")
     axes.axhline(nats, color="C3", ls="--", label=f"held out, all files, at the end: {nats:.3f}")
     axes.set(xlabel="training tokens (millions)", ylabel="cross-entropy (nats per token)", ylim=(2, 5))
     axes.legend(frameon=False)
-    figure.savefig(OUTPUT / "curve.png", dpi=150)
+    figure.savefig(output / "curve.png", dpi=150)
     plt.close(figure)
 
 
 @torch.inference_mode()
-def sample(model: LlamaSimpleMLP, length: int, seed: int) -> str:
+def sample(model: LlamaSimpleMLP, tokenizer_file: Path, length: int) -> str:
     """Text continued from PROMPT at temperature 0.7."""
-    tokenizer = load_tokenizer(FOLDER / "tokenizer.json")
+    tokenizer = load_tokenizer(tokenizer_file)
     tokens = torch.tensor([[tokenizer.eos_token_id, *tokenizer(PROMPT)["input_ids"]]])
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator().manual_seed(0)
     for _ in range(length):
         logits = model(tokens[:, -model.config.block_size :])[0][0, -1] / 0.7
         tokens = torch.cat([tokens, torch.multinomial(logits.softmax(-1), 1, generator=generator)[None]], dim=1)
     return tokenizer.decode(tokens[0, 1:], skip_special_tokens=True)
 
 
-def card(model: LlamaSimpleMLP, r: dict[str, float]) -> str:
+def card(model: LlamaSimpleMLP, r: dict[str, float], folder: Path) -> str:
     c = model.config
     bytes_per_token = r["held_out_bytes"] / r["held_out_tokens"]
     met = "met" if r["bits_per_byte"] <= 1.25 else "NOT met"
@@ -108,6 +115,6 @@ The corpus is the standard library and site-packages of the environment that `re
 A sample at temperature 0.7, from the prompt `{PROMPT.strip().splitlines()[0]}` … `def`:
 
 ```python
-{sample(model, 250, 0)}
+{sample(model, folder / "tokenizer.json", 250)}
 ```
 """

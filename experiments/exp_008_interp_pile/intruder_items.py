@@ -18,9 +18,9 @@ from collections import Counter
 from typing import NamedTuple
 
 import torch
-from examples import windows
-from features import Activations
+from example_windows import windows
 from jaxtyping import Float, Int
+from latent_activations import Activations
 from torch import Tensor, nn
 
 DECILES, OWN, REACH = 10, 4, 2
@@ -39,7 +39,7 @@ def deciles(peaks: Float[Tensor, "window"], generator: torch.Generator) -> tuple
     return mixed[peaks[mixed].argsort(stable=True)].tensor_split(DECILES)
 
 
-def items(acts: Activations, latent: int, donors: list[int], generator: torch.Generator) -> list[Item]:
+def items(acts: Activations, latent: int, *, donors: list[int], generator: torch.Generator) -> list[Item]:
     """One item per decile; the donor is drawn anew until it has a window in which `latent` is silent."""
     tokens, own = windows(acts.tokens), windows(acts.of(latent))
     found = []

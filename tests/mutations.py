@@ -1,0 +1,243 @@
+"""Whether the tests see a fault: each of a list is put into a copy of the sources, and the test that must fail is run.
+
+    python tests/mutations.py            a table, a row per fault; exit code 1 if one of them was not seen
+
+A fault is seen where its test fails with an AssertionError: one that merely breaks the program proves nothing. The tests
+named must pass on the sources as they are, which is looked at first. Processes are forked one after another from one that
+has imported the libraries, which takes longer than the tests. Beside pytest, which collects none of this,
+`test_mutations.py` holds the list to the sources.
+"""
+
+import contextlib
+import io
+import multiprocessing
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+REPOSITORY = Path(__file__).parents[1]
+SEEN, PASSED, BROKEN = 1, 0, 2  # exit codes of a run of tests
+
+
+class Mutation(NamedTuple):
+    """A fault: the snippet of a file, which stands there once, what takes its place, and the test that sees it."""
+
+    fault: str
+    file: str
+    old: str
+    new: str
+    test: str  # file::function, or file::function[case]
+
+
+STEP = "test_training_step.py::test_a_step_is_that_of_the_equations"
+RATES = "test_training_step.py::test_rate_and_k_of_a_run_rise_stay_and_fall[batchtopk]"
+LATER = "test_training_step.py::test_the_threshold_is_set_on_the_text_after_the_last_batch"
+LISTED = "test_training_step.py::test_a_run_lists_the_dead_while_it_trains"
+SPD = "test_spd_step.py::test_a_step_is_that_of_the_equations"
+SPD_RATES = "test_spd_step.py::test_rate_and_p_of_a_run_are_the_schedules[cosine]"
+RECOVERED = "experiments/exp_012_spd_known_mechanisms/recovered.py"
+
+CODERS = [
+    Mutation("penalty left out", "training.py", "loss = error + penalty", "loss = error", f"{STEP}[sae-relu]"),
+    Mutation(
+        "CLT: FVU summed over targets", "training.py", "error = fvu(y, y_hat, run.variance).mean()",
+        "error = fvu(y, y_hat, run.variance).sum()", f"{STEP}[clt-topk]",
+    ),
+    Mutation(
+        "CLT: penalty summed over layers", "clt.py", "[of_layer.penalty for of_layer in trained]).mean()",
+        "[of_layer.penalty for of_layer in trained]).sum()", f"{STEP}[clt-relu]",
+    ),
+    Mutation("AuxK never added", "training.py", "    if coder.n_dead:\n", "    if False:\n", f"{STEP}[transcoder-topk]"),
+    Mutation("AuxK: residual attached", "losses.py", "    e = e.detach()\n", "", f"{STEP}[transcoder-topk]"),
+    Mutation(
+        "AuxK: scale wrong", "training.py", "config.aux * min(coder.n_dead / k_aux, 1.0) * aux", "config.aux * aux",
+        f"{STEP}[transcoder-topk]",
+    ),
+    Mutation("AuxK: summed over targets", "training.py", "zip(e, e_hat)]).mean()", "zip(e, e_hat)]).sum()", f"{STEP}[clt-topk]"),
+    Mutation(
+        "AuxK: rectified", "sparsity.py", ".scatter(1, indices, values)", ".scatter(1, indices, values.relu())",
+        f"{STEP}[skip-batchtopk]",
+    ),
+    Mutation(
+        "AuxK: dead latents never listed", "training.py", "        run.coder.refresh_dead(config.dead_after)\n", "", LISTED,
+    ),
+    Mutation("silence not counted", "training.py", "    coder.update_statistics(codes)\n", "", f"{STEP}[sae-topk]"),
+    Mutation("Gated: the gates' decoder learns", "coder.py", "with frozen(self):", "if True:", f"{STEP}[transcoder-gated]"),
+    Mutation("JumpReLU: θ for log θ", "sparsity.py", "d_theta * theta, None", "d_theta, None", f"{STEP}[clt-jumprelu]"),
+    Mutation(
+        "SAE: gradient not projected", "sae.py", "self.W_dec.grad -= along * self.W_dec", "pass", f"{STEP}[sae-topk]",
+    ),
+    Mutation(
+        "SAE: clipped before projected", "training.py",
+        "    coder.constrain_gradients()\n    torch.nn.utils.clip_grad_norm_(coder.parameters(), config.max_grad_norm)\n",
+        "    torch.nn.utils.clip_grad_norm_(coder.parameters(), config.max_grad_norm)\n    coder.constrain_gradients()\n",
+        f"{STEP}[sae-batchtopk]",
+    ),
+    Mutation(
+        "SAE: decoder not renormalised", "sae.py", "self.W_dec /= self.W_dec.norm(dim=1, keepdim=True)", "pass",
+        f"{STEP}[sae-topk]",
+    ),
+    Mutation(
+        "gradient not clipped", "training.py",
+        "    torch.nn.utils.clip_grad_norm_(coder.parameters(), config.max_grad_norm)\n", "", f"{STEP}[clt-batchtopk]",
+    ),
+    Mutation("no step", "training.py", "    optimiser.step()\n", "", f"{STEP}[transcoder-relu]"),
+    Mutation("Adam's betas not those asked for", "training.py", "betas=config.betas, ", "", f"{STEP}[transcoder-relu]"),
+    Mutation("rate given, not used", "training.py", 'group["lr"] = lr\n', "pass\n", f"{STEP}[transcoder-relu]"),
+    Mutation("rate not scheduled", "training.py", "lr=config.lr * schedule(step, steps, config)", "lr=config.lr", RATES),
+    Mutation("k not annealed", "training.py", "run.coder.set_k(annealed_k(", "(annealed_k(", RATES),
+    Mutation("not calibrated", "training.py", "    _side_by_side(calibrate, runs, store.target.device)\n", "", LATER),
+    Mutation(
+        "calibrated on text already seen", "training.py", "itertools.islice(store, ",
+        "itertools.islice(ActivationsStore(target, data), ", LATER,
+    ),
+]  # fmt: skip
+
+DECOMPOSITIONS = [
+    Mutation("minimality left out", "spd_training.py", "loss = recon + c.minimality * minimality", "loss = recon", f"{SPD}[one]"),
+    Mutation(
+        "minimality left out", "spd_training.py", "loss = recon + c.minimality * minimality", "loss = recon",
+        "test_spd_model.py::test_minimality_and_reconstruction_fall_in_training",
+    ),
+    Mutation("frequency term left out", "spd_training.py", "(g_up, p, c.frequency)", "(g_up, p, 0.0)", f"{SPD}[one]"),
+    Mutation("faithfulness left out", "spd_training.py", "        if c.faithfulness:\n", "        if False:\n", f"{SPD}[all]"),
+    Mutation("coefficients left out", "spd_training.py", "t.coefficient * self.recon(", "self.recon(", f"{SPD}[all]"),
+    Mutation("layerwise summed", "spd_training.py", "torch.stack(losses).mean()", "torch.stack(losses).sum()", f"{SPD}[one]"),
+    Mutation("subset routed as all", "spd_training.py", 'if term.routing == "subset":', "if False:", f"{SPD}[all]"),
+    Mutation("deployed masks of importances", "spd_training.py", "torch.where(g > 0, 1.0, g)", "g", f"{SPD}[all]"),
+    Mutation(
+        "persistent sources stand still", "spd_training.py", "adversary.ascend(objective(adversary.sources()))", "pass",
+        f"{SPD}[all]",
+    ),
+    Mutation("PGD does not ascend", "spd_masks.py", "        if step < steps:\n", "        if False:\n", f"{SPD}[all]"),
+    Mutation("a split term reads all", "spd_training.py", "n = len(c.recon) if c.split else 1", "n = 1", f"{SPD}[split]"),
+    Mutation("gates' leak of both signs", "spd_gates.py", "ctx.alpha * grad.clamp(max=0)", "ctx.alpha * grad", f"{SPD}[all]"),
+    Mutation("gradient not clipped", "spd_training.py", "        if c.clip is not None:\n", "        if False:\n", f"{SPD}[all]"),
+    Mutation(
+        "gates clipped with the components", "spd_training.py", "clip_grad_norm_(self.weights, c.clip)",
+        "clip_grad_norm_(self.model.parameters(), c.clip)", f"{SPD}[all]",
+    ),
+    Mutation("weight decay", "spd_training.py", "weight_decay=0.0,", "weight_decay=0.1,", f"{SPD}[one]"),
+    Mutation(
+        "rate not scheduled", "spd_training.py", 'group["lr"] = scheduled_rate(c, self.steps_done)', "pass", SPD_RATES,
+    ),
+    Mutation(
+        "p not annealed", "spd_training.py", "annealed_p(c.p, c.p_between, self.steps_done / c.steps)", "c.p[0]", SPD_RATES,
+    ),
+    Mutation("no warm-up", "spd_training.py", "        trainer.warm_up()\n", "        pass\n", SPD_RATES),
+    Mutation(
+        "warm-up without decay", "spd_training.py", ", weight_decay=self.config.faithful_decay", ", weight_decay=0.0",
+        "test_spd_step.py::test_warm_up_is_faithfulness_alone_with_decay",
+    ),
+]  # fmt: skip
+
+PERFECT = "test_evaluation.py::test_a_perfect_decomposition_lands_exactly_on_every_axis_and_protocol"
+DEFINITION = "test_evaluation.py::test_the_ruler_equals_its_definition_for_every_method_and_protocol[64]"
+RULER = [
+    Mutation(
+        "dead constant 0", "metrics.py", "return replacement.dead()", "return 0.0",
+        "test_training_step.py::test_latents_silent_at_the_end_of_training_are_the_tables_dead",
+    ),
+    Mutation("FVU without the mean", "metrics.py", " - (self._total[i] / self.n).square().sum())", ")", DEFINITION),
+    Mutation("bits without values", "metrics.py", " + VALUE_BITS * sum(l0.values())", "", PERFECT),
+    Mutation("CE recovered of the whole CE", "metrics.py", "/ (most - least) if", "/ most if", PERFECT),
+    Mutation(
+        "MMCS without the components' norm", RECOVERED, "dot / (norm * length).clamp_min(1e-12)", "dot / length",
+        "test_spd_model.py::test_perfect_decompositions_score_perfectly",
+    ),
+]  # fmt: skip
+
+MUTATIONS = [*CODERS, *DECOMPOSITIONS, *RULER]
+
+
+class _Failures:
+    """A plugin of pytest that keeps what tests raised."""
+
+    def __init__(self) -> None:
+        self.raised: list[BaseException] = []
+
+    def pytest_exception_interact(self, call: Any) -> None:
+        self.raised.append(call.excinfo.value)
+
+
+def _pytest(tests: Sequence[str], *options: str, plugins: Sequence[object] = ()) -> int:
+    import pytest
+
+    return pytest.main(["-qx", "-p", "no:cacheprovider", *options, *(f"tests/{test}" for test in tests)], plugins)
+
+
+def _test(tests: Sequence[str]) -> None:
+    """Run tests and end the process with SEEN, PASSED or BROKEN."""
+    silence, failures = os.open(os.devnull, os.O_WRONLY), _Failures()
+    os.dup2(silence, 1)
+    os.dup2(silence, 2)
+    code = _pytest(tests, plugins=[failures])
+    by_assertion = bool(failures.raised) and all(isinstance(error, AssertionError) for error in failures.raised)
+    os._exit(PASSED if code == 0 else SEEN if by_assertion else BROKEN)
+
+
+def run_tests(tests: Sequence[str]) -> int:
+    """`_test` in a process of its own."""
+    process = multiprocessing.get_context("fork").Process(target=_test, args=(tests,))
+    process.start()
+    process.join()
+    assert process.exitcode is not None
+    return process.exitcode
+
+
+def import_libraries(root: Path, tests: Sequence[str]) -> None:
+    """Import all that the tests import, then forget the modules of the tree: a fork imports those anew, and no others."""
+    finders = list(sys.meta_path)
+    with contextlib.redirect_stdout(io.StringIO()):
+        _pytest(tests, "--collect-only")
+    sys.meta_path[:] = finders
+    for name, module in list(sys.modules.items()):
+        if str(getattr(module, "__file__", None)).startswith(str(root)):
+            del sys.modules[name]
+
+
+def mutated(text: str, mutation: Mutation) -> str:
+    """The file's text with the fault in it."""
+    assert text.count(mutation.old) == 1, f"{mutation.file} has {mutation.old!r} {text.count(mutation.old)} times"
+    return text.replace(mutation.old, mutation.new)
+
+
+def copy_sources(root: Path) -> None:
+    """Every Python file of the working tree that git does not ignore, and pytest's settings."""
+    listed = ["git", "ls-files", "-co", "--exclude-standard", "*.py", "pyproject.toml"]
+    for name in subprocess.run(listed, cwd=REPOSITORY, capture_output=True, text=True, check=True).stdout.split():
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(REPOSITORY / name, root / name)
+
+
+def main() -> None:
+    sys.dont_write_bytecode = True  # bytecode is told from its source by time and size, which a fault may leave alike
+    tests, unseen = sorted({mutation.test for mutation in MUTATIONS}), 0
+    with tempfile.TemporaryDirectory() as folder:
+        root = Path(folder).resolve()
+        copy_sources(root)
+        os.chdir(root)
+        sys.path.insert(0, str(root))
+        import_libraries(root, tests)
+        if (code := run_tests(tests)) != PASSED:
+            raise SystemExit(f"the tests do not pass on the sources as they are ({code}): run them with pytest first")
+        for mutation in MUTATIONS:
+            file = root / mutation.file
+            text = file.read_text()
+            file.write_text(mutated(text, mutation))
+            code = run_tests([mutation.test])
+            file.write_text(text)
+            word = {SEEN: "seen", PASSED: "NOT SEEN", BROKEN: "BREAKS"}[code]
+            print(f"{word:8}  {mutation.file:18.18}  {mutation.fault:36}  {mutation.test}", flush=True)
+            unseen += code != SEEN
+    print(f"{len(MUTATIONS) - unseen} of {len(MUTATIONS)} faults seen")
+    raise SystemExit(unseen > 0)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,37 @@
+"""Experiment 013, in miniature: its own gate and both transformer gates, probed on the same positions."""
+
+import runpy
+import sys
+from pathlib import Path
+
+import pytest
+from small import make_small_target, write_corpus
+
+import checkpoints
+import target_models
+from logs import read_csv
+from recipes import SPDRecipe, train_decomposition
+
+SCRIPT = Path(__file__).parents[1] / "experiments" / "exp_013_spd_mask_leak" / "spd_mask_leak.py"
+SMALL = "--eval-tokens 2048 --classes 16 --probe-steps 2 --gate-steps 1".split()
+
+
+def test_it_runs_from_its_command_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(checkpoints, "CHECKPOINTS", tmp_path / "checkpoints")
+    (tmp_path / "corpus").mkdir()
+    target, output = make_small_target(write_corpus(tmp_path / "corpus")), tmp_path / "output"
+    recipe = SPDRecipe(components=8, gate_hidden=4, steps=1, batch=2)
+    train_decomposition(target, recipe, layers=(0, 1), folder=tmp_path / "checkpoints" / target.name)
+    monkeypatch.setattr(target_models, "load_target", lambda name, device: target)
+    monkeypatch.setattr(sys, "argv", [str(SCRIPT), *SMALL, "--output", str(output)])
+    runpy.run_path(str(SCRIPT), run_name="__main__")
+    rows = {row["gate"]: row for row in read_csv(output / "points.csv")}
+    assert list(rows) == ["shared_mlp (its own)", "causal transformer", "bidirectional transformer"]
+    assert [row["gate_steps"] for row in rows.values()] == ["", "1", "1"]
+    assert len({(row["current_token_ce"], row["model_ce"]) for row in rows.values()}) == 1
+
+    monkeypatch.setattr(target_models, "load_target", None)
+    (output / "mask_leak.png").unlink()
+    monkeypatch.setattr(sys, "argv", [str(SCRIPT), "--replot", "--output", str(output)])
+    runpy.run_path(str(SCRIPT), run_name="__main__")
+    assert {file.name for file in output.iterdir()} == {"points.csv", "settings.json", "mask_leak.png", "README.md"}

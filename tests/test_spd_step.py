@@ -1,0 +1,316 @@
+"""Theorems about a training step of an SPD: all its terms are done again in float64, by plain autograd from the equations.
+
+    loss = Σ_terms coefficient · D(target, target under masks × routing) + λ · minimality(g_up; p) + γ · faithfulness
+    step = clip the components' gradient → AdamW without decay at the scheduled rate
+
+The reference calls nothing of the project: it takes the model's tensors, the numbers of the configuration, and random
+numbers drawn from an equal generator in the order of the terms.
+"""
+
+import dataclasses
+import math
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from plain import Adam, clipped, norm
+from torch import Tensor, nn
+from torch.optim.optimizer import register_optimizer_step_pre_hook
+
+import spd_training
+from config import GateConfig, Recon, SPDConfig, SPDTrainConfig
+from spd_model import ComponentModel
+from spd_training import SPDTrainer, train_spd
+
+SIZES, COMPONENTS, ALPHA = (5, 7, 6), {"first": 9, "second": 11}, 0.03
+SEQUENCES, LENGTH = 16, 3
+TERMS = (
+    Recon(coefficient=1.0, source="stochastic", routing="layerwise"),
+    Recon(coefficient=0.5, source="stochastic", routing="subset"),
+    Recon(coefficient=0.7, source="pgd", routing="all", steps=2, step_size=0.3),
+    Recon(coefficient=0.4, source="pgd", routing="subset", steps=1, step_size=0.2),
+    Recon(coefficient=0.9, source="persistent", routing="subset", steps=2, step_size=0.05),
+    Recon(coefficient=0.6, source="importance", routing="all"),
+    Recon(coefficient=0.8, source="deployed", routing="subset"),
+    Recon(coefficient=0.3, source="ones", routing="all"),
+)
+CONFIG = SPDTrainConfig(
+    steps=20, lr=2e-2, recon=TERMS, minimality=0.02, distance="kl", p=(2.0, 0.5), p_between=(0.2, 0.8), frequency=0.3,
+    faithfulness=3.0, schedule="cosine", final=0.1, warmup=0.2, clip=1.0,
+)  # fmt: skip
+
+
+class Target(nn.Module):
+    """x ↦ relu(x W₁ + b₁) W₂ + b₂."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(*SIZES[:2]), nn.Linear(*SIZES[1:])
+        for p in self.parameters():
+            nn.init.normal_(p, generator=torch.Generator().manual_seed(3))
+            p.requires_grad_(False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.second(torch.relu(self.first(x)))
+
+
+def component_model() -> ComponentModel:
+    config = SPDConfig(components=tuple(COMPONENTS.items()), gate=GateConfig(kind="mlp", hidden=(4,)), alpha=ALPHA)
+    model = ComponentModel(Target(), config, torch.Generator().manual_seed(0))
+    with torch.no_grad():  # importances below 0, within and above 1
+        for gate in model.gates.values():
+            gate.layers[2].W.mul_(2)
+            gate.layers[2].b.fill_(0.4)
+    return model
+
+
+def batch(seed: int) -> Tensor:
+    return torch.randn(SEQUENCES, LENGTH, SIZES[0], generator=torch.Generator().manual_seed(seed))
+
+
+# ----------------------------------------------------------------------------------------------------------- the reference
+
+
+Masks = dict[str, tuple[Tensor, Tensor]]  # m and m_Δ of each module
+
+
+class Equations:
+    """A model's tensors in float64, and what the papers say of them."""
+
+    def __init__(self, trainer: SPDTrainer) -> None:
+        model, self.config = trainer.model, trainer.config
+        self.p = {name: value.detach().double().requires_grad_() for name, value in model.named_parameters()}
+        target = {path: model.target_model.get_submodule(path) for path in COMPONENTS}
+        self.W = {path: module.weight.double().T for path, module in target.items()}
+        self.b = {path: module.bias.double() for path, module in target.items()}
+        self.generator = torch.Generator()
+        self.generator.set_state(trainer.generator.get_state())
+
+    def uniform(self, *shape: int) -> Tensor:
+        return torch.rand(*shape, generator=self.generator).double()
+
+    def V_U(self, path: str) -> tuple[Tensor, Tensor]:
+        return self.p[f"_components.{path}.V"], self.p[f"_components.{path}.U"]
+
+    def forward(self, x: Tensor, masks: Masks) -> Tensor:
+        """Each module as (h ⊙ m) U + m_Δ · x (W − V U) + b, or as it was where there is no mask."""
+        for path in COMPONENTS:
+            V, U = self.V_U(path)
+            m, delta = masks.get(path, (torch.ones(len(U)), torch.ones(())))
+            y = (x @ V * m) @ U + delta[..., None] * (x @ (self.W[path] - V @ U)) + self.b[path]
+            x = y.relu() if path == "first" else y
+        return x
+
+    def logits(self, x: Tensor) -> dict[str, Tensor]:
+        """z_c = Σ_k w2_ck gelu(w1_ck h_c + b1_ck) + b2_c with h = x V, x the module's input in a clean pass."""
+        inputs = {"first": x, "second": (x @ self.W["first"] + self.b["first"]).relu()}
+        return {path: self.gate(path, inputs[path] @ self.V_U(path)[0]) for path in COMPONENTS}
+
+    def gate(self, path: str, h: Tensor) -> Tensor:
+        w1, b1, w2, b2 = (self.p[f"_ci_fns.{path}.layers.{name}"] for name in ("0.W", "0.b", "2.W", "2.b"))
+        u = h[..., None] * w1[:, 0] + b1
+        return (0.5 * u * (1 + torch.erf(u / 2**0.5)) * w2[..., 0]).sum(-1) + b2[:, 0]
+
+    def distance(self, x: Tensor, masks: Masks) -> Tensor:
+        clean, own = self.forward(x, {}).detach(), self.forward(x, masks)
+        if self.config.distance == "mse":
+            return (clean - own).square().mean()
+        return (clean.softmax(-1) * (clean.log_softmax(-1) - own.log_softmax(-1))).sum(-1).mean()
+
+    def term(self, term: Recon, x: Tensor, g: dict[str, Tensor], r: dict[str, Tensor], ascend: Adam) -> Tensor:
+        """One reconstruction term; r, the persistent sources, moves in place."""
+        routing, shape = self.routing(x.shape[:-1]) if term.routing == "subset" else None, x.shape[:-1]
+        constant = {path: own.detach() for path, own in g.items()}
+
+        def under(g: dict[str, Tensor], r: dict[str, Tensor]) -> Masks:
+            return routed(
+                {path: (g[path] + (1 - g[path]) * r[path][..., :-1], r[path][..., -1]) for path in g}, routing
+            )
+
+        if term.source == "stochastic":
+            drawn = {path: (self.uniform(*own.shape), self.uniform(*shape)) for path, own in g.items()}
+            masks = under(g, {path: torch.cat([own, delta[..., None]], -1) for path, (own, delta) in drawn.items()})
+        elif term.source == "pgd":
+            tried = [{path: self.uniform(*[1] * len(shape), n + 1) for path, n in COMPONENTS.items()}]
+            for _ in range(term.steps):
+                up = gradient(lambda r: self.distance(x, under(constant, r)), tried[-1])
+                tried.append(
+                    {path: (own + term.step_size * up[path].sign()).clamp(0, 1) for path, own in tried[-1].items()}
+                )
+            masks = under(g, max(tried, key=lambda r: self.distance(x, under(constant, r)).item()))
+        elif term.source == "persistent":
+            for _ in range(term.steps):
+                up = gradient(lambda r: self.distance(x, under(constant, r)), r)
+                moved = ascend(r, {path: -own for path, own in up.items()}, term.step_size)
+                r.update({path: own.clamp(0, 1) for path, own in moved.items()})
+            masks = under(g, r)
+        else:
+            m = {"importance": lambda g: g, "deployed": lambda g: torch.where(g > 0, 1.0, g), "ones": torch.ones_like}
+            masks = routed({path: (m[term.source](own), torch.zeros(shape)) for path, own in g.items()}, routing)
+        if term.routing == "layerwise":
+            return torch.stack([self.distance(x, {path: mask}) for path, mask in masks.items()]).mean()
+        return self.distance(x, masks)
+
+    def routing(self, shape: torch.Size) -> dict[str, Tensor]:
+        """k ~ U{1, 2} per position, then k of the two modules: 1 where one goes through the decomposition."""
+        k = torch.randint(1, 3, shape, generator=self.generator)
+        first = self.uniform(2, *shape).argsort(0)[0]  # the module drawn first
+        return {path: ((k == 2) | (first == i)).double() for i, path in enumerate(COMPONENTS)}
+
+    def loss(self, x: Tensor, *, p: float, r: dict[int, dict[str, Tensor]], ascend: dict[int, Adam]) -> list[Tensor]:
+        """[loss, Σ of the reconstruction terms, minimality, L0 of each module]."""
+        c, z = self.config, self.logits(x)
+        g = {path: leaky(own) for path, own in z.items()}
+        n, recon = len(c.recon) if c.split else 1, torch.zeros(())
+        for i, term in enumerate(c.recon):
+            share = {path: own[i % n :: n] for path, own in g.items()}
+            recon = recon + term.coefficient * self.term(
+                term, x[i % n :: n], share, r.get(i, {}), ascend.get(i, Adam((0, 0)))
+            )
+        minimality = torch.zeros(())
+        for own in z.values():
+            up = torch.where(own > 1, 1 + ALPHA * (own - 1), own.relu()).flatten(0, -2)
+            s = (up + 1e-12).pow(p).sum(0)
+            minimality = minimality + (s / len(up) * (1 + c.frequency * torch.log2(1 + s))).sum()
+        deltas = [W - torch.matmul(*self.V_U(path)) for path, W in self.W.items()]
+        faithfulness = sum(d.square().sum() for d in deltas) / sum(d.numel() for d in deltas)
+        loss = recon + c.minimality * minimality + c.faithfulness * faithfulness
+        return [loss, recon, minimality, *((own > 0).double().sum(-1).mean() for own in g.values())]
+
+
+def leaky(z: Tensor) -> Tensor:
+    """clamp(z, 0, 1); the gradient is G within, nothing above, and α · min(G, 0) below."""
+    g = z + (z.clamp(0, 1) - z).detach()
+    g.register_hook(lambda G: torch.where(z <= 0, ALPHA * G.clamp(max=0), G * (z <= 1)))
+    return g
+
+
+def routed(masks: Masks, routing: dict[str, Tensor] | None) -> Masks:
+    """m = m_Δ = 1 where a module is not routed."""
+    if routing is None:
+        return masks
+    return {
+        path: (1 - routing[path][..., None] * (1 - m), 1 - routing[path] * (1 - delta))
+        for path, (m, delta) in masks.items()
+    }
+
+
+def gradient(value: Callable[[dict[str, Tensor]], Tensor], at: dict[str, Tensor]) -> dict[str, Tensor]:
+    leaves = {path: own.detach().requires_grad_() for path, own in at.items()}
+    return dict(zip(leaves, torch.autograd.grad(value(leaves), list(leaves.values()))))
+
+
+# ------------------------------------------------------------------------------------------------------------ a whole step
+
+
+def rate(step: int) -> float:
+    """Of CONFIG: a rise over 4 of 20 steps, times half a cosine down to a tenth."""
+    return 2e-2 * min(1.0, (step + 1) / 4) * (0.1 + 0.45 * (1 + math.cos(math.pi * step / 20)))
+
+
+STEPS = {0: 2.0, 10: 1.25, 19: 0.5}  # p of CONFIG at three steps
+assert [round(rate(step), 6) for step in STEPS] == [0.005, 0.011, 0.002111]
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        CONFIG,
+        dataclasses.replace(CONFIG, distance="mse", split=True, clip=None),
+        dataclasses.replace(CONFIG, recon=TERMS[:1], faithfulness=0.0, clip=1e3),
+    ],
+    ids=["all", "split", "one"],
+)
+def test_a_step_is_that_of_the_equations(config: SPDTrainConfig) -> None:
+    """Readings, gradient, rate, p, parameters and persistent sources, at the first step, in the middle and at the last."""
+    trainer, got, reference = SPDTrainer(component_model(), config, False), [], Adam((0.9, 0.999))
+    ascend = {i: Adam((0.5, 0.99)) for i in trainer.adversaries}
+    trainer.optimiser.register_step_pre_hook(
+        lambda optimiser, *_: got.append(
+            ({name: p.grad.double() for name, p in trainer.model.named_parameters()},
+             [group["lr"] for group in optimiser.param_groups])
+        )
+    )  # fmt: skip
+    for t, (step, p) in enumerate(STEPS.items()):
+        trainer.steps_done, x, equations = step, batch(t), Equations(trainer)
+        r = {
+            i: {path: own.detach().double() for path, own in a.sources().items()}
+            for i, a in trainer.adversaries.items()
+        }
+        readings = equations.loss(x.double(), p=p, r=r, ascend=ascend)
+        g = dict(zip(equations.p, torch.autograd.grad(readings[0], list(equations.p.values()))))
+        if config.clip is not None:
+            weights = {name: own for name, own in g.items() if name.startswith("_components")}
+            assert (norm(weights) > config.clip) == (config.clip == 1), f"{norm(weights)=}"
+            g |= clipped(weights, config.clip)
+        after = reference(equations.p, g, rate(step))
+        torch.testing.assert_close(trainer.step(x).double(), torch.stack(readings).detach(), rtol=1e-5, atol=1e-6)
+        assert len(got) == t + 1, "the optimiser takes one step"
+        gradients, rates = got[t]
+        assert rates == pytest.approx([rate(step)] * 2)
+        for name, own in trainer.model.named_parameters():
+            size = g[name].abs().max().item()
+            torch.testing.assert_close(gradients[name], g[name], rtol=1e-4, atol=1e-5 * size, msg=f"gradient {name}")
+            torch.testing.assert_close(own.detach().double(), after[name], rtol=1e-5, atol=1e-3 * rate(step), msg=name)
+        for i, adversary in trainer.adversaries.items():
+            for path, own in adversary.sources().items():
+                torch.testing.assert_close(own.detach().double(), r[i][path], rtol=0, atol=1e-5)
+        assert torch.equal(trainer.generator.get_state(), equations.generator.get_state())
+        assert trainer.steps_done == step + 1
+
+
+def test_warm_up_is_faithfulness_alone_with_decay() -> None:
+    """Two steps of AdamW on Σ‖W − V U‖² / Σ numel(W), gates left alone."""
+    config = dataclasses.replace(CONFIG, faithful_steps=2, faithful_lr=0.03, faithful_decay=0.2)
+    trainer, reference = SPDTrainer(component_model(), config, False), Adam((0.9, 0.999), 0.2)
+    W, expected = Equations(trainer).W, dict(Equations(trainer).p)
+    for _ in range(2):
+        p = {name: own.detach().requires_grad_() for name, own in expected.items() if name.startswith("_components")}
+        deltas = [own - p[f"_components.{path}.V"] @ p[f"_components.{path}.U"] for path, own in W.items()]
+        loss = sum(d.square().sum() for d in deltas) / sum(d.numel() for d in deltas)
+        expected |= reference(p, dict(zip(p, torch.autograd.grad(loss, list(p.values())))), 0.03)
+    trainer.warm_up()
+    for name, own in trainer.model.named_parameters():
+        torch.testing.assert_close(own.detach().double(), expected[name].detach(), rtol=1e-5, atol=1e-5, msg=name)
+
+
+# ------------------------------------------------------------------------------------------------------------- a whole run
+
+
+class Batches:
+    """Endless, each another one."""
+
+    def __init__(self) -> None:
+        self.served = 0
+
+    def __next__(self) -> Tensor:
+        self.served += 1
+        return batch(self.served)
+
+    def state_dict(self) -> dict[str, int]:
+        return {"served": self.served}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        self.served = state["served"]
+
+
+@pytest.mark.parametrize("schedule", ["cosine", "constant"])
+def test_rate_and_p_of_a_run_are_the_schedules(schedule: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Three steps of warm-up at its own rate, then 20 whose rate AdamW used and whose p the minimality had."""
+    ps: list[float] = []
+    rates: list[float] = []
+    original = spd_training.importance_minimality
+
+    def spy(g_up: dict[str, Tensor], p: float, frequency: float) -> Tensor:
+        ps.append(p)
+        return original(g_up, p, frequency)
+
+    monkeypatch.setattr(spd_training, "importance_minimality", spy)
+    config = dataclasses.replace(CONFIG, recon=TERMS[:1], schedule=schedule, faithful_steps=3, faithful_lr=0.03)
+    handle = register_optimizer_step_pre_hook(lambda optimiser, *_: rates.append(optimiser.param_groups[-1]["lr"]))
+    train_spd(component_model(), Batches(), config, tmp_path, "run")
+    handle.remove()
+    own = rate if schedule == "cosine" else lambda step: 2e-2 * min(1.0, (step + 1) / 4)
+    assert rates == pytest.approx([0.03] * 3 + [own(step) for step in range(20)])
+    assert ps == pytest.approx([2.0 - 1.5 * min(1.0, max(0.0, (step / 20 - 0.2) / 0.6)) for step in range(20)])
