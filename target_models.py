@@ -101,6 +101,8 @@ class TargetModel:
     def _paths(self, layer: int) -> MLPPaths:
         if self.site != "mlp_out":
             raise ValueError(f"{self.name!r} is read at {self.site}, which has no MLP: load the target itself")
+        if not 0 <= layer < self.n_layers:
+            raise ValueError(f"layer {layer} is not among the layers 0…{self.n_layers - 1} of {self.name!r}")
         return self.mlps[layer]
 
 
@@ -248,6 +250,12 @@ def _prove_inputs(target: TargetModel) -> None:
             raise ValueError(f"{paths.write} does not read the output of {paths.read} alone: {UNSUPPORTED}")
 
 
+KNOWN_HOOKS = (
+    "mlp.hook_in", "ln2.hook_out", "ln2.hook_normalized", "hook_mlp_out", "mlp.hook_out", "hook_attn_out",
+    "attn.hook_out", "hook_resid_post", "hook_resid_pre",
+)  # fmt: skip
+
+
 class HookScale(NamedTuple):
     """From what a hook of TransformerLens holds to what the project reads there: x = gain ⊙ held + bias."""
 
@@ -262,12 +270,15 @@ def same_site(target: TargetModel, hook: str) -> HookScale | None:
     (`ln2.hook_normalized`), ValueError in one line where they differ otherwise: `hook_mlp_out` and `hook_attn_out` come
     behind the norm or the factor that Gemma 2 and Granite have after the module. Decided by comparing tensors, in the
     layer that the name gives (`blocks.3.hook_mlp_out`) or in every one. A name without a hook is a module's own path.
+    ValueError also for a hook elsewhere, such as `hook_mlp_in`, which comes before the norm.
     """
     assert target.site == "mlp_out", f"{target.site=}: ask of the target itself"
     number = re.search(r"(?<![^\W_])\d+(?![^\W_])", hook)
     layers = range(target.n_layers) if number is None else [int(number[0])]
     if outside := [layer for layer in layers if not 0 <= layer < target.n_layers]:
         raise ValueError(f"{hook!r} is of layer {outside[0]}: {target.name!r} has {target.n_layers} from 0 on")
+    if "hook_" in hook and not hook.endswith(KNOWN_HOOKS):
+        raise ValueError(f"{hook!r} is no place that the project reads or writes: {', '.join(KNOWN_HOOKS)} are")
     if hook.endswith("ln2.hook_normalized"):
         scales = [_norm_scale(target, layer, hook) for layer in layers]
         if any(not torch.equal(a, b) for scale in scales[1:] for a, b in zip(scale, scales[0])):

@@ -194,6 +194,13 @@ def test_a_hook_counts_as_ours_where_transformer_lens_holds_our_tensor(
         same_site(target, "blocks.2.hook_mlp_out")
     with pytest.raises(ValueError, match="name the layer"):
         same_site(target, "ln2.hook_normalized")
+    for place, site in (("hook_resid_post", "resid"), ("hook_resid_pre", "resid")):
+        own = capture(at_site(target, site), TOKENS, [0]).outputs[0]
+        hook = f"blocks.{0 if place == 'hook_resid_post' else 1}.{place}"
+        torch.testing.assert_close(cache[hook], own)
+        assert same_site(target, hook) is None
+    with pytest.raises(ValueError, match="^'blocks.1.hook_mlp_in' is no place that the project reads or writes"):
+        same_site(target, "blocks.1.hook_mlp_in")
 
 
 def block_with_another_input(block: nn.Module) -> None:
