@@ -198,5 +198,5 @@ def _measure_batch(
 
 def held_out_tokens(target: TargetModel, n_tokens: int) -> Int[Tensor, "sequence seq"]:
     """The first tokens of the validation split; every study measures on the same."""
-    stream = TokenStream(target.data, target.tokenizer, "val", batch=32, seq=target.context)
+    stream = TokenStream(target.data, target.tokenizer, "val", 32, target.context, vocab_size=target.vocab_size)
     return take_tokens(stream, n_tokens).to(target.device)

@@ -28,7 +28,7 @@ from jaxtyping import Float
 from torch import Tensor
 from tqdm import tqdm
 
-from activation_store import ActivationBatch, ActivationsStore, DataConfig
+from activation_store import ActivationBatch, ActivationsStore, DataConfig, check_varies
 from checkpoints import (
     Checkpoint,
     TrainingRecord,
@@ -59,6 +59,8 @@ def default_learning_rate(tokens: int, d_dict: int) -> float:
     1,536 latents, 3·10⁵ tokens, mean over layers) is .292, .247, .212 and .198 at 1e-3, 2e-3, 4e-3 and 8e-3; the first factor
     alone is 6.5e-4, both are 6.7e-3 (benchmarks/learning_rate.py and its results).
     """
+    if min(tokens, d_dict) < 1:
+        raise ValueError(f"{tokens} training tokens, {d_dict} latents: ask for 1 or more (--tokens, --d-dict)")
     return 2e-4 / math.sqrt(d_dict / 2**14) * max(1.0, 1e8 / tokens) ** 0.4
 
 
@@ -162,7 +164,8 @@ def train_group(
     """
     names = [coder_name(target.name, coder.config, config.seed) for coder in coders]
     fingerprint, how = target.fingerprint, recipe(config, data)
-    assert len(set(names)) == len(names), f"two coders share a name: {names}"
+    if twice := sorted({name for name in names if names.count(name) > 1}):
+        raise ValueError(f"{', '.join(twice)} was asked for more than once: name every layer and k once")
 
     def untrained() -> list[tuple[str, Coder]]:
         return [
@@ -291,6 +294,7 @@ def start_run(name: str, coder: Coder, *, store: ActivationsStore, config: Train
         )
     rows = [store.config.layers.index(layer) for layer in coder.config.layers]
     stats = coder.stats_of(store.stats, rows)
+    check_varies(store.target, coder.config.layers, stats)
     coder.to(store.target.device).train()
     coder.initialise(stats)
     optimiser = torch.optim.Adam(coder.parameters(), lr=config.lr, betas=config.betas, fused=True)
