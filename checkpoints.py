@@ -9,10 +9,8 @@ import dataclasses
 import fcntl
 import json
 import os
-import pickle
 import re
 import shutil
-import zipfile
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -26,7 +24,7 @@ from torch.utils._pytree import tree_leaves
 from clt import CrossLayerTranscoder
 from coder import Coder
 from config import CLTConfig, CoderConfig, EncoderConfig, SAEConfig, SPDConfig, from_fields, from_json, to_json
-from logs import atomic_path, cache_folder, download_artifact, write_json
+from logs import atomic_path, cache_folder, download_artifact, load_tensors, write_json
 from sae import build_sae
 from spd_model import ComponentModel
 from target_models import ASSETS, TargetModel, mlp_matrices
@@ -111,20 +109,6 @@ def check_room(path: Path, state: object) -> None:
     needed = sum(leaf.nbytes for leaf in tree_leaves(state) if isinstance(leaf, torch.Tensor))
     if needed > (free := shutil.disk_usage(path.parent).free):
         raise ValueError(f"the disk is full: {path} takes {needed:,} bytes and {free:,} are free; make room for it")
-
-
-def load_tensors(path: Path, device: str) -> dict:  # type: ignore[type-arg]
-    """A torch file that holds tensors only; raises ValueError in one line for a missing, truncated or pickled one."""
-    if not path.exists():
-        raise ValueError(f"{path} does not exist: train it first, or check the path")
-    if not zipfile.is_zipfile(path):
-        raise ValueError(f"{path} is truncated or no torch file: fetch or train it again")
-    try:
-        return torch.load(path, map_location=device, weights_only=True)  # type: ignore[no-any-return]
-    except pickle.UnpicklingError:
-        raise ValueError(f"{path} holds pickled objects, not tensors: it is not opened") from None
-    except Exception:  # of a damaged file the unpickler raises anything: KeyError, IndexError, RuntimeError, …
-        raise ValueError(f"{path} is truncated or no torch file: fetch or train it again") from None
 
 
 def check_named(path: Path, state: object) -> dict[str, torch.Tensor]:
@@ -263,6 +247,8 @@ def load_state(module: nn.Module, state: dict[str, torch.Tensor], reference: str
         whole = tensor.isnan().logical_not() if name.endswith("threshold") else tensor.isfinite()
         if not whole.all():
             raise ValueError(f"{reference}: tensor {name!r} holds NaN or infinity: fetch or train it again")
+        if name.endswith(("x_scale", "y_scale")) and not (tensor > 0).all():
+            raise ValueError(f"{reference}: tensor {name!r} is not positive: fetch or train it again")
     module.load_state_dict(state)
 
 

@@ -9,11 +9,13 @@ import csv
 import dataclasses
 import json
 import os
+import pickle
 import platform
 import shutil
 import subprocess
 import sys
 import time
+import zipfile
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -72,6 +74,20 @@ def errors_in_one_line() -> None:
             sys.__excepthook__(kind, error, trace)
 
     sys.excepthook = report
+
+
+def load_tensors(path: Path, device: str) -> dict:  # type: ignore[type-arg]
+    """A torch file that holds tensors only; raises ValueError in one line for a missing, truncated or pickled one."""
+    if not path.exists():
+        raise ValueError(f"{path} does not exist: train it first, or check the path")
+    if not zipfile.is_zipfile(path):
+        raise ValueError(f"{path} is truncated or no torch file: fetch or train it again")
+    try:
+        return torch.load(path, map_location=device, weights_only=True)  # type: ignore[no-any-return]
+    except pickle.UnpicklingError:
+        raise ValueError(f"{path} holds pickled objects, not tensors: it is not opened") from None
+    except Exception:  # of a damaged file the unpickler raises anything: KeyError, IndexError, RuntimeError, …
+        raise ValueError(f"{path} is truncated or no torch file: fetch or train it again") from None
 
 
 def write_json(path: Path, value: Any) -> None:
