@@ -34,7 +34,8 @@ class TopK:
     k: int  # active latents per token
 
     def __post_init__(self) -> None:
-        require(self.k >= 1, f"k must be at least 1 active latent, but is {self.k}")
+        if self.k < 1:
+            raise ValueError(f"k={self.k}: a token needs at least one active latent")
 
 
 @dataclass(frozen=True)
@@ -44,7 +45,8 @@ class BatchTopK:
     k: int  # active latents per token, on average over the batch
 
     def __post_init__(self) -> None:
-        require(self.k >= 1, f"k must be at least 1 active latent, but is {self.k}")
+        if self.k < 1:
+            raise ValueError(f"k={self.k}: a token needs at least one active latent")
 
 
 @dataclass(frozen=True)
@@ -152,8 +154,8 @@ class CLTConfig:
     rule: Rule  # per layer: k counts one layer's latents
 
     def __post_init__(self) -> None:
-        ascend = tuple(sorted(set(self.layers))) == tuple(self.layers)
-        require(ascend and len(self.layers) > 0, f"layers must ascend, each named once, but are {self.layers}")
+        if not self.layers or tuple(sorted(set(self.layers))) != tuple(self.layers):
+            raise ValueError(f"layers {self.layers} of a cross-layer transcoder must ascend, each named once")
 
     @property
     def site(self) -> Site:
@@ -323,4 +325,5 @@ def _is_a(value: Any, hint: Any) -> bool:
         return isinstance(value, tuple) and len(value) == len(of_each) and all(map(_is_a, value, of_each))
     if hint in (int, float):
         return isinstance(value, (int, hint)) and not isinstance(value, bool)
-    return isinstance(value, hint)
+    is_from_elsewhere = dataclasses.is_dataclass(value) and type(value).__module__ != __name__  # a rule of one's own
+    return isinstance(value, hint) or is_from_elsewhere

@@ -152,7 +152,7 @@ def change_tensors(draw: Callable[..., Any], path: Path) -> str:
                 state[name].view(-1)[draw(st.integers(0, tensor.numel() - 1))] = value
         case "zero a row":
             state[name] = tensor.clone()
-            state[name][: 1 if tensor.ndim else ...] = 0
+            (state[name][:1] if tensor.ndim else state[name]).zero_()
         case "scale":
             state[name] = tensor * draw(st.sampled_from([-1, 2, 100]))
     state = {key: value.contiguous().clone() for key, value in state.items()}

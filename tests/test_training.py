@@ -492,7 +492,7 @@ def edited(folder: Path, section: str, **changes: object) -> str:
         ("record", {"train_seconds": "long"}, "train_seconds of TrainingRecord is 'long'"),
         ("config", {"d_in": "16"}, "d_in of EncoderConfig is '16'"),
         ("config", {"d_dict": 10**12}, "does not match its config.json"),
-        ("config", {"rule": {"class": "TopK", "k": 0}}, "k must be at least 1 active latent, but is 0"),
+        ("config", {"rule": {"class": "TopK", "k": 0}}, "k=0: a token needs at least one active latent"),
         ("config", {"rule": {"class": "TopK", "k": True}}, "k of TopK is True"),
         ("config", {"class": "Any"}, "unknown configuration class 'Any'"),
         ("config", {"class": "TrainConfig"}, "TrainConfig has no field"),
