@@ -247,6 +247,8 @@ def load_state(module: nn.Module, state: dict[str, torch.Tensor], reference: str
         whole = tensor.isnan().logical_not() if name.endswith("threshold") else tensor.isfinite()
         if not whole.all():
             raise ValueError(f"{reference}: tensor {name!r} holds NaN or infinity: fetch or train it again")
+        if name.endswith(("x_scale", "y_scale")) and not (tensor > 0).all():
+            raise ValueError(f"{reference}: tensor {name!r} is not positive: fetch or train it again")
     module.load_state_dict(state)
 
 
