@@ -6,12 +6,19 @@ so that both paths can be tested on any machine.
 
 glibc gives freed pages back to the system in mid-run, or never: `keep_freed_memory` and `give_back_memory` decide.
 They do nothing where the C library is another one.
+
+Torch divides single operations among processors. Comparing, sorting, small sums and Python use one of them; independent
+calls side by side (`in_threads`) can fill the others.
 """
 
 import ctypes
+import functools
 import gc
 import os
 import platform
+import threading
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 
 import torch
 from torch import Tensor
@@ -77,3 +84,26 @@ def give_back_memory() -> None:
     gc.collect()
     if hasattr(libc := ctypes.CDLL(None), "malloc_trim"):
         libc.malloc_trim(0)
+
+
+@functools.cache
+def _pool(caller: int, workers: int) -> ThreadPoolExecutor:
+    """One pool per calling thread: nested calls on a shared pool would deadlock."""
+    return ThreadPoolExecutor(workers)
+
+
+def in_threads[A, B](function: Callable[[A], B], items: Sequence[A]) -> list[B]:
+    """[function(item) for item in items], begun in this order by as many threads as torch has, or as there are items."""
+    threads = torch.get_num_threads()
+    workers = min(threads, len(items))
+    if workers == 1:
+        return [function(item) for item in items]
+
+    def call(item: A) -> B:
+        torch.set_num_threads(threads // workers)
+        return function(item)
+
+    try:
+        return list(_pool(threading.get_ident(), workers).map(call, items))
+    finally:
+        torch.set_num_threads(threads)  # for threads to come, too, which begin with what was set last

@@ -29,9 +29,8 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from devices import bf16_is_fast
+from devices import bf16_is_fast, in_threads
 from sparse_ops import Codes, Layout, layout_of, nonzero_positions
-from threads import in_threads
 
 # k / d_dict by token, and in the batch, from which on all pre-activations are written down and partitioned in float32
 DENSE_SELECTION_ABOVE = {torch.bfloat16: (1 / 16, 1 / 16), torch.float32: (1 / 32, 1 / 8)}  # by the product's precision

@@ -12,7 +12,6 @@ import contextlib
 import hashlib
 import importlib.util
 import inspect
-import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -207,7 +206,9 @@ def _streams_with(target: TargetModel, values: Sequence[Tensor], streams: Sequen
         return block_outputs(target, _few_tokens(target), streams)
 
 
-def _equal(a: Float[Tensor, "*batch d"], b: Float[Tensor, "*batch d"], of: Float[Tensor, "*batch d"]) -> bool:
+def equal_but_for_rounding(
+    a: Float[Tensor, "*batch d"], b: Float[Tensor, "*batch d"], of: Float[Tensor, "*batch d"]
+) -> bool:
     """Whether a is b up to the rounding of sums of numbers as large as the largest of `of` at the same position."""
     return bool(((a - b).abs() <= 64 * torch.finfo(a.dtype).eps * of.abs().amax(-1, keepdim=True)).all())
 
@@ -226,11 +227,11 @@ def prove(target: TargetModel) -> None:
     moved = _streams_with(target, [layer.y.roll(1, dims=1) for layer in layers], streams)
     for i, (paths, (x, y, stream, added)) in enumerate(zip(target.mlps, layers)):
         with torch.inference_mode():
-            if not _equal(target.mlp(i, x), y, y):
+            if not equal_but_for_rounding(target.mlp(i, x), y, y):
                 raise ValueError(f"{paths.write} does not write a function of what it reads: {UNSUPPORTED}")
         sizes = stream.abs() + added.abs() + added.roll(1, dims=1).abs()
-        as_expected = _equal(moved[i], stream - added + added.roll(1, dims=1), sizes)
-        if not as_expected or not _equal(same[i], stream, stream):
+        as_expected = equal_but_for_rounding(moved[i], stream - added + added.roll(1, dims=1), sizes)
+        if not as_expected or not equal_but_for_rounding(same[i], stream, stream):
             raise ValueError(f"{paths.write} does not add what it writes to the residual stream: {UNSUPPORTED}")
 
 
@@ -248,71 +249,6 @@ def _prove_inputs(target: TargetModel) -> None:
     for i, paths in enumerate(target.mlps):
         if len(got.get(i, ())) != 1 or not torch.equal(got[i][0].flatten(), gave[i].flatten()):
             raise ValueError(f"{paths.write} does not read the output of {paths.read} alone: {UNSUPPORTED}")
-
-
-KNOWN_HOOKS = (
-    "mlp.hook_in", "ln2.hook_out", "ln2.hook_normalized", "hook_mlp_out", "mlp.hook_out", "hook_attn_out",
-    "attn.hook_out", "hook_resid_post", "hook_resid_pre",
-)  # fmt: skip
-
-
-class HookScale(NamedTuple):
-    """From what a hook of TransformerLens holds to what the project reads there: x = gain ⊙ held + bias."""
-
-    gain: Float[Tensor, "d"]
-    bias: Float[Tensor, "d"]
-
-
-def same_site(target: TargetModel, hook: str) -> HookScale | None:
-    """Whether TransformerLens' hook of that name holds, for this target, the very tensor that the project reads or writes.
-
-    None where it does, a scale to fold into the dictionary where the two differ by a norm's gain and bias
-    (`ln2.hook_normalized`), ValueError in one line where they differ otherwise: `hook_mlp_out` and `hook_attn_out` come
-    behind the norm or the factor that Gemma 2 and Granite have after the module. Decided by comparing tensors, in the
-    layer that the name gives (`blocks.3.hook_mlp_out`) or in every one. A name without a hook is a module's own path.
-    ValueError also for a hook elsewhere, such as `hook_mlp_in`, which comes before the norm.
-    """
-    assert target.site == "mlp_out", f"{target.site=}: ask of the target itself"
-    number = re.search(r"(?<![^\W_])\d+(?![^\W_])", hook)
-    layers = range(target.n_layers) if number is None else [int(number[0])]
-    if outside := [layer for layer in layers if not 0 <= layer < target.n_layers]:
-        raise ValueError(f"{hook!r} is of layer {outside[0]}: {target.name!r} has {target.n_layers} from 0 on")
-    if "hook_" in hook and not hook.endswith(KNOWN_HOOKS):
-        raise ValueError(f"{hook!r} is no place that the project reads or writes: {', '.join(KNOWN_HOOKS)} are")
-    if hook.endswith("ln2.hook_normalized"):
-        scales = [_norm_scale(target, layer, hook) for layer in layers]
-        if any(not torch.equal(a, b) for scale in scales[1:] for a, b in zip(scale, scales[0])):
-            raise ValueError(f"{hook!r} differs from what the MLPs read by another gain in every layer: name the layer")
-        return scales[0]
-    if hook.endswith(("hook_mlp_out", "hook_attn_out")):
-        rows = _attention_written(target) if hook.endswith("hook_attn_out") else written(target)
-        if any(not _equal(rows[i].added, rows[i].y, rows[i].stream.abs() + rows[i].y.abs()) for i in layers):
-            raise ValueError(
-                f"{hook!r} of {target.name!r} holds what comes behind a norm or factor, not what the module writes: "
-                "dictionaries of it are not supported on this target"
-            )
-    return None
-
-
-def _attention_written(target: TargetModel) -> list[Written]:
-    """What every attention writes, with every MLP zeroed: the rest of a block's output is then the stream alone."""
-    zero = {layer: lambda _x, y: torch.zeros_like(y) for layer in range(target.n_layers)}
-    with patched(target, zero):
-        return written(at_site(target, "attn_out"))
-
-
-def _norm_scale(target: TargetModel, layer: int, hook: str) -> HookScale:
-    """Gain and bias of the norm before an MLP, told from what it makes of a few inputs: RMSNorm or LayerNorm."""
-    norm = target.model.get_submodule(target.mlps[layer].read)
-    x = 64 * torch.randn(4, target.d_model, generator=torch.Generator().manual_seed(0)).to(target.device)  # ≫ its ε
-    with torch.inference_mode():
-        bias, normed = norm(torch.zeros_like(x)), norm(x)
-    for centred in (x, x - x.mean(-1, keepdim=True)):
-        unit = centred / centred.square().mean(-1, keepdim=True).sqrt()
-        gain = ((normed - bias) * unit).sum(0) / unit.square().sum(0)
-        if torch.allclose(normed, gain * unit + bias, rtol=1e-3, atol=1e-4 * normed.abs().max().item()):
-            return HookScale(gain.clone(), bias[0].clone())
-    raise ValueError(f"{hook!r}: {target.mlps[layer].read} of {target.name!r} is no norm with a gain: not supported")
 
 
 def weights_fingerprint(model: nn.Module) -> str:

@@ -42,11 +42,10 @@ from checkpoints import (
 )
 from coder import Coder, codes_by_layer
 from config import TrainConfig, to_json
-from devices import keep_freed_memory
+from devices import in_threads, keep_freed_memory
 from logs import Logger, git_commit
 from losses import auxk, fvu
 from target_models import TargetModel
-from threads import in_threads
 
 ANNEAL_FROM = 4  # times k; the field starts at 10k, whose first steps cost more than all the others together
 

@@ -64,7 +64,8 @@ CODERS = [
         f"{STEP}[skip-batchtopk]",
     ),
     Mutation(
-        "AuxK: dead latents never listed", "training.py", "            run.coder.refresh_dead(self.config.dead_after)\n            dead = ", "            dead = ", LISTED,
+        "AuxK: dead latents never listed", "training.py",
+        "            run.coder.refresh_dead(self.config.dead_after)\n            dead", "            dead", LISTED,
     ),
     Mutation("silence not counted", "training.py", "    coder.update_statistics(codes)\n", "", f"{STEP}[sae-topk]"),
     Mutation("Gated: the gates' decoder learns", "coder.py", "with frozen(self):", "if True:", f"{STEP}[transcoder-gated]"),
@@ -129,7 +130,10 @@ DECOMPOSITIONS = [
     Mutation(
         "p not annealed", "spd_training.py", "annealed_p(c.p, c.p_between, self.steps_done / c.steps)", "c.p[0]", SPD_RATES,
     ),
-    Mutation("no warm-up", "spd_training.py", "        self.start = trainer.warm_up\n", "        self.start = lambda: None\n", SPD_RATES),
+    Mutation(
+        "no warm-up", "spd_training.py", "        self.start = trainer.warm_up\n", "        self.start = lambda: None\n",
+        SPD_RATES,
+    ),
     Mutation(
         "warm-up without decay", "spd_training.py", ", weight_decay=self.config.faithful_decay", ", weight_decay=0.0",
         "test_spd_step.py::test_warm_up_is_faithfulness_alone_with_decay",
@@ -143,7 +147,10 @@ RULER = [
         "dead constant 0", "metrics.py", "return replacement.dead()", "return 0.0",
         "test_training_step.py::test_latents_silent_at_the_end_of_training_are_the_tables_dead",
     ),
-    Mutation("FVU without the mean", "metrics.py", "self.size(layer) - mean.square().sum().item()", "self.size(layer)", DEFINITION),
+    Mutation(
+        "FVU without the mean", "metrics.py", "self.size(layer) - mean.square().sum().item()", "self.size(layer)",
+        DEFINITION,
+    ),
     Mutation("bits without values", "metrics.py", " + VALUE_BITS * sum(l0.values())", "", PERFECT),
     Mutation("CE recovered of the whole CE", "metrics.py", "/ (most - least) if", "/ most if", PERFECT),
     Mutation(

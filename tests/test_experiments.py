@@ -9,13 +9,13 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import worker_processes
 from small import make_small_target, write_corpus
 
 import baselines
 import recipes
 import study
 import target_models
-import workers
 from pareto import read_points
 from recipes import SPDRecipe
 from target_models import TargetModel
@@ -79,7 +79,7 @@ def call(target: TargetModel, checkpoints: Path, monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(baselines, "BASELINE_TOKENS", 8192)
     monkeypatch.setattr(target_models, "load_target", lambda name, device: target)
     monkeypatch.setattr(
-        workers, "run_jobs", lambda jobs, devices: [job.function(*job.args, devices[0]) for job in jobs]
+        worker_processes, "run_jobs", lambda jobs, devices: [job.function(*job.args, devices[0]) for job in jobs]
     )
 
     def run(script: str, arguments: list[str]) -> None:

@@ -14,6 +14,7 @@ from small import make_small_target, word_tokenizer
 from torch import nn
 
 from devices import bf16_is_fast
+from foreign_files import same_site
 from patching import capture, kept_streams, patched, resumed
 from target_models import (
     ATTENTIONS,
@@ -23,7 +24,6 @@ from target_models import (
     load_target,
     make_target,
     mlp_matrices,
-    same_site,
     weights_fingerprint,
     written,
 )

@@ -5,7 +5,7 @@ import threading
 import pytest
 import torch
 
-from threads import in_threads
+from devices import in_threads
 
 
 @pytest.fixture(params=[1, 2, 4])

@@ -5,8 +5,7 @@ import signal
 from pathlib import Path
 
 import pytest
-
-from workers import Job, run_jobs
+from worker_processes import Job, run_jobs
 
 
 def write(path: Path, device: str) -> None:

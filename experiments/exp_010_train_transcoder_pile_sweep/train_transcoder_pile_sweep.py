@@ -13,6 +13,8 @@ Expected: FVU and CE degradation fall with k in every layer; all layers together
 from dataclasses import dataclass
 from pathlib import Path
 
+from worker_processes import Job, run_jobs
+
 from baselines import baselines
 from checkpoints import Checkpoint, checkpoint_folder
 from coder_replacements import as_replacements
@@ -21,7 +23,6 @@ from evaluation import evaluate, held_out_tokens
 from recipes import train_coders, transcoder_configs
 from study import CoderStudySettings, run_study, write_report
 from target_models import TargetModel, load_target
-from workers import Job, run_jobs
 
 
 @dataclass(frozen=True, kw_only=True)
