@@ -5,6 +5,8 @@
 
 The buffer holds (inputs or outputs, layer, token, d) in fp16. It serves a random half of its tokens, puts new ones into
 their slots, and draws a new random order, so that every batch mixes tokens of many sequences; nothing is ever moved.
+A layer whose activations come near fp16's largest number, as Gemma 3's do, is kept divided by a power of two, which the
+first forward's tokens decide, with room to grow 16-fold.
 Of a target at another site (`at_site`) input and output are one value, that site's; the rest is the same.
 Memory: 2 · L · (buffer_tokens + one forward's tokens) · d · 2 bytes, allocated once.
 """
@@ -12,6 +14,8 @@ Memory: 2 · L · (buffer_tokens + one forward's tokens) · d · 2 bytes, alloca
 import dataclasses
 import hashlib
 import json
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -26,7 +30,7 @@ from python_corpus import Split
 from target_models import TargetModel
 from token_stream import TokenStream, text_fingerprint
 
-MAX_FP16 = 65_504.0
+ROOM = 16  # times the largest activation of the first forward that fp16 must hold
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,6 +48,8 @@ class DataConfig:
                 f"a batch of {self.batch_tokens} tokens is more than half of the buffer of {self.buffer_tokens}: "
                 "choose a smaller batch or a larger buffer"
             )
+        if min(self.batch_tokens, self.model_batch) < 1:
+            raise ValueError(f"a batch of {self.batch_tokens} tokens, {self.model_batch} sequences: choose 1 or more")
 
 
 class ActivationBatch(NamedTuple):
@@ -63,12 +69,16 @@ class ActivationsStore:
     def __init__(self, target: TargetModel, config: DataConfig, split: Split = "train") -> None:
         check_layers(target, config.layers)
         self.target, self.config, self.split = target, config, split
-        self.stream = TokenStream(target.data, target.tokenizer, split, config.model_batch, target.context, config.seed)
+        self.stream = TokenStream(
+            target.data, target.tokenizer, split, config.model_batch, target.context, config.seed, target.vocab_size
+        )  # fmt: skip
         self.forwards = 0  # batches of tokens whose activations were put into the buffer
         self.generator = torch.Generator().manual_seed(config.seed)
         slots = config.buffer_tokens + config.model_batch * (target.context - 1)
         shape = (2, len(config.layers), slots, target.d_model)
         self.buffer = torch.zeros(shape, dtype=torch.float16, device=target.device)
+        self.scales: Float[Tensor, "two layer"] | None = None  # what the buffer's activations were divided by
+        self.scaled = False  # whether any of them was
         self.free = torch.arange(slots)  # slots without a token to give out
         self.order = torch.zeros(0, dtype=torch.int64)  # slots with one, in the order in which they are given out
         self.slots = self.order  # the same on the target's device
@@ -80,7 +90,7 @@ class ActivationsStore:
                 f"dataset {target.data.path!r} gives {len(self.order)} tokens of its {split} split, less than a batch of "
                 f"{config.batch_tokens}: choose a smaller batch or more text"
             )
-        self.stats = measure(self.buffer, self.slots[: config.stats_tokens])
+        self.stats = measure(self.buffer, self.slots[: config.stats_tokens], self.scales)
 
     @property
     def bytes(self) -> int:
@@ -100,18 +110,36 @@ class ActivationsStore:
         if tokens is None:
             return None
         self.forwards += 1
-        return stack_tokens(capture(self.target, tokens, self.config.layers))
+        captured = capture(self.target, tokens, self.config.layers)
+        if self.scales is None:
+            self.scales = self._first_scales(captured)
+            self.scaled = bool((self.scales != 1).any())
+        return stack_tokens(captured, self.scales if self.scaled else None)
+
+    def _first_scales(self, captured: Captured) -> Float[Tensor, "two layer"]:
+        """1 where the activations are far below fp16's largest number, else the power of two that brings them there."""
+        largest = torch.stack([part[:, :, 1:].float().abs().amax((1, 2, 3)) for part in captured])
+        for layer, sides in zip(self.config.layers, largest.isfinite().all(0).tolist()):
+            if not sides:
+                raise ValueError(f"layer {layer} of {self.target.name!r} writes or is given NaN or infinity")
+        powers = [[_power_of_two(value) for value in side] for side in largest.tolist()]
+        return torch.tensor(powers, device=largest.device)
 
     def _refill(self) -> None:
         """Put new tokens where the served ones were, mix all, and serve half; all of it once the text has ended."""
         self.free, self.order = torch.cat([self.free, self.order[: self.served]]), self.order[self.served :]
-        whole = torch.ones((), dtype=torch.bool, device=self.buffer.device)
+        whole = torch.ones(len(self.config.layers), dtype=torch.bool, device=self.buffer.device)
         while len(self.order) < self.config.buffer_tokens and (kept := self._harvest()) is not None:
             slots, self.free = self.free.tensor_split([kept.shape[2]])
             self.buffer.index_copy_(2, sent(slots, self.buffer.device), kept)
             self.order = torch.cat([self.order, slots])
-            whole &= kept.isfinite().all()
-        assert whole, f"an activation of {self.target.name} is not finite in fp16 (largest: {MAX_FP16:.0f})"
+            whole &= kept.isfinite().flatten(2).all(2).all(0)
+        for layer, finite in zip(self.config.layers, whole.tolist()):
+            if not finite:
+                raise ValueError(
+                    f"an activation of layer {layer} of {self.target.name!r} is not finite, or over {ROOM} times as large as "
+                    "the first forward's: leave the layer out, or harvest more sequences per forward"
+                )
         n = len(self.order)
         self.order = self.order[torch.randperm(n, generator=self.generator)]
         self.slots = sent(self.order, self.buffer.device)
@@ -128,14 +156,15 @@ class ActivationsStore:
             raise StopIteration
         slots = self.slots[self.served : self.served + self.config.batch_tokens]
         self.served += self.config.batch_tokens
-        return ActivationBatch(*self.buffer.index_select(2, slots).float())
+        batch = self.buffer.index_select(2, slots).float()
+        return ActivationBatch(*(batch * self.scales[:, :, None, None] if self.scaled else batch))
 
     def state_dict(self) -> dict[str, Any]:
         """Everything that decides the batches to come, the buffer itself (no copy of it) included."""
         return {
             "buffer": self.buffer, "free": self.free, "order": self.order, "served": self.served, "serve": self.serve,
             "forwards": self.forwards, "stream": self.stream.state_dict(), "generator": self.generator.get_state(),
-            "stats": tuple(self.stats),
+            "stats": tuple(self.stats), "scales": self.scales,
         }  # fmt: skip
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -145,19 +174,33 @@ class ActivationsStore:
         self.served, self.serve, self.forwards = state["served"], state["serve"], state["forwards"]
         self.stream.load_state_dict(state["stream"])
         self.generator.set_state(state["generator"].cpu())
-        self.stats = ActivationStats(*state["stats"])
+        self.stats, self.scales = ActivationStats(*state["stats"]), state["scales"]
+        self.scaled = bool((self.scales != 1).any())
 
 
-def stack_tokens(captured: Captured) -> Float[Tensor, "two layer token d"]:
-    """Inputs and outputs side by side in fp16, without the first position of each sequence."""
-    return torch.stack([part[:, :, 1:].flatten(1, 2).half() for part in captured])
+def _power_of_two(largest: float) -> float:
+    """The smallest one, from 1 on, by which fp16 holds ROOM times the largest value."""
+    fits = torch.finfo(torch.float16).max / ROOM
+    return 2.0 ** math.ceil(math.log2(largest / fits)) if largest > fits else 1.0
 
 
-def measure(buffer: Float[Tensor, "two layer slot d"], slots: Int[Tensor, "token"]) -> ActivationStats:
-    """Means, scales and variances of the tokens in these slots; one layer in fp32 at a time."""
+def stack_tokens(
+    captured: Captured, scales: Float[Tensor, "two layer"] | None = None
+) -> Float[Tensor, "two layer token d"]:
+    """Inputs and outputs side by side in fp16, divided by `scales`, without the first position of each sequence."""
+    parts = (part[:, :, 1:].flatten(1, 2) for part in captured)
+    if scales is None:
+        return torch.stack([part.half() for part in parts])
+    return torch.stack([(part / scale[:, None, None]).half() for part, scale in zip(parts, scales)])
+
+
+def measure(
+    buffer: Float[Tensor, "two layer slot d"], slots: Int[Tensor, "token"], scales: Float[Tensor, "two layer"]
+) -> ActivationStats:
+    """Means, scales and variances of the tokens in these slots, times `scales`; one layer in fp32 at a time."""
 
     def one(side: int, layer: int) -> tuple[Tensor, Tensor, Tensor]:
-        a = buffer[side, layer, slots].float()
+        a = buffer[side, layer, slots].float() * scales[side, layer]
         mean = a.mean(0)
         return mean, a.shape[1] ** 0.5 / a.norm(dim=1).mean(), (a - mean).square().sum(1).mean()
 
@@ -165,3 +208,13 @@ def measure(buffer: Float[Tensor, "two layer slot d"], slots: Int[Tensor, "token
     x_mean, x_scale, _ = (torch.stack(column) for column in zip(*(one(0, layer) for layer in layers)))
     y_mean, y_scale, y_variance = (torch.stack(column) for column in zip(*(one(1, layer) for layer in layers)))
     return ActivationStats(x_mean, x_scale, y_mean, y_scale, y_variance, len(slots))
+
+
+def check_varies(target: TargetModel, layers: Sequence[int], stats: ActivationStats) -> None:
+    """Raises ValueError for a layer that writes the same on every token, as a pruned MLP does: nothing is to be learnt."""
+    size = stats.y_mean.shape[-1] / stats.y_scale.square()  # (E‖y‖)²; 0 where y_scale is infinite
+    constant = stats.y_variance <= 1e-10 * size
+    if names := [layer for layer, same in zip(layers, constant.tolist()) if same]:
+        raise ValueError(
+            f"layer {', '.join(map(str, names))} of {target.name!r} writes the same on every token: leave it out of the layers"
+        )

@@ -7,8 +7,10 @@
 x is the MLP's input, y its output and h its hidden activation, of one token.
 """
 
+import functools
 import itertools
-from collections.abc import Iterable, Sequence
+from abc import abstractmethod
+from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -16,17 +18,18 @@ from jaxtyping import Float
 from torch import Tensor
 
 from activation_store import ActivationsStore, DataConfig
-from replacement import UNKNOWN, Origin, PartGroup, Pass, Replacement
+from patching import Captured
+from replacement import UNKNOWN, Coded, CodedPass, Origin, PartGroup, Pass, Replacement, by_token
 from sparse_ops import Codes, Layout, decode
 from target_models import TargetModel
 
 BASELINE_TOKENS = 131_072  # training tokens that fit the affine maps and the means
 
 
-class NeuronsReplacement(Replacement):
+class NeuronsReplacement(Coded):
     """The MLP's own neurons: of each token, the k that contribute most, |h| · ‖W_out‖."""
 
-    group_names = ("neurons",)
+    part_name = "neurons"
 
     def __init__(self, target: TargetModel, layers: Sequence[int], k: int) -> None:
         if not 1 <= k <= target.d_mlp:
@@ -46,7 +49,7 @@ class NeuronsReplacement(Replacement):
         rows = torch.arange(len(h), device=h.device).repeat_interleave(self.k, output_size=len(h) * self.k)
         return Codes(h.gather(1, cols).flatten(), Layout(rows, cols.flatten(), *h.shape))
 
-    def write(self, pass_: Pass, layer: int, x: Tensor, y: Tensor) -> Tensor:
+    def write(self, pass_: CodedPass, layer: int, x: Tensor, y: Tensor) -> Tensor:
         return decode(pass_.encode(layer, x, y), self.W_out[layer]) + self.bias[layer]
 
     def part_groups(self, layers: Sequence[int]) -> list[PartGroup]:
@@ -83,13 +86,38 @@ def fit_affine(
 
 
 class _Baseline(Replacement):
-    """No codes: a function of the running stream alone."""
+    """What an MLP writes, replaced by a function of the running stream alone: no parts, nothing to decide."""
 
     follows_stream = False
     site = None
 
     def __init__(self, layers: Sequence[int]) -> None:
         self.layers = tuple(layers)
+
+    @abstractmethod
+    def write(
+        self, layer: int, x: Float[Tensor, "token d_in"], y: Float[Tensor, "own d_out"]
+    ) -> Float[Tensor, "token d_out"]:
+        """What stands in place of y, the MLP's output at its input x."""
+
+    def begin(self) -> "_BaselinePass":
+        """The one pass it knows, whatever the protocol."""
+        return _BaselinePass(self)
+
+    def frozen(self, captured: Captured) -> "_BaselinePass":
+        return self.begin()
+
+    def free(self, captured: Captured, run: Callable[[Pass], object]) -> "_BaselinePass":
+        return self.begin()
+
+
+class _BaselinePass(Pass):
+    replacement: _Baseline
+
+    def __call__(
+        self, layer: int, x: Float[Tensor, "batch seq d_in"], y: Float[Tensor, "batch own d_out"]
+    ) -> Float[Tensor, "batch seq d_out"]:
+        return by_token(functools.partial(self.replacement.write, layer), x, y)
 
 
 class AffineReplacement(_Baseline):
@@ -102,7 +130,7 @@ class AffineReplacement(_Baseline):
         assert len(maps.weight) == len(self.layers), f"{len(maps.weight)=} {self.layers=}"
         self.maps, self.origin = maps, origin
 
-    def write(self, pass_: Pass, layer: int, x: Tensor, y: Tensor) -> Tensor:
+    def write(self, layer: int, x: Tensor, y: Tensor) -> Tensor:
         i = self.layers.index(layer)
         return torch.addmm(self.maps.bias[i], x, self.maps.weight[i].T)
 
@@ -117,7 +145,7 @@ class IdentityReplacement(_Baseline):
 
     reads_y = True
 
-    def write(self, pass_: Pass, layer: int, x: Tensor, y: Tensor) -> Tensor:
+    def write(self, layer: int, x: Tensor, y: Tensor) -> Tensor:
         return y
 
 
@@ -126,7 +154,7 @@ class ZeroReplacement(_Baseline):
 
     method = "zero"
 
-    def write(self, pass_: Pass, layer: int, x: Tensor, y: Tensor) -> Tensor:
+    def write(self, layer: int, x: Tensor, y: Tensor) -> Tensor:
         return torch.zeros_like(x)
 
 
@@ -140,7 +168,7 @@ class MeanReplacement(_Baseline):
         assert len(means) == len(self.layers), f"{len(means)=} {self.layers=}"
         self.means = means
 
-    def write(self, pass_: Pass, layer: int, x: Tensor, y: Tensor) -> Tensor:
+    def write(self, layer: int, x: Tensor, y: Tensor) -> Tensor:
         return self.means[self.layers.index(layer)].expand_as(x)
 
 

@@ -11,7 +11,7 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,7 +27,7 @@ from config import CLTConfig, CoderConfig, EncoderConfig, SAEConfig, SPDConfig, 
 from logs import atomic_path, cache_folder, download_artifact, load_tensors, write_json
 from sae import build_sae
 from spd_model import ComponentModel
-from target_models import ASSETS, TargetModel, mlp_matrices
+from target_models import TargetModel, same_site
 from transcoder import build_transcoder
 
 # of experiments and the main job; $NN_CHECKPOINTS puts them on another disk
@@ -258,7 +258,13 @@ def _same_kind(expected: torch.Tensor, found: torch.Tensor) -> bool:
 
 
 def check_target(checkpoint: Checkpoint, target: TargetModel) -> None:
-    """Raises ValueError where the checkpoint was trained on another model."""
+    """Raises ValueError where the checkpoint was trained on another model, or on tensors that the target does not have.
+
+    The hook points that a foreign file names mean other tensors in some families than in others (`same_site`).
+    """
+    for hook in checkpoint.record.hooks:
+        if same_site(target, hook) is not None:
+            raise ValueError(f"{checkpoint.path} reads {hook!r}, which lacks the norm's gain: fold it into W_enc")
     if checkpoint.record.target_fingerprint not in (None, target.fingerprint):
         raise ValueError(
             f"{checkpoint.path} was trained on {checkpoint.record.target!r} with weights "
@@ -274,22 +280,3 @@ def checkpoint_folder(target: str) -> Path:
 class Decomposition(NamedTuple):
     model: ComponentModel
     record: TrainingRecord
-
-
-def find_spd(target: TargetModel, layers: Sequence[int]) -> Decomposition:
-    """The decomposition of these layers: the shipped one of `tiny`, else the one that exp_004 left among the checkpoints.
-
-    Raises ValueError where there is none, or more than one.
-    """
-    shipped = ASSETS / f"spd_{target.name}"
-    if shipped.exists():
-        return Decomposition(*load_spd(str(shipped), target))
-    wanted = {path for layer in layers for path in mlp_matrices(target, layer)}
-    folders = sorted(file.parent for file in checkpoint_folder(target.name).glob(f"*_spd_*/{CONFIG}"))
-    found = [folder for folder in folders if wanted <= dict(read_config(folder)[0].components).keys()]
-    if len(found) != 1:
-        names = ", ".join(folder.name for folder in found) or "none"
-        raise ValueError(
-            f"one SPD of layers {list(layers)} of {target.name!r} is needed, there is {names}: see exp_004"
-        )
-    return Decomposition(*load_spd(str(found[0]), target))

@@ -20,7 +20,7 @@ from clt import CrossLayerTranscoder
 from coder import Coder, LayerCoder
 from config import CLTConfig, CoderConfig, EncoderConfig, SAEConfig
 from logs import REPOSITORY
-from replacement import UNKNOWN, Origin, PartGroup, Pass, Replacement, method_name
+from replacement import UNKNOWN, Coded, CodedPass, Origin, PartGroup, method_name
 from sae import BaseAutoencoder
 from sparse_ops import Codes
 from sparsity import SparseEncoder
@@ -60,7 +60,7 @@ def by_layer[K: LayerCoder](coders: Iterable[K]) -> dict[int, K]:
     return dict(zip(layers, ordered))
 
 
-class _PerLayer[K: LayerCoder](Replacement):
+class _PerLayer[K: LayerCoder](Coded):
     """One coder per layer."""
 
     def __init__(self, method: str, coders: Iterable[K], top_k: int | None, variant: str, origin: Origin) -> None:
@@ -97,7 +97,7 @@ class SAEReplacement(_PerLayer[BaseAutoencoder]):
     def encode(self, layer: int, x: Tensor, y: Tensor) -> Codes:
         return self.coders[layer].encode(y)
 
-    def write(self, pass_: Pass, layer: int, x: Tensor, y: Tensor) -> Tensor:
+    def write(self, pass_: CodedPass, layer: int, x: Tensor, y: Tensor) -> Tensor:
         return self.coders[layer].decode(pass_.encode(layer, x, y))
 
     def part_groups(self, layers: Sequence[int]) -> list[PartGroup]:
@@ -118,7 +118,7 @@ class TranscoderReplacement(_PerLayer[BaseTranscoder]):
     def encode(self, layer: int, x: Tensor, y: Tensor) -> Codes:
         return self.coders[layer].encode(x)
 
-    def write(self, pass_: Pass, layer: int, x: Tensor, y: Tensor) -> Tensor:
+    def write(self, pass_: CodedPass, layer: int, x: Tensor, y: Tensor) -> Tensor:
         return self.coders[layer].reconstruct(pass_.encode(layer, x, y), x)
 
     def part_groups(self, layers: Sequence[int]) -> list[PartGroup]:
@@ -130,7 +130,7 @@ class TranscoderReplacement(_PerLayer[BaseTranscoder]):
         return sum(c.d_in * c.d_out for c in configs if c.skip)
 
 
-class CLTReplacement(Replacement):
+class CLTReplacement(Coded):
     """A cross-layer transcoder. With one layer replaced, earlier layers' codes are those of the clean pass."""
 
     def __init__(
@@ -150,7 +150,7 @@ class CLTReplacement(Replacement):
     def encode(self, layer: int, x: Tensor, y: Tensor) -> Codes:
         return self.coder.encode_layer(self.layers.index(layer), x)
 
-    def write(self, pass_: Pass, layer: int, x: Tensor, y: Tensor) -> Tensor:
+    def write(self, pass_: CodedPass, layer: int, x: Tensor, y: Tensor) -> Tensor:
         j = self.layers.index(layer)
         pass_.encode(layer, x, y)
         return self.coder.decode_layer(j, [pass_.encode(source) for source in self.layers[: j + 1]])
@@ -164,7 +164,7 @@ class CLTReplacement(Replacement):
         return _dead([self.coder], self.origin)
 
 
-def as_replacement(group: Sequence[Checkpoint], top_k: int | None = None) -> Replacement:
+def as_replacement(group: Sequence[Checkpoint], top_k: int | None = None) -> Coded:
     """One CLT, or one coder per layer; `top_k` puts the top_k largest of a token in place of the trained rule."""
     records, coders = [checkpoint.record for checkpoint in group], [checkpoint.coder for checkpoint in group]
     seconds, paths = sum(record.train_seconds for record in records), " ".join(c.path for c in group)
@@ -178,14 +178,14 @@ def _one_clt(coders: Sequence[CrossLayerTranscoder], top_k: int | None, origin: 
     return CLTReplacement(coders[0], top_k, origin=origin)
 
 
-REPLACEMENTS: dict[type[CoderConfig], Callable[..., Replacement]] = {
+REPLACEMENTS: dict[type[CoderConfig], Callable[..., Coded]] = {
     SAEConfig: lambda coders, top_k, origin: SAEReplacement(coders, top_k, origin=origin),
     EncoderConfig: lambda coders, top_k, origin: TranscoderReplacement(coders, top_k, origin=origin),
     CLTConfig: _one_clt,
 }
 
 
-def as_replacements(checkpoints: Sequence[Checkpoint], top_k: int | None = None) -> list[Replacement]:
+def as_replacements(checkpoints: Sequence[Checkpoint], top_k: int | None = None) -> list[Coded]:
     """One replacement per CLT, and one per set of per-layer coders that differ in their layer alone, of equal seeds.
 
     Of several such coders of one layer the first of each layer stand together, then the second, and so on.

@@ -146,7 +146,7 @@ def _clean(target: TargetModel, tokens: Int[Tensor, "batch seq"], layers: Sequen
 
     resumable = layers if target.site == "mlp_out" else []  # elsewhere a site is not inside its block
     with kept_streams(target, resumable) as streams:
-        logits = replaced_logits(target, tokens, Watch(IdentityReplacement(layers), None), layers, ignore)
+        logits = replaced_logits(target, tokens, Watch(IdentityReplacement(layers)), layers, ignore)
     inputs, outputs = (torch.stack([seen[layer][i] for layer in layers]) for i in range(2))
     return _Clean(Original.of(logits, tokens), Captured(inputs, outputs), streams)
 
@@ -198,5 +198,5 @@ def _measure_batch(
 
 def held_out_tokens(target: TargetModel, n_tokens: int) -> Int[Tensor, "sequence seq"]:
     """The first tokens of the validation split; every study measures on the same."""
-    stream = TokenStream(target.data, target.tokenizer, "val", batch=32, seq=target.context)
+    stream = TokenStream(target.data, target.tokenizer, "val", 32, target.context, vocab_size=target.vocab_size)
     return take_tokens(stream, n_tokens).to(target.device)

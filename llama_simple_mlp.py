@@ -18,6 +18,8 @@ import yaml
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from logs import load_tensors
+
 
 @dataclass(frozen=True)
 class LlamaSimpleMLPConfig:
@@ -136,42 +138,110 @@ def initialise(model: LlamaSimpleMLP, generator: torch.Generator) -> None:
             nn.init.normal_(p, std=std, generator=generator)
 
 
+# The keys of a run's `model_config.yaml` that are understood; an absent one of _FIXED, or of the rotary embedding and the
+# norm, has the format's default, which is the value here or the dataclass's.
+_SIZES = ("vocab_size", "n_layer", "n_head", "n_embd", "n_intermediate")
+_FIXED: dict[str, object] = {
+    "model_type": "LlamaSimpleMLP", "mlp_bias": False, "attn_bias": False, "rotary_adjacent_pairs": False,
+}  # fmt: skip
+_READ = (
+    "block_size",
+    "n_ctx",
+    "n_key_value_heads",
+    "use_grouped_query_attention",
+    "rotary_dim",
+    "rotary_base",
+    "rms_norm_eps",
+)
+_HARMLESS = ("flash_attention",)  # the same function, computed otherwise
+
+
 def config_from_yaml(text: str) -> LlamaSimpleMLPConfig:
-    """The configuration in a run's `model_config.yaml`; refuses what this architecture does not have."""
-    raw = yaml.safe_load(text)
-    kind = raw.get("model_type", "LlamaSimpleMLP")
-    assert kind == "LlamaSimpleMLP", f"model_config.yaml describes a {kind}, not a LlamaSimpleMLP"
-    for key in ("mlp_bias", "attn_bias"):
-        assert not raw.get(key, False), f"{key}=True is not a LlamaSimpleMLP this project knows"
+    """The configuration in a run's `model_config.yaml`.
+
+    Raises ValueError in one line for what is no YAML, for a key that is not known here or has a value that this
+    architecture has not, and for sizes that do not fit each other.
+    """
+    raw = _mapping(text)
+    if unknown := sorted(map(str, raw.keys() - {*_SIZES, *_FIXED, *_READ, *_HARMLESS})):
+        raise ValueError(f"model_config.yaml: unknown key {unknown[0]!r}: it could change what the model computes")
+    for key, only in _FIXED.items():
+        if raw.get(key, only) != only:
+            raise ValueError(f"model_config.yaml: {key} is {raw[key]!r}: only {only!r} is known here")
+    sizes = {key: _positive(raw, key) for key in _SIZES}
+    contexts = [_positive(raw, key) for key in ("n_ctx", "block_size") if key in raw]
+    if not contexts:
+        raise ValueError("model_config.yaml has neither n_ctx nor block_size: the longest sequence is not known")
     grouped = raw.get("use_grouped_query_attention", True)
-    return LlamaSimpleMLPConfig(
-        block_size=raw.get("n_ctx", raw["block_size"]),
-        vocab_size=raw["vocab_size"],
-        n_layer=raw["n_layer"],
-        n_head=raw["n_head"],
-        n_embd=raw["n_embd"],
-        n_intermediate=raw["n_intermediate"],
-        n_key_value_heads=raw["n_key_value_heads"] if grouped else raw["n_head"],
-        rotary_base=raw.get("rotary_base", 10_000.0),
-        rms_norm_eps=raw.get("rms_norm_eps", 1e-6),
-    )
+    kv_heads = _positive(raw, "n_key_value_heads") if grouped else sizes["n_head"]
+    head, rest = divmod(sizes["n_embd"], sizes["n_head"])
+    if rest or head % 2 or sizes["n_head"] % kv_heads:
+        raise ValueError(
+            f"model_config.yaml: n_embd {sizes['n_embd']}, n_head {sizes['n_head']} and n_key_value_heads {kv_heads} do not "
+            "fit each other"
+        )
+    if raw.get("rotary_dim", head) != head:
+        raise ValueError(
+            f"model_config.yaml: rotary_dim is {raw['rotary_dim']!r}: only a whole head, {head}, is known here"
+        )
+    numbers = {key: raw[key] for key in ("rotary_base", "rms_norm_eps") if key in raw}
+    for key, value in numbers.items():
+        if type(value) not in (int, float) or value <= 0:
+            raise ValueError(f"model_config.yaml: {key} is {value!r}, not a positive number")
+    return LlamaSimpleMLPConfig(block_size=contexts[0], n_key_value_heads=kv_heads, **sizes, **numbers)
+
+
+def _mapping(text: str) -> dict[str, object]:
+    try:
+        raw = yaml.safe_load(text)
+    except yaml.YAMLError:
+        raise ValueError("model_config.yaml is truncated or no YAML: fetch it again") from None
+    if not isinstance(raw, dict):
+        raise ValueError(f"model_config.yaml holds a {type(raw).__name__}, not a configuration")
+    return raw
+
+
+def _positive(raw: dict[str, object], key: str) -> int:
+    value = raw.get(key)
+    if type(value) is not int or value < 1:
+        raise ValueError(f"model_config.yaml: {key} is {value!r}, not a positive whole number")
+    return value
 
 
 def load_target_run(folder: Path) -> LlamaSimpleMLP:
-    """The model of a run directory: `model_config.yaml` and the `model_step_*.pt` of the highest step."""
-    config_file, steps = folder / "model_config.yaml", sorted(folder.glob("model_step_*.pt"), key=_step)
+    """The model of a run directory: `model_config.yaml` and the `model_step_*.pt` of the highest step.
+
+    Raises ValueError in one line for another folder, a damaged file, and tensors that are not those of the configuration.
+    """
+    config_file, steps = folder / "model_config.yaml", sorted(folder.glob("model_step_*[0-9].pt"), key=_step)
     if not config_file.exists() or not steps:
         raise ValueError(f"{folder} holds no model_config.yaml with a model_step_*.pt beside it: not a training run")
-    model = LlamaSimpleMLP(config_from_yaml(config_file.read_text()))
-    state = torch.load(steps[-1], map_location="cpu", weights_only=True)
-    state = {key.removeprefix("_orig_mod."): value for key, value in state.items()}
-    parameters = {key: value for key, value in state.items() if not key.endswith((".cos", ".sin"))}
-    parameters.setdefault("lm_head.weight", parameters["wte.weight"])
-    model.load_state_dict({key: value.float() for key, value in parameters.items() if "rotary" not in key})
+    model = LlamaSimpleMLP(config_from_yaml(config_file.read_text(errors="replace")))
+    state = load_tensors(steps[-1], "cpu")
+    if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
+        raise ValueError(f"{steps[-1]} holds something other than named tensors: not the weights of a run")
+    state = without_wrappers(state)
+    state = {key: value.float() for key, value in state.items() if not re.search(r"rotary|\.(cos|sin)$", key)}
+    state.setdefault("lm_head.weight", state.get("wte.weight", torch.empty(0)))
+    expected = model.state_dict()
+    for key in sorted(expected.keys() | state.keys()):
+        if key not in expected or key not in state or expected[key].shape != state[key].shape:
+            raise ValueError(f"{steps[-1]}: tensor {key!r} is missing, extra or misshapen beside model_config.yaml")
+        if not state[key].isfinite().all():
+            raise ValueError(f"{steps[-1]}: tensor {key!r} holds NaN or infinity")
+    if not torch.equal(state["lm_head.weight"], state["wte.weight"]):
+        raise ValueError(f"{steps[-1]}: lm_head.weight differs from wte.weight: this architecture ties them")
+    model.load_state_dict(state)
     return model
 
 
+def without_wrappers(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Names without the prefixes that torch.compile and DistributedDataParallel put before all of them."""
+    for prefix in ("module.", "_orig_mod.", "module."):
+        if state and all(key.startswith(prefix) for key in state):
+            state = {key.removeprefix(prefix): value for key, value in state.items()}
+    return state
+
+
 def _step(path: Path) -> int:
-    match = re.fullmatch(r"model_step_(\d+)\.pt", path.name)
-    assert match is not None, f"{path.name} is not named model_step_N.pt"
-    return int(match[1])
+    return int(re.findall(r"\d+", path.name)[-1])

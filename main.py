@@ -15,12 +15,13 @@ from pathlib import Path
 import torch
 
 from baselines import baselines
-from checkpoints import CHECKPOINTS, find_spd
+from checkpoints import CHECKPOINTS
 from coder_replacements import as_replacements
 from config import BatchTopK
 from evaluation import evaluate, held_out_tokens
 from recipes import SPDRecipe, clt_configs, train_coders, train_decomposition, transcoder_configs
 from spd_replacement import spd_replacements
+from spd_runs import find_spd
 from study import CoderStudySettings, run_study, write_report
 from target_models import load_target
 

@@ -2,6 +2,7 @@
 
     python measure.py CHECKPOINT… --target tiny                      checkpoints of this project, SPD's included
     python measure.py FOLDER… --target gpt2 --format saelens         dictionaries in another library's format
+    python measure.py wandb:ENTITY/PROJECT/runs/ID --target pile     an SPD run of Goodfire's, or the folder of one
 
 Rows are added to a points.csv and its layers.csv; the table goes to standard output.
 """
@@ -12,7 +13,7 @@ from pathlib import Path
 import torch
 
 from baselines import baselines
-from checkpoints import Checkpoint, TrainingRecord, check_target, is_spd, load_checkpoint, load_spd
+from checkpoints import Checkpoint, TrainingRecord, check_target, load_checkpoint
 from coder_replacements import as_replacements
 from config import Site
 from evaluation import PROTOCOLS, Measurement, Protocol, evaluate, held_out_tokens
@@ -22,6 +23,7 @@ from logs import errors_in_one_line
 from pareto import markdown_table, read_layers, read_points, row_key, write_layers, write_points
 from replacement import Origin, Replacement
 from spd_replacement import SPDReplacement
+from spd_runs import is_decomposition, load_decomposition
 from target_models import TargetModel, at_site, load_target
 
 
@@ -58,13 +60,15 @@ def main(
     format: str = "",
     layer: int | None = None,
     site: Site | None = None,
+    unproven_target: bool = False,
     device: str = "cuda" if torch.cuda.is_available() else "cpu",
     points: Path = Path("output/evaluation/points.csv"),
 ) -> None:
     """Measure dictionaries on a target's held-out text, beside the baselines; print the table and add it to a CSV.
 
     Args:
-        checkpoints: Folders or W&B artifacts; per-layer coders of one kind, rule and size are measured together.
+        checkpoints: Folders, W&B artifacts or Goodfire's SPD runs, wandb:ENTITY/PROJECT/runs/ID;
+            per-layer coders of one kind, rule and size are measured together.
         target: tiny, pile, simplestories, gpt2, smollm2, hf:NAME or tl:NAME.
         tokens: Held-out tokens to measure on.
         protocols: single, frozen and free, or some of them.
@@ -73,6 +77,7 @@ def main(
         format: upstream, saelens, sparsify, dictionary_learning, circuit-tracer or crosslayer-coding; empty: our own.
         layer: Layer of a foreign dictionary whose files do not say it.
         site: What a foreign SAE reads, where its files do not say.
+        unproven_target: Measure a Goodfire run also where it lacks the weights that prove which model it decomposes.
         device: cpu, cuda, cuda:1, …
         points: Rows are added to this file and its layers.csv; a row measured anew replaces the old one.
     """
@@ -82,8 +87,8 @@ def main(
     coders: list[Checkpoint] = []
     replacements: list[Replacement] = []
     for reference in checkpoints:
-        if not format and is_spd(reference):
-            components, record = load_spd(reference, model)
+        if not format and is_decomposition(reference):
+            components, record = load_decomposition(reference, model, unproven=unproven_target)
             origin = Origin(record.seed, record.train_tokens, record.train_seconds, reference)
             replacements += [SPDReplacement(model, components, t, origin=origin) for t in (0.0, 0.5)]
             replacements += [SPDReplacement(model, components, top_k=k, origin=origin) for k in top_k]

@@ -8,7 +8,7 @@ FVU, L0 and firing leave each sequence's first position out, which no replacemen
 bootstraps over sequences.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import cached_property
 from typing import NamedTuple
 
@@ -121,14 +121,21 @@ class OriginalTally:
     def ce(self) -> Float[Tensor, "sequence"]:
         return torch.cat(self._ce)
 
+    def size(self, layer: int) -> float:
+        """E‖y‖² of one layer."""
+        return (self._squared[self._layers.index(layer)] / self.n).item()  # type: ignore[index]
+
     def variance(self, layer: int) -> float:
-        """E‖y − E y‖² of one layer."""
-        i = self._layers.index(layer)
-        return (self._squared[i] / self.n - (self._total[i] / self.n).square().sum()).item()  # type: ignore[index]
+        """E‖y − E y‖² of one layer; 0 where it is lost in the rounding of E‖y‖²."""
+        mean = self._total[self._layers.index(layer)] / self.n  # type: ignore[index]
+        variance = self.size(layer) - mean.square().sum().item()
+        return variance if variance > 1e-12 * self.size(layer) else 0.0
 
 
 def layer_points(identity: Identity, tally: Tally, original: OriginalTally) -> list[LayerPoint]:
-    """A row per part group, or per layer where nothing is sparse; errors are void where a layer is read but not replaced."""
+    """A row per part group, or per layer where nothing is sparse; errors are void where a layer is read but not replaced.
+
+    FVU is void where the original wrote the same on every token, the tail where that was zero."""
     l0, firing, rows = tally.l0(original.n), tally.firing(original.n), []
     for layer, name in [(g.layer, g.name) for g in tally.part_groups] or [(layer, "") for layer in tally.layers]:
         key = (layer, name)
@@ -161,7 +168,9 @@ def _reconstruction(tally: Tally, original: OriginalTally, layer: int) -> _Recon
     squared, ratios = tally.squared_error(layer) / original.n, tally.error_ratios(layer)
     rank = max(1, -(-len(ratios) * 999 // 1000))  # the smallest value that 99.9 % of the tokens do not exceed
     tail = ratios.kthvalue(rank).values.item(), ratios.max().item()
-    return _Reconstruction(squared / original.variance(layer), squared / original.d, *tail)
+    variance = original.variance(layer)
+    fvu = squared / variance if variance else None
+    return _Reconstruction(fvu, squared / original.d, *(tail if original.size(layer) else (None, None)))
 
 
 def point(
@@ -198,7 +207,7 @@ def point(
         ce_recovered_zero=recovered[0],
         ce_recovered_mean=recovered[1],
         kl=tally.kl.mean().item(),
-        fvu=average([e.fvu for e in errors]),
+        fvu=_or_void(average, [e.fvu for e in errors]),
         mse=average([e.mse for e in errors]),
         dead=_dead(replacement, firing, n) if sparse else None,
         train_tokens=replacement.origin.train_tokens,
@@ -206,8 +215,8 @@ def point(
         train_seconds=replacement.origin.train_seconds,
         checkpoint=replacement.origin.checkpoint,
         commit=commit,
-        tail_p999=max(e.tail_p999 for e in errors),
-        tail_max=max(e.tail_max for e in errors),
+        tail_p999=_or_void(max, [e.tail_p999 for e in errors]),
+        tail_max=_or_void(max, [e.tail_max for e in errors]),
     )
 
 
@@ -229,6 +238,12 @@ def _quantile(histogram: Int[Tensor, "value"], q: float) -> int:
 
 def average(values: Sequence[float]) -> float:
     return sum(values) / len(values)
+
+
+def _or_void(summary: Callable[[list[float]], float], values: Sequence[float | None]) -> float | None:
+    """None where one of the values is."""
+    known = [value for value in values if value is not None]
+    return summary(known) if len(known) == len(values) else None
 
 
 def ce_recovered(

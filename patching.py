@@ -72,7 +72,7 @@ def capture(target: Patchable, tokens: Int[Tensor, "batch seq"], layers: Sequenc
 
     def hook(into: dict[int, Tensor], layer: int, last: bool) -> Callable[..., None]:
         def keep(_args: tuple[Any, ...], output: Tensor | tuple[Any, ...]) -> None:
-            into[layer] = _value(output)
+            into[layer] = _value(output).clone()  # Falcon's blocks add attention to it in place
             if last:
                 raise _Enough
 
@@ -103,14 +103,19 @@ def patched(target: Patchable, functions: Mapping[int, MLPFunction], first_only:
     `first_only`: y is wanted at the first position of each sequence alone, and where the MLP reads what the norm gave it
     is computed there alone.
     """
+    shapes: list[torch.Size] = []
     with contextlib.ExitStack() as stack:
+        stack.enter_context(before(target.model, lambda args: shapes.append(args[0].shape)))
         for layer, function in functions.items():
-            stack.enter_context(_patched_layer(target, layer, function, first_only))
+            stack.enter_context(_patched_layer(target, layer, function, first_only=first_only, shapes=shapes))
         yield
 
 
 @contextlib.contextmanager
-def _patched_layer(target: Patchable, layer: int, function: MLPFunction, first_only: bool) -> Iterator[None]:
+def _patched_layer(
+    target: Patchable, layer: int, function: MLPFunction, *, first_only: bool, shapes: Sequence[torch.Size]
+) -> Iterator[None]:
+    """`shapes` ends with (batch, seq) of the tokens under way: OPT's MLPs are given their positions as rows."""
     paths = target.mlps[layer]
     inputs: list[Tensor] = []
 
@@ -122,9 +127,11 @@ def _patched_layer(target: Patchable, layer: int, function: MLPFunction, first_o
 
     def write(_args: tuple[Any, ...], output: Tensor | tuple[Any, ...]) -> Any:
         x, y = inputs.pop(), _value(output)
-        whole = y.numel() == x[..., :1].numel() * y.shape[-1]  # OPT hands its positions over as rows
-        y_hat = function(x, y.view(*x.shape[:-1], -1) if whole else y)
-        y_hat = y_hat.view(y.shape) if whole else y_hat
+        batch, seq = shapes[-1]
+        given = y.reshape(batch, -1, y.shape[-1])
+        y_hat = function(x.reshape(batch, seq, -1), given)
+        y_hat = y_hat.clone() if y_hat is given else y_hat  # the block may add to it in place, the function may keep it
+        y_hat = y_hat if y.ndim == 3 else y_hat.flatten(0, 1)
         return (y_hat, *output[1:]) if isinstance(output, tuple) else y_hat
 
     read, wrote = target.model.get_submodule(paths.read), target.model.get_submodule(paths.write)
@@ -134,6 +141,28 @@ def _patched_layer(target: Patchable, layer: int, function: MLPFunction, first_o
         if first_only and wrote is not read:
             stack.enter_context(before(wrote, narrow))
         yield
+
+
+def block_outputs(
+    target: Patchable, tokens: Int[Tensor, "batch seq"], given: Sequence[Tensor] = ()
+) -> list[Float[Tensor, "batch seq d"]]:
+    """What every block writes, one forward pass; each block but the first is given what `given` says that the one before it
+    wrote, so that whatever is patched in one block is not felt in another."""
+    written: list[Tensor] = []
+
+    def keep(_args: tuple[Any, ...], output: Tensor | tuple[Any, ...]) -> Any:
+        written.append(_value(output).clone())
+        if not given:
+            return None
+        clean = given[len(written) - 1].clone()
+        return (clean, *output[1:]) if isinstance(output, tuple) else clean
+
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(torch.inference_mode())
+        for layer in range(len(target.mlps)):
+            stack.enter_context(after(_block(target, layer), keep))
+        target.logits(tokens)
+    return written
 
 
 def _block(target: Patchable, layer: int) -> nn.Module:

@@ -99,7 +99,9 @@ class _OnDevice:
     """A token stream whose batches lie on the target's device."""
 
     def __init__(self, target: TargetModel, batch: int, seed: int) -> None:
-        self.stream = TokenStream(target.data, target.tokenizer, "train", batch, target.context, seed)
+        self.stream = TokenStream(
+            target.data, target.tokenizer, "train", batch, target.context, seed, target.vocab_size
+        )
         self.state_dict, self.load_state_dict, self.device = (
             self.stream.state_dict,
             self.stream.load_state_dict,

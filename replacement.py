@@ -2,9 +2,10 @@
 
     y_hat = pass_(layer, x, y)      x: the MLP's input, y: the MLP's own output there, both on the stream as it runs
 
-A `Replacement` opens a `Pass` for each forward pass. In a pass opened by `begin()` codes are computed from the running
-stream, which earlier replaced layers may have changed; in one opened by `frozen(captured)` they come from a clean
-pass, and only what is not a code (an affine skip, a delta, a component's own input) reads the running stream.
+A `Replacement` opens a `Pass` for each forward pass. In a pass opened by `free` what is active is decided on the running
+stream, which earlier replaced layers may have changed; in one opened by `frozen` it is decided on a clean pass, and only what
+is not a decision (an affine skip, a delta, a component's own input) reads the running stream. `Coded` replacements decide by
+codes: dictionaries, and an MLP's own neurons. Others (SPD, ablations) bring a pass of their own.
 Only an SAE and the identity read y beyond a sequence's first position, so the others' MLPs are not computed beyond it.
 A pass remembers what was active, so that every method is counted by the same lines of `metrics.py`:
 
@@ -13,6 +14,7 @@ A pass remembers what was active, so that every method is counted by the same li
 The first position of a sequence is left to the model by `replaced_logits`: coders never train on it, no metric counts it.
 """
 
+import functools
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from typing import ClassVar, NamedTuple
@@ -62,36 +64,22 @@ class Active(NamedTuple):
         return Active(codes.rows[nonzero], codes.cols[nonzero])
 
 
-class Pass:
-    """One forward pass; `codes[layer]` is computed once, when first needed, from the clean or the running stream."""
+class Pass(ABC):
+    """One forward pass with MLPs replaced: called at each of them, in order; `active` keeps what was at work."""
 
-    def __init__(self, replacement: "Replacement", clean: Captured | None) -> None:
+    def __init__(self, replacement: "Replacement") -> None:
         self.replacement = replacement
-        self.clean = clean
-        self.codes: dict[int, Codes] = {}
         self.active: dict[tuple[int, str], Active] = {}
 
+    @abstractmethod
     def __call__(
         self, layer: int, x: Float[Tensor, "batch seq d_in"], y: Float[Tensor, "batch own d_out"]
     ) -> Float[Tensor, "batch seq d_out"]:
-        flat_x, flat_y = x.flatten(0, 1).float(), y.flatten(0, 1).float()
-        return self.replacement.write(self, layer, flat_x, flat_y).view(*x.shape[:-1], -1).to(y.dtype)
-
-    def encode(self, layer: int, x: Tensor | None = None, y: Tensor | None = None) -> Codes:
-        """The codes of `layer`; x and y are the running stream's, and go unread where a clean pass is given."""
-        if layer not in self.codes:
-            if self.clean is not None:
-                i = self.replacement.reads.index(layer)
-                x, y = (kept[i].flatten(0, 1).float() for kept in self.clean)
-            assert x is not None and y is not None, f"layer {layer} is read before the running stream came by"
-            self.codes[layer] = self.replacement.encode(layer, x, y)
-            for name, active in self.replacement.active(layer, self.codes[layer]).items():
-                self.active[layer, name] = active
-        return self.codes[layer]
+        """What is written in place of y, the output of `layer`'s MLP at its input x."""
 
 
 class Replacement(ABC):
-    """`layers` replaced by `method`. Subclasses say what a code is, what it writes, and what a part costs."""
+    """A method in place of the MLPs of `layers`: it opens passes, and says what its parts cost."""
 
     method: str
     layers: tuple[int, ...]
@@ -103,38 +91,22 @@ class Replacement(ABC):
 
     @property
     def reads(self) -> tuple[int, ...]:
-        """Layers whose clean activations a frozen pass needs."""
+        """Layers whose clean activations `captured` holds."""
         return self.layers
 
-    def begin(self) -> Pass:
-        """A pass whose codes follow the running stream (protocol `free`)."""
-        return Pass(self, None)
-
+    @abstractmethod
     def frozen(self, captured: Captured) -> Pass:
-        """A pass whose codes come from a clean pass (protocols `frozen` and `single`); `captured` spans self.reads."""
-        assert len(captured.inputs) == len(self.reads), f"{len(captured.inputs)=} {self.reads=}"
-        return Pass(self, captured)
-
-    def free(self, captured: Captured, run: Callable[[Pass], object]) -> Pass:
-        """`begin()`, except for gates that read layers which the stream has not reached: they need a first `run`."""
-        return self.begin()
-
-    def encode(self, layer: int, x: Float[Tensor, "token d_in"], y: Float[Tensor, "own d_out"]) -> Codes:
-        raise AssertionError(f"{self.method} has no codes")
-
-    def active(self, layer: int, codes: Codes) -> dict[str, Active]:
-        """What is active in each module of `layer`."""
-        return {name: Active.of(codes) for name in self.group_names}
-
-    group_names: ClassVar[tuple[str, ...]] = ("latents",)
+        """A pass whose decisions come from a clean pass (protocols `frozen` and `single`)."""
 
     @abstractmethod
-    def write(
-        self, pass_: Pass, layer: int, x: Float[Tensor, "token d_in"], y: Float[Tensor, "own d_out"]
-    ) -> Float[Tensor, "token d_out"]: ...
+    def free(self, captured: Captured, run: Callable[[Pass], object]) -> Pass:
+        """A pass whose decisions follow the running stream (protocol `free`).
+
+        Gates that read layers which the stream has not reached `run` another pass before.
+        """
 
     def part_groups(self, layers: Sequence[int]) -> list[PartGroup]:
-        """The modules at work when only `layers` are replaced."""
+        """The parts at work when only `layers` are replaced."""
         return []
 
     def dense_parameters(self, layers: Sequence[int]) -> int:
@@ -142,7 +114,7 @@ class Replacement(ABC):
         return 0
 
     def active_parameters(self, l0: Mapping[tuple[int, str], float], layers: Sequence[int] | None = None) -> float:
-        """Parameters at work per token, given the mean L0 of each (layer, module)."""
+        """Parameters at work per token, given the mean L0 of each (layer, group)."""
         layers = self.layers if layers is None else layers
         sparse = sum(l0[m.layer, m.name] * m.part_parameters for m in self.part_groups(layers))
         return sparse + self.dense_parameters(layers)
@@ -154,6 +126,70 @@ class Replacement(ABC):
     def dead(self) -> float | None:
         """Share of the parts that were silent over the last ≥ 1M training tokens; None where that is not known."""
         return None
+
+
+class Coded(Replacement):
+    """A replacement by codes: sparse vectors of latents or neurons, which tell all that is written at a token."""
+
+    part_name: ClassVar[str] = "latents"
+
+    @abstractmethod
+    def encode(self, layer: int, x: Float[Tensor, "token d_in"], y: Float[Tensor, "own d_out"]) -> Codes:
+        """The codes of `layer` from its MLP's input x and output y."""
+
+    @abstractmethod
+    def write(
+        self, pass_: "CodedPass", layer: int, x: Float[Tensor, "token d_in"], y: Float[Tensor, "own d_out"]
+    ) -> Float[Tensor, "token d_out"]:
+        """What stands in place of y, from the codes that `pass_.encode` gives."""
+
+    def begin(self) -> "CodedPass":
+        """A pass whose codes follow the running stream: all that `free` needs."""
+        return CodedPass(self, None)
+
+    def frozen(self, captured: Captured) -> "CodedPass":
+        assert len(captured.inputs) == len(self.reads), f"{len(captured.inputs)=} {self.reads=}"
+        return CodedPass(self, captured)
+
+    def free(self, captured: Captured, run: Callable[[Pass], object]) -> "CodedPass":
+        return self.begin()
+
+
+class CodedPass(Pass):
+    """A forward pass by codes; `codes[layer]` is computed once, when first needed, from the clean or the running stream."""
+
+    replacement: Coded
+
+    def __init__(self, replacement: Coded, clean: Captured | None) -> None:
+        super().__init__(replacement)
+        self.clean = clean
+        self.codes: dict[int, Codes] = {}
+
+    def __call__(
+        self, layer: int, x: Float[Tensor, "batch seq d_in"], y: Float[Tensor, "batch own d_out"]
+    ) -> Float[Tensor, "batch seq d_out"]:
+        return by_token(functools.partial(self.replacement.write, self, layer), x, y)
+
+    def encode(self, layer: int, x: Tensor | None = None, y: Tensor | None = None) -> Codes:
+        """The codes of `layer`; x and y are the running stream's, and go unread where a clean pass is given."""
+        if layer not in self.codes:
+            if self.clean is not None:
+                i = self.replacement.reads.index(layer)
+                x, y = (kept[i].flatten(0, 1).float() for kept in self.clean)
+            assert x is not None and y is not None, f"layer {layer} is read before the running stream came by"
+            self.codes[layer] = self.replacement.encode(layer, x, y)
+            self.active[layer, self.replacement.part_name] = Active.of(self.codes[layer])
+        return self.codes[layer]
+
+
+def by_token(
+    write: Callable[[Float[Tensor, "token d_in"], Float[Tensor, "own d_out"]], Float[Tensor, "token d_out"]],
+    x: Float[Tensor, "batch seq d_in"],
+    y: Float[Tensor, "batch own d_out"],
+) -> Float[Tensor, "batch seq d_out"]:
+    """`write` of all tokens of a batch as rows, in float32."""
+    written = write(x.flatten(0, 1).float(), y.flatten(0, 1).float())
+    return written.view(*x.shape[:-1], -1).to(y.dtype)
 
 
 Observer = Callable[[int, Float[Tensor, "batch seq d_out"]], None]

@@ -7,6 +7,11 @@ z, the pre-sigmoid importance, is (…, component). A gate reads one component's
 carry one leading axis `stack`: several seeds of one toy side by side.
 """
 
+import os
+import shutil
+import sys
+from collections.abc import Iterable, Mapping
+
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float
@@ -20,6 +25,11 @@ def align(p: Tensor, x: Tensor, inner: int) -> Tensor:
     """View p (`*stack`, then `inner` own axes) so that it broadcasts against x (`*stack`, batch axes, `inner` axes)."""
     stack = p.ndim - inner
     return p.view(*p.shape[:stack], *[1] * (x.ndim - p.ndim), *p.shape[stack:])
+
+
+def dashed(path: str) -> str:
+    """A module's path as checkpoints name it, h-0-mlp-c_fc for h.0.mlp.c_fc: torch allows no dot in a name."""
+    return path.replace(".", "-")
 
 
 # ------------------------------------------------------------------------------------------------------------- gates
@@ -137,7 +147,7 @@ class _ScalarMLP(torch.autograd.Function):
 class ComponentGate(nn.Module):
     """`mlp` (reads h_c), `vector_mlp` (reads x; one MLP per component) or `shared_mlp` (reads x; one MLP x → C)."""
 
-    compiled = False  # set by `ComponentModel.compile_gates`
+    compiled = False  # set by `Importances.compile_gates`
 
     def __init__(
         self, kind: str, d_in: int, n: int, hidden: tuple[int, ...], lead: tuple[int, ...], g: torch.Generator
@@ -230,6 +240,72 @@ class GlobalTransformerGate(nn.Module):
         for block in self._blocks:
             x = block(x)
         return self._output_head(x)
+
+
+class Importances(nn.Module):
+    """All gates of a decomposition: from the modules' inputs to the importance logit z of every component.
+
+    A local gate serves one module, a global one all of them at once. Parameters: `_ci_fns.<path, . → ->` or `_global_ci_fn`,
+    as in Goodfire's checkpoints.
+    """
+
+    def __init__(
+        self,
+        config: GateConfig,
+        widths: Mapping[str, int],
+        sizes: Mapping[str, int],
+        stack: int | None,
+        g: torch.Generator,
+    ) -> None:
+        """`widths` and `sizes`: of what the gate reads of each module, and the number of its components, in the order of z."""
+        super().__init__()
+        self.config, self.sizes = config, dict(sizes)
+        lead = () if stack is None else (stack,)
+        d_in, n = sum(widths.values()), sum(sizes.values())
+        if config.local:
+            self._ci_fns = nn.ModuleDict({
+                dashed(path): ComponentGate(config.kind, widths[path], sizes[path], config.hidden, lead, g)
+                for path in sizes
+            })  # fmt: skip
+        elif config.kind == "global_shared_mlp":
+            self._global_ci_fn = GlobalMLPGate(d_in, n, config.hidden, lead, g)
+        else:
+            assert stack is None, "a transformer gate reads positions: it does not decompose stacked toys"
+            self._global_ci_fn = GlobalTransformerGate(d_in, n, config, g)
+
+    @property
+    def read_activations(self) -> bool:
+        """Whether the gates read what each component reads, h = x V, and not the module's input alone."""
+        return self.config.kind in ("mlp", "vector_mlp")
+
+    def gate(self, path: str) -> ComponentGate:
+        """The gate of one module; a global gate is none."""
+        assert self.config.local, f"a {self.config.kind} gate reads all modules at once"
+        return self._ci_fns[dashed(path)]  # type: ignore[return-value]
+
+    def together(self, inputs: Mapping[str, Tensor]) -> dict[str, Float[Tensor, "*batch component"]]:
+        """z of every module by a global gate, from what it reads of all of them."""
+        assert set(inputs) == set(self.sizes), f"a global gate reads all of {list(self.sizes)}, got {sorted(inputs)}"
+        z = self._global_ci_fn([inputs[path] for path in self.sizes])
+        return dict(zip(self.sizes, z.split(list(self.sizes.values()), -1)))
+
+    def n_parameters(self, paths: Iterable[str]) -> int:
+        """Parameters of the gates that decide for these modules: their own, or the one that decides for all."""
+        gates = [self.gate(path) for path in paths] if self.config.local else [self._global_ci_fn]
+        return sum(p.numel() for gate in gates for p in gate.parameters())
+
+    def compile_gates(self) -> None:
+        """Compile the per-component MLPs (`mlp` gates of one hidden layer, fp32), where there is a C++ compiler."""
+        assert self.config.kind == "mlp" and len(self.config.hidden) == 1, f"{self.config=}"
+        compiler = os.environ.get("CXX", "g++")  # torch's own choice
+        if shutil.which(compiler) is None:
+            print(
+                f"no C++ compiler {compiler!r} ($CXX): SPD's gates run uncompiled, at about half the speed",
+                file=sys.stderr,
+            )
+            return
+        for path in self.sizes:
+            self.gate(path).compiled = True
 
 
 # ---------------------------------------------------------------------------------------------------------- sigmoids

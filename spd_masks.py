@@ -13,6 +13,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from spd_gates import align
+
 
 class Mask(NamedTuple):
     """One module's mask; `delta` None: the path through Δ is closed."""
@@ -64,21 +66,26 @@ def routed(masks: Mapping[str, Mask], routing: Routing) -> dict[str, Mask]:
     return out
 
 
-Objective = Callable[[dict[str, Tensor]], Tensor]
+Objective = Callable[[dict[str, Tensor]], Float[Tensor, "*stack"]]  # of sources; each seed of a stack has a value
 
 
 def pgd_sources(objective: Objective, sources: dict[str, Tensor], steps: int, step_size: float) -> dict[str, Tensor]:
-    """r ← clamp(r + η · sign ∇_r objective, 0, 1), `steps` times; the best r met is returned, so that the objective
-    never falls below its start (published code returns the last one)."""
-    best, best_value = sources, next(iter(sources.values())).new_full((), -torch.inf)
+    """Sources that raise the objective by projected gradient ascent: r ← clamp(r + η · sign ∇_r objective, 0, 1).
+
+    Of the `steps` + 1 iterates the best is returned, for each seed of a stack its own, so that no seed's objective falls below
+    its start (published code returns the last iterate).
+    """
+    best, best_value = sources, None
     for step in range(steps + 1):
         leaves = {path: r.detach().requires_grad_() for path, r in sources.items()}
         value = objective(leaves)
+        if best_value is None:
+            best_value = torch.full_like(value.detach(), -torch.inf)
         better = value.detach() > best_value  # stays on the device
-        best = {path: torch.where(better, r.detach(), best[path]) for path, r in leaves.items()}
+        best = {path: torch.where(align(better, r, 0), r.detach(), best[path]) for path, r in leaves.items()}
         best_value = torch.where(better, value.detach(), best_value)
         if step < steps:
-            grads = torch.autograd.grad(value, list(leaves.values()))
+            grads = torch.autograd.grad(value.sum(), list(leaves.values()))
             sources = {p: (r + step_size * g.sign()).clamp(0, 1).detach() for (p, r), g in zip(leaves.items(), grads)}
     return best
 
@@ -86,7 +93,8 @@ def pgd_sources(objective: Objective, sources: dict[str, Tensor], steps: int, st
 class PersistentSources(nn.Module):
     """Adversarial sources r ∈ [0, 1] kept across training steps; Adam ascent, clamped. State travels in checkpoints.
 
-    `shape`: () one vector for all positions, (seq,) one per position index, (batch, seq) one per batch slot.
+    `shape`: () one vector for all positions, (seq,) one per position index, (batch, seq) one per batch slot, (stack, 1) one
+    per seed of a stack.
     """
 
     def __init__(
@@ -98,22 +106,18 @@ class PersistentSources(nn.Module):
         generator: torch.Generator,
     ) -> None:
         super().__init__()
-        self.r = nn.ParameterDict(
-            {
-                p.replace(".", "-"): nn.Parameter(
-                    torch.rand(*shape, n + 1, generator=generator, device=generator.device)
-                )
-                for p, n in sizes.items()
-            }
+        self.paths = list(sizes)
+        self.r = nn.ParameterList(
+            torch.rand(*shape, n + 1, generator=generator, device=generator.device) for n in sizes.values()
         )
-        self.optimiser = torch.optim.Adam(self.r.values(), lr=lr, betas=betas, maximize=True)
+        self.optimiser = torch.optim.Adam(self.r, lr=lr, betas=betas, maximize=True)
 
     def sources(self) -> dict[str, Tensor]:
-        return {key.replace("-", "."): r for key, r in self.r.items()}
+        return dict(zip(self.paths, self.r))
 
     def ascend(self, value: Tensor, retain_graph: bool = False) -> None:
         """One step of ascent on the gradient of `value`; the other leaves of the graph get none."""
-        params = list(self.r.values())
+        params = list(self.r)
         for p, g in zip(params, torch.autograd.grad(value, params, retain_graph=retain_graph)):
             p.grad = g
         self.optimiser.step()

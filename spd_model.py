@@ -9,6 +9,7 @@ Any tensor may carry one leading axis `stack`: one toy with several seeds, train
 """
 
 import contextlib
+import dataclasses
 import fnmatch
 from collections.abc import Callable, Iterator, Mapping
 
@@ -19,7 +20,7 @@ from transformers.pytorch_utils import Conv1D
 
 from config import GateConfig, SPDConfig
 from patching import after, before
-from spd_gates import ComponentGate, GlobalMLPGate, GlobalTransformerGate, align, lower, upper
+from spd_gates import Importances, align, dashed, lower, upper
 from spd_masks import Mask
 
 
@@ -84,10 +85,13 @@ class ComponentModel(nn.Module):
     module, C < 1 (by SPDConfig), or a tied pair with different C or shapes.
     """
 
+    target_model: nn.Module  # not a submodule: a checkpoint holds the decomposition alone
+    importances: Importances  # nor this one: its gates are submodules directly
+
     def __init__(self, target_model: nn.Module, config: SPDConfig, generator: torch.Generator) -> None:
         super().__init__()
         self.config = config
-        self.__dict__["target_model"] = target_model  # not a submodule: a checkpoint holds the decomposition alone
+        self.__dict__["target_model"] = target_model
         sizes = match_patterns(target_model, config.components)
         self.paths = sorted(sizes)
         stacked = [
@@ -102,9 +106,19 @@ class ComponentModel(nn.Module):
                 part: nn.Module = TiedComponents(module, self._tie(sizes, tied[path], path))
             else:
                 part = Components(module, sizes[path], self.stack, generator)
-            self._components[path.replace(".", "-")] = part
+            self._components[dashed(path)] = part
         self.sizes = sizes
-        self._build_gates(config.gate, generator)
+        widths = {path: sizes[path] if self._embeds(path) else self._weight(path).shape[-2] for path in self.paths}
+        ordered = {path: sizes[path] for path in self.paths}
+        self.__dict__["importances"] = Importances(config.gate, widths, ordered, self.stack, generator)
+        for name, gates in self.importances.named_children():
+            self.add_module(name, gates)
+
+    def with_gate(self, gate: GateConfig, generator: torch.Generator) -> "ComponentModel":
+        """A decomposition with the same components, whose tensors it shares, and a fresh gate."""
+        model = type(self)(self.target_model, dataclasses.replace(self.config, gate=gate), generator)
+        model._components = self._components
+        return model.to(next(self.parameters()).device)
 
     def _tie(self, sizes: dict[str, int], first: str, second: str) -> Components:
         for path in (first, second):
@@ -114,101 +128,47 @@ class ComponentModel(nn.Module):
             raise ValueError(
                 f"tied modules {first!r} (C={sizes[first]}) and {second!r} (C={sizes[second]}) need the same C"
             )
-        shapes = [tuple(weight_map(self.target_model.get_submodule(p)).shape[-2:]) for p in (first, second)]
+        shapes = [tuple(self._weight(path).shape[-2:]) for path in (first, second)]
         if shapes[0] != shapes[1][::-1]:
             raise ValueError(f"tied modules {first!r} and {second!r} are not transposes: {shapes[0]} and {shapes[1]}")
-        return self._components[first.replace(".", "-")]  # type: ignore[return-value]
+        return self._components[dashed(first)]  # type: ignore[return-value]
 
-    def _build_gates(self, gate: GateConfig, generator: torch.Generator) -> None:
-        lead = () if self.stack is None else (self.stack,)
-        total = sum(self.sizes.values())
-        if gate.kind in ("mlp", "vector_mlp", "shared_mlp"):
-            self._ci_fns = nn.ModuleDict({
-                path.replace(".", "-"): ComponentGate(
-                    gate.kind, self._gate_width(path), self.sizes[path], gate.hidden, lead, generator
-                )
-                for path in self.paths
-            })  # fmt: skip
-        elif gate.kind == "global_shared_mlp":
-            width = sum(self._gate_width(path) for path in self.paths)
-            self._global_ci_fn = GlobalMLPGate(width, total, gate.hidden, lead, generator)
-        else:
-            assert self.stack is None, "a transformer gate reads positions: it does not decompose stacked toys"
-            width = sum(self._gate_width(path) for path in self.paths)
-            self._global_ci_fn = GlobalTransformerGate(width, total, gate, generator)
-
-    def _gate_width(self, path: str) -> int:
-        """Embeddings feed their gate h (C wide); everything else its input."""
-        module = self.target_model.get_submodule(path)
-        return self.sizes[path] if isinstance(module, nn.Embedding) else weight_map(module).shape[-2]
-
-    def compile_gates(self) -> None:
-        """Compile the per-component MLPs (`mlp` gates of one hidden layer, fp32); needs a C++ compiler on CPU."""
-        assert self.config.gate.kind == "mlp" and len(self.config.gate.hidden) == 1, f"{self.config.gate=}"
-        for gate in self._ci_fns.values():
-            gate.compiled = True
+    def _weight(self, path: str) -> Float[Tensor, "*stack d_in d_out"]:
+        return weight_map(self.target_model.get_submodule(path))
 
     @property
     def components(self) -> dict[str, Components]:
-        return {path: self._components[path.replace(".", "-")] for path in self.paths}  # type: ignore[misc]
-
-    @property
-    def gates(self) -> nn.Module:
-        return self._ci_fns if self.config.gate.local else self._global_ci_fn
-
-    @property
-    def gate_parameters(self) -> int:
-        return sum(p.numel() for p in self.gates.parameters())
-
-    def gate_parameters_of(self, path: str) -> int:
-        """Of one module's own gate."""
-        assert self.config.gate.local, f"a {self.config.gate.kind} gate belongs to no module"
-        return sum(p.numel() for p in self._ci_fns[path.replace(".", "-")].parameters())
+        return {path: self._components[dashed(path)] for path in self.paths}  # type: ignore[misc]
 
     def component_activations(self, path: str, x: Tensor) -> Float[Tensor, "*batch component"]:
         """h = x V; for an embedding, x are token ids and h = V[x]."""
         V = self.components[path].V
-        return V[x] if isinstance(self.target_model.get_submodule(path), nn.Embedding) else x @ V
+        return V[x] if self._embeds(path) else x @ V
 
     def importance_logits(self, inputs: Mapping[str, Tensor]) -> dict[str, Float[Tensor, "*batch component"]]:
         """z of every module from the inputs of all modules (local gates need only those they are asked for)."""
         if self.config.gate.local:
             return {path: self.importance_logit(path, x) for path, x in inputs.items()}
-        assert set(inputs) == set(self.paths), f"a global gate reads all of {self.paths}, got {sorted(inputs)}"
-        z = self._global_ci_fn([self._gate_input(path, inputs[path]) for path in self.paths])
-        return dict(zip(self.paths, z.split([self.sizes[path] for path in self.paths], -1)))
+        return self.importances.together({path: self._gate_input(path, x) for path, x in inputs.items()})
 
     def importance_logit(self, path: str, x: Tensor) -> Float[Tensor, "*batch component"]:
         """z of one module from its own input; only local gates can do this."""
-        assert self.config.gate.local, f"a {self.config.gate.kind} gate reads all modules at once"
-        gate = self._ci_fns[path.replace(".", "-")]
-        reads_h = self.config.gate.kind != "shared_mlp" or x.dtype == torch.int64
-        h = self.component_activations(path, x) if reads_h else x
-        return gate(h if x.dtype == torch.int64 else x, h)
+        gate = self.importances.gate(path)
+        h = self.component_activations(path, x) if self._embeds(path) or self.importances.read_activations else x
+        return gate(h if self._embeds(path) else x, h)
 
     def _gate_input(self, path: str, x: Tensor) -> Tensor:
-        embeds = isinstance(self.target_model.get_submodule(path), nn.Embedding)
-        return self.component_activations(path, x) if embeds else x
+        """What a gate reads of a module: its input; of an embedding, whose input is ids, h."""
+        return self.component_activations(path, x) if self._embeds(path) else x
+
+    def _embeds(self, path: str) -> bool:
+        return isinstance(self.target_model.get_submodule(path), nn.Embedding)
 
     def lower(self, z: Tensor) -> Tensor:
         return lower(z, self.config.alpha)
 
     def upper(self, z: Tensor) -> Tensor:
         return upper(z, self.config.alpha)
-
-    def linear(
-        self,
-        path: str,
-        x: Tensor,
-        mask: Float[Tensor, "*batch component"],
-        delta_mask: Float[Tensor, "*batch"] | float = 0.0,
-    ) -> Float[Tensor, "*batch d_out"]:
-        """The masked module on its own input; delta_mask 0.0 closes the path through Δ."""
-        module = self.target_model.get_submodule(path)
-        closed = isinstance(delta_mask, float) and delta_mask == 0.0
-        return self._masked(
-            path, x, None if closed else module(x), Mask(mask, None if closed else torch.as_tensor(delta_mask))
-        )
 
     def _masked(self, path: str, x: Tensor, y: Tensor | None, mask: Mask) -> Tensor:
         """y: the module's own output x W + b, needed where Δ is open."""
@@ -274,16 +234,13 @@ class ComponentModel(nn.Module):
 
     def deltas(self) -> dict[str, Float[Tensor, "*stack d_in d_out"]]:
         """Δ = W − V U of every module, with gradient in V and U."""
-        return {
-            path: weight_map(self.target_model.get_submodule(path)) - part.V @ part.U
-            for path, part in self.components.items()
-        }
+        return {path: self._weight(path) - part.V @ part.U for path, part in self.components.items()}
 
     def start_faithful(self) -> None:
         """Set U or V by least squares so that V U = W wherever C suffices: what faithfulness warm-up converges to."""
         with torch.no_grad():
             for path, part in self.components.items():
-                W = weight_map(self.target_model.get_submodule(path))
+                W = self._weight(path)
                 if isinstance(part, Components) and W.shape[-2] <= W.shape[-1]:
                     part.U += torch.linalg.pinv(part.V) @ (W - part.V @ part.U)
                 elif isinstance(part, Components):

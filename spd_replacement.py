@@ -7,16 +7,18 @@ Active parts are the rank-one components of `spd_model.py`; each weight matrix i
 
 import functools
 from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from checkpoints import Decomposition, find_spd
+from checkpoints import Decomposition
 from patching import Captured
 from replacement import UNKNOWN, Active, Origin, PartGroup, Pass, Replacement, method_name
 from spd_model import ComponentModel, weight_map
+from spd_runs import find_spd
 from target_models import TargetModel, mlp_matrices
 
 
@@ -71,42 +73,38 @@ class SPDReplacement(Replacement):
 
     def gate_parameters(self, layers: Sequence[int]) -> int:
         """Of the matrices' own gates; a global gate decides for all matrices at once."""
-        if not self.model.config.gate.local:
-            return self.model.gate_parameters
-        return sum(self.model.gate_parameters_of(path) for layer in layers for path in self.paths[layer].values())
+        return self.model.importances.n_parameters(path for layer in layers for path in self.paths[layer].values())
 
     @property
     def reads(self) -> tuple[int, ...]:
         return self.layers if self.model.config.gate.local else tuple(self.decomposed)
 
-    def begin(self) -> "SPDPass":
-        assert self.model.config.gate.local, "a global gate cannot follow the stream alone: open the pass with `free`"
-        return SPDPass(self, None)
-
-    def frozen(self, captured: Captured) -> "SPDPass":
+    def clean_importances(self, captured: Captured) -> "CleanImportances":
+        """Of every decomposed matrix: what it reads in a clean pass, and its gate's logits there; `captured` spans `reads`."""
         assert len(captured.inputs) == len(self.reads), f"{len(captured.inputs)=} {self.reads=}"
         inputs: dict[str, Tensor] = {}
         for layer, x in zip(self.reads, captured.inputs):
             down = self.target.mlps[layer].down
             for path in self.decomposed[layer].values():
                 inputs[path] = (self.target.hidden(layer, x) if path == down else x).float()
-        return SPDPass(self, self.model.importance_logits(inputs), inputs)
+        return CleanImportances(inputs, self.model.importance_logits(inputs))
+
+    def frozen(self, captured: Captured) -> "SPDPass":
+        return SPDPass(self, *self.clean_importances(captured))
 
     def free(self, captured: Captured, run: Callable[[Pass], object]) -> "SPDPass":
         if self.model.config.gate.local:
-            return self.begin()
+            return SPDPass(self, {}, None)
         first = self.frozen(captured)
         run(first)
-        return SPDPass(self, self.model.importance_logits(first.inputs))
+        return SPDPass(self, {}, self.model.importance_logits(first.inputs))
 
-    def on(self, z: Float[Tensor, "batch seq component"]) -> Bool[Tensor, "batch seq component"]:
+    def on(self, path: str, z: Float[Tensor, "batch seq component"]) -> Bool[Tensor, "batch seq component"]:
+        """Which components of a matrix are active where the importance logits are z."""
         if self.top_k is None:
             return self.model.lower(z) > self.threshold
         k = min(self.top_k, z.shape[-1])
         return torch.zeros_like(z, dtype=torch.bool).scatter(-1, z.topk(k, dim=-1).indices, True)
-
-    def write(self, pass_: Pass, layer: int, x: Tensor, y: Tensor) -> Tensor:
-        raise AssertionError("an SPDPass writes by itself")
 
     def part_groups(self, layers: Sequence[int]) -> list[PartGroup]:
         shape = {path: weight_map(self.target.model.get_submodule(path)).shape for path in self.model.paths}
@@ -127,17 +125,24 @@ class SPDReplacement(Replacement):
         return dense
 
 
+class CleanImportances(NamedTuple):
+    """By path of each decomposed matrix, in one clean forward pass."""
+
+    inputs: dict[str, Float[Tensor, "batch seq d_in"]]
+    z: dict[str, Float[Tensor, "batch seq component"]]
+
+
 class SPDPass(Pass):
-    """Masks given by z, or by each gate on its module's running input; `inputs` keeps what the modules read."""
+    """A forward pass by components, with given importance logits z or each gate's own on its matrix' running input.
+
+    `inputs` begins with the clean pass's and takes in what the replaced matrices read on the running stream.
+    """
 
     replacement: SPDReplacement
 
-    def __init__(
-        self, replacement: SPDReplacement, z: dict[str, Tensor] | None, inputs: dict[str, Tensor] | None = None
-    ) -> None:
-        super().__init__(replacement, None)
-        self.z = z
-        self.inputs = dict(inputs or {})
+    def __init__(self, replacement: SPDReplacement, inputs: dict[str, Tensor], z: dict[str, Tensor] | None) -> None:
+        super().__init__(replacement)
+        self.inputs, self.z = dict(inputs), z
 
     def __call__(
         self, layer: int, x: Float[Tensor, "batch seq d_in"], y: Float[Tensor, "batch own d_out"]
@@ -150,7 +155,7 @@ class SPDPass(Pass):
 
     def _mask(self, layer: int, name: str, path: str, x: Tensor) -> Float[Tensor, "batch seq component"]:
         z = self.replacement.model.importance_logit(path, x.float()) if self.z is None else self.z[path]
-        on = self.replacement.on(z)
+        on = self.replacement.on(path, z)
         self.inputs[path] = x.float()
         self.active[layer, name] = Active(*on.flatten(0, 1).nonzero().unbind(1))
         return on.to(x.dtype)

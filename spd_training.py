@@ -8,7 +8,6 @@ Published recipe and numbers: arXiv 2506.20790 and goodfire-ai/spd.
 """
 
 import math
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Protocol
@@ -16,23 +15,13 @@ from typing import Any, Protocol
 import torch
 from jaxtyping import Float
 from torch import Tensor
-from tqdm import tqdm
 
-from checkpoints import load_tensors, save_tensors
 from config import Recon, SPDTrainConfig, to_json
-from devices import keep_freed_memory
 from logs import Logger
 from losses import annealed_p, faithfulness, importance_minimality, mean_kl, squared_error
-from spd_masks import (  # fmt: skip
-    Mask,
-    PersistentSources,
-    pgd_sources,
-    route_subset,
-    routed,
-    source_masks,
-    stochastic_masks,
-)
-from spd_model import ComponentModel  # fmt: skip
+from spd_masks import Mask, PersistentSources, pgd_sources, route_subset, routed, source_masks, stochastic_masks
+from spd_model import ComponentModel
+from training import Progress, run_training
 
 
 class Batches(Protocol):
@@ -60,13 +49,14 @@ class SPDTrainer:
         weights = [p for part in model.components.values() for p in part.parameters()]
         self.weights = weights
         self.optimiser = torch.optim.AdamW(
-            [{"params": weights}, {"params": list(model.gates.parameters())}],
+            [{"params": weights}, {"params": list(model.importances.parameters())}],
             lr=config.lr,
             weight_decay=0.0,
             fused=True,
         )
+        shared = () if model.stack is None else (model.stack, 1)  # by all positions, not by seeds
         self.adversaries = {
-            i: PersistentSources(model.sizes, (), term.step_size, (0.5, 0.99), self.generator).to(weights[0].device)
+            i: PersistentSources(model.sizes, shared, term.step_size, (0.5, 0.99), self.generator).to(weights[0].device)
             for i, term in enumerate(config.recon) if term.source == "persistent"
         }  # fmt: skip
         self.steps_done = 0
@@ -87,6 +77,12 @@ class SPDTrainer:
         if self.config.distance == "kl":
             return mean_kl(target, prediction)
         return squared_error(target, prediction) * (self.model.stack or 1)
+
+    def distances(self, target: Tensor, prediction: Tensor) -> Float[Tensor, "*stack"]:
+        """`distance` of each seed of a stack by itself."""
+        if self.model.stack is None:
+            return self.distance(target, prediction)
+        return torch.stack([squared_error(*own) for own in zip(target, prediction, strict=True)])
 
     def run(self, masks: dict[str, Mask], batch: Tensor) -> Tensor:
         device = batch.device.type
@@ -155,8 +151,8 @@ class SPDTrainer:
             return route({path: Mask(torch.ones_like(g), None) for path, g in g_lo.items()})
         frozen = {path: g.detach() for path, g in g_lo.items()}
 
-        def objective(sources: dict[str, Tensor]) -> Tensor:
-            return self.distance(clean, self.run(route(source_masks(frozen, sources)), batch))
+        def objective(sources: dict[str, Tensor]) -> Float[Tensor, "*stack"]:
+            return self.distances(clean, self.run(route(source_masks(frozen, sources)), batch))
 
         if term.source == "pgd":
             lead = (self.model.stack,) if self.model.stack else ()
@@ -169,12 +165,11 @@ class SPDTrainer:
             return route(source_masks(g_lo, pgd_sources(objective, start, term.steps, term.step_size)))
         adversary = self.adversaries[index]
         for _ in range(term.steps):
-            adversary.ascend(objective(adversary.sources()))
+            adversary.ascend(objective(adversary.sources()).sum())
         return route(source_masks(g_lo, {path: r.detach() for path, r in adversary.sources().items()}))
 
     def state_dict(self) -> dict[str, Any]:
         return {
-            "settings": repr([to_json(self.model.config), to_json(self.config)]),
             "model": self.model.state_dict(),
             "optimiser": self.optimiser.state_dict(),
             "adversaries": {str(i): [a.state_dict(), a.optimiser.state_dict()] for i, a in self.adversaries.items()},
@@ -183,9 +178,6 @@ class SPDTrainer:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Raises ValueError where the state belongs to other settings."""
-        if state["settings"] != repr([to_json(self.model.config), to_json(self.config)]):
-            raise ValueError("the state found is that of a run with other settings: delete it or choose another folder")
         self.model.load_state_dict(state["model"])
         self.optimiser.load_state_dict(state["optimiser"])
         for i, adversary in self.adversaries.items():
@@ -195,45 +187,44 @@ class SPDTrainer:
         self.steps_done = state["steps_done"]
 
 
+class _SPDRun:
+    """A decomposition in training on a stream of target inputs."""
+
+    def __init__(self, trainer: SPDTrainer, batches: Batches, logger: Logger) -> None:
+        self.trainer, self.batches, self.logger = trainer, batches, logger
+        self.names, self.settings = [logger.name], [to_json(trainer.model.config), to_json(trainer.config)]
+        self.start = trainer.warm_up
+
+    def step(self, step: int) -> Float[Tensor, "1 reading"]:
+        return self.trainer.step(next(self.batches))[None]
+
+    def read(self, readings: list[list[float]], progress: Progress) -> str:
+        loss, recon, minimality, *l0 = readings[0]
+        named = {f"l0/{path}": value for path, value in zip(self.trainer.model.paths, l0)}
+        metrics = {"loss": loss, "recon": recon, "minimality": minimality, "seconds": progress.seconds}
+        self.logger.log(progress.step, metrics | named)
+        return f"loss {loss:.3g}, recon {recon:.3g}, L0 {sum(l0) / len(l0):.2f}"
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"trainer": self.trainer.state_dict(), "batches": self.batches.state_dict()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.trainer.load_state_dict(state["trainer"])
+        self.batches.load_state_dict(state["batches"])
+
+
 def train_spd(
     model: ComponentModel, batches: Batches, config: SPDTrainConfig, folder: Path, name: str, autocast: bool = False
 ) -> float:
-    """Train in place; returns the seconds it took, interruptions left out. An interrupted call goes on from
-    `folder`/state.pt. Raises RuntimeError when the loss is not finite."""
-    keep_freed_memory()
-    trainer, state_file, seconds = SPDTrainer(model, config, autocast), folder / "state.pt", 0.0
-    if state_file.exists():
-        state = load_tensors(state_file, "cpu")
-        trainer.load_state_dict(state["trainer"])
-        batches.load_state_dict(state["batches"])
-        seconds = state["seconds"]
-    else:
-        trainer.warm_up()
+    """Train a decomposition in place; returns the seconds it took, interruptions left out.
+
+    An interrupted call goes on from `folder`/state.pt when made again. Raises ValueError where that file is of other
+    settings, RuntimeError when the loss is not finite.
+    """
     logger = Logger(name, folder, {"spd": to_json(model.config), "train": to_json(config)})
-    bar = tqdm(
-        range(trainer.steps_done, config.steps),
-        initial=trainer.steps_done,
-        total=config.steps,
-        desc=name,
-        mininterval=2.0,
-    )
-    began = time.perf_counter()
-    for step in bar:
-        readings = trainer.step(next(batches))
-        reads, saves = (step + 1) % config.metrics_every == 0, (step + 1) % config.checkpoint_every == 0
-        if reads or saves or step + 1 == config.steps:
-            loss, recon, minimality, *l0 = readings.tolist()
-            if not math.isfinite(loss):
-                raise RuntimeError(f"loss of {name} is {loss} at step {step}: lower the learning rate")
-            took = seconds + time.perf_counter() - began
-            named = {f"l0/{path}": value for path, value in zip(model.paths, l0)}
-            logger.log(step, {"loss": loss, "recon": recon, "minimality": minimality, "seconds": took} | named)
-            bar.set_postfix_str(f"loss {loss:.3g}, recon {recon:.3g}, L0 {sum(l0) / len(l0):.2f}")
-        if saves and step + 1 < config.steps:
-            took = seconds + time.perf_counter() - began
-            save_tensors(
-                state_file, {"trainer": trainer.state_dict(), "batches": batches.state_dict(), "seconds": took}
-            )
+    run, state_file = _SPDRun(SPDTrainer(model, config, autocast), batches, logger), folder / "state.pt"
+    every = {"metrics_every": config.metrics_every, "checkpoint_every": config.checkpoint_every}
+    seconds = run_training(run, config.steps, file=state_file, **every)
     logger.close()
     state_file.unlink(missing_ok=True)
-    return seconds + time.perf_counter() - began
+    return seconds

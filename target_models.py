@@ -2,7 +2,7 @@
 
 A `TargetModel` names, for each layer, the module whose output the MLP reads (the norm before it), the module whose output
 is the MLP's output, and the linear map whose input is the hidden activation h. They are found by structure and proven by
-one forward pass: what the norm gave must be what the MLP got. Nothing else knows one architecture from another.
+a few forward passes on four tokens (`prove`). Nothing else knows one architecture from another.
 
 `at_site(target, "resid")` is the same target, read and written elsewhere: each layer's input and output are then both the
 value of the residual stream after the block (or what its attention wrote), and all that is built on a target follows.
@@ -12,10 +12,11 @@ import contextlib
 import hashlib
 import importlib.util
 import inspect
+import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import yaml
@@ -29,7 +30,7 @@ from config import Site
 from devices import check_device
 from llama_simple_mlp import LlamaSimpleMLP, config_from_yaml, load_target_run
 from logs import atomic_path, cache_folder, download_run_files
-from patching import MLPPaths, after, before
+from patching import MLPFunction, MLPPaths, after, before, block_outputs, patched
 from token_stream import DatasetSpec
 
 ASSETS = Path(__file__).parent / "assets"
@@ -44,7 +45,8 @@ NORMS = (
     "ln_1",
 )
 MLPS = ("mlp", "feed_forward", "fc2")
-ATTENTIONS = ("attn", "self_attn", "attention")
+ATTENTIONS = ("attn", "self_attn", "attention", "self_attention")
+UNSUPPORTED = "this block's layout is not supported"
 DOWNS = ("down_proj", "c_proj", "dense_4h_to_h", "fc2", "fc_out", "out", "w2")
 
 
@@ -99,6 +101,8 @@ class TargetModel:
     def _paths(self, layer: int) -> MLPPaths:
         if self.site != "mlp_out":
             raise ValueError(f"{self.name!r} is read at {self.site}, which has no MLP: load the target itself")
+        if not 0 <= layer < self.n_layers:
+            raise ValueError(f"layer {layer} is not among the layers 0…{self.n_layers - 1} of {self.name!r}")
         return self.mlps[layer]
 
 
@@ -138,16 +142,14 @@ def mlp_matrices(target: TargetModel, layer: int) -> tuple[str, ...]:
 
 
 def find_mlps(model: nn.Module) -> tuple[MLPPaths, ...]:
-    """The MLP of every block, found by the names of the block's children and proven by one forward pass."""
+    """The MLP of every block, found by the names of the block's children; `prove` says whether they are right."""
     stacks = [(name, m) for name, m in model.named_modules() if isinstance(m, nn.ModuleList) and _blocks(m)]
     if not stacks:
         raise ValueError(
             f"{type(model).__name__} has no stack of blocks with an MLP after a norm that this project knows"
         )
     name, blocks = max(stacks, key=lambda item: len(item[1]))
-    mlps = tuple(_mlp_paths(f"{name}.{i}", block) for i, block in enumerate(blocks))
-    _prove(model, mlps)
-    return mlps
+    return tuple(_mlp_paths(f"{name}.{i}", block) for i, block in enumerate(blocks))
 
 
 def _blocks(stack: nn.ModuleList) -> bool:
@@ -168,36 +170,157 @@ def _mlp_paths(path: str, block: nn.Module) -> MLPPaths:
     return MLPPaths(f"{path}.{read}", f"{path}.{write}", f"{path}.{write}.{down}{wrapped}")
 
 
-def _prove(model: nn.Module, mlps: Sequence[MLPPaths]) -> None:
-    """One forward pass on two tokens: each MLP must get exactly what its norm gave."""
-    given: dict[str, Tensor] = {}
-    got: dict[str, Tensor] = {}
+class Written(NamedTuple):
+    """What one layer wrote at a target's site on a few tokens, and what came of it."""
+
+    x: Float[Tensor, "batch seq d_in"]  # what it read
+    y: Float[Tensor, "batch seq d_out"]
+    stream: Float[Tensor, "batch seq d_model"]  # the block's output
+    added: Float[Tensor, "batch seq d_model"]  # by how much that falls where 0 is written in place of y
+
+
+def written(target: TargetModel) -> list[Written]:
+    """What every layer writes on four tokens, all layers at once; each is zeroed with the others' work as it was."""
+    tokens, seen = _few_tokens(target), {}
+
+    def keep(layer: int) -> MLPFunction:
+        def note(x: Tensor, y: Tensor) -> Tensor:
+            seen[layer] = (x.clone(), y.clone())
+            return y
+
+        return note
+
+    layers = range(target.n_layers)
+    with patched(target, {layer: keep(layer) for layer in layers}):
+        streams = block_outputs(target, tokens)
+    zeroed = _streams_with(target, [torch.zeros_like(seen[layer][1]) for layer in layers], streams)
+    return [Written(*seen[i], streams[i], streams[i] - zeroed[i]) for i in layers]
+
+
+def _few_tokens(target: TargetModel) -> Int[Tensor, "1 seq"]:
+    return torch.arange(4, device=target.device)[None]
+
+
+def _streams_with(target: TargetModel, values: Sequence[Tensor], streams: Sequence[Tensor]) -> list[Tensor]:
+    """Every block's output where `values` are written at the target's site and the blocks before it wrote `streams`."""
+    with patched(target, {layer: lambda _x, _y, value=value: value.clone() for layer, value in enumerate(values)}):
+        return block_outputs(target, _few_tokens(target), streams)
+
+
+def _equal(a: Float[Tensor, "*batch d"], b: Float[Tensor, "*batch d"], of: Float[Tensor, "*batch d"]) -> bool:
+    """Whether a is b up to the rounding of sums of numbers as large as the largest of `of` at the same position."""
+    return bool(((a - b).abs() <= 64 * torch.finfo(a.dtype).eps * of.abs().amax(-1, keepdim=True)).all())
+
+
+def prove(target: TargetModel) -> None:
+    """Raises ValueError unless every MLP is what the target's paths say, all layers at once, on a few tokens:
+
+    its module is given x, what the norm gave, and nothing else (BLOOM's is given the stream too, and returns the sum);
+    mlp(x) is what it writes, y; with y put in its own place the block's output is what it was; with the y of other positions
+    there it changes by f(y) of those positions. f is the identity, or a norm or factor that the block has behind its MLP.
+    """
+    _prove_inputs(target)
+    layers = written(target)
+    streams = [layer.stream for layer in layers]
+    same = _streams_with(target, [layer.y for layer in layers], streams)
+    moved = _streams_with(target, [layer.y.roll(1, dims=1) for layer in layers], streams)
+    for i, (paths, (x, y, stream, added)) in enumerate(zip(target.mlps, layers)):
+        with torch.inference_mode():
+            if not _equal(target.mlp(i, x), y, y):
+                raise ValueError(f"{paths.write} does not write a function of what it reads: {UNSUPPORTED}")
+        sizes = stream.abs() + added.abs() + added.roll(1, dims=1).abs()
+        as_expected = _equal(moved[i], stream - added + added.roll(1, dims=1), sizes)
+        if not as_expected or not _equal(same[i], stream, stream):
+            raise ValueError(f"{paths.write} does not add what it writes to the residual stream: {UNSUPPORTED}")
+
+
+def _prove_inputs(target: TargetModel) -> None:
+    """Raises ValueError where an MLP is given anything else than what its norm gave."""
+    gave: dict[int, Tensor] = {}
+    got: dict[int, tuple[Any, ...]] = {}
     with contextlib.ExitStack() as stack:
-        stack.enter_context(torch.inference_mode())
-        for paths in mlps:
+        for i, paths in enumerate(target.mlps):
             entry = paths.write if paths.write != paths.down else paths.down.removesuffix("fc2") + "fc1"
-            stack.enter_context(
-                after(model.get_submodule(paths.read), lambda _a, out, key=paths.read: given.__setitem__(key, out))
-            )
-            stack.enter_context(
-                before(model.get_submodule(entry), lambda args, key=paths.read: got.__setitem__(key, args[0]))
-            )
-        model(torch.zeros(1, 2, dtype=torch.int64, device=next(model.parameters()).device))
-    for paths in mlps:
-        same = paths.read in got and torch.equal(given[paths.read].flatten(), got[paths.read].flatten())
-        if not same:
+            read, module = target.model.get_submodule(paths.read), target.model.get_submodule(entry)
+            stack.enter_context(after(read, lambda _a, out, i=i: gave.__setitem__(i, out.clone())))
+            stack.enter_context(before(module, lambda args, i=i: got.__setitem__(i, args)))
+        block_outputs(target, _few_tokens(target))
+    for i, paths in enumerate(target.mlps):
+        if len(got.get(i, ())) != 1 or not torch.equal(got[i][0].flatten(), gave[i].flatten()):
+            raise ValueError(f"{paths.write} does not read the output of {paths.read} alone: {UNSUPPORTED}")
+
+
+KNOWN_HOOKS = (
+    "mlp.hook_in", "ln2.hook_out", "ln2.hook_normalized", "hook_mlp_out", "mlp.hook_out", "hook_attn_out",
+    "attn.hook_out", "hook_resid_post", "hook_resid_pre",
+)  # fmt: skip
+
+
+class HookScale(NamedTuple):
+    """From what a hook of TransformerLens holds to what the project reads there: x = gain ⊙ held + bias."""
+
+    gain: Float[Tensor, "d"]
+    bias: Float[Tensor, "d"]
+
+
+def same_site(target: TargetModel, hook: str) -> HookScale | None:
+    """Whether TransformerLens' hook of that name holds, for this target, the very tensor that the project reads or writes.
+
+    None where it does, a scale to fold into the dictionary where the two differ by a norm's gain and bias
+    (`ln2.hook_normalized`), ValueError in one line where they differ otherwise: `hook_mlp_out` and `hook_attn_out` come
+    behind the norm or the factor that Gemma 2 and Granite have after the module. Decided by comparing tensors, in the
+    layer that the name gives (`blocks.3.hook_mlp_out`) or in every one. A name without a hook is a module's own path.
+    ValueError also for a hook elsewhere, such as `hook_mlp_in`, which comes before the norm.
+    """
+    assert target.site == "mlp_out", f"{target.site=}: ask of the target itself"
+    number = re.search(r"(?<![^\W_])\d+(?![^\W_])", hook)
+    layers = range(target.n_layers) if number is None else [int(number[0])]
+    if outside := [layer for layer in layers if not 0 <= layer < target.n_layers]:
+        raise ValueError(f"{hook!r} is of layer {outside[0]}: {target.name!r} has {target.n_layers} from 0 on")
+    if "hook_" in hook and not hook.endswith(KNOWN_HOOKS):
+        raise ValueError(f"{hook!r} is no place that the project reads or writes: {', '.join(KNOWN_HOOKS)} are")
+    if hook.endswith("ln2.hook_normalized"):
+        scales = [_norm_scale(target, layer, hook) for layer in layers]
+        if any(not torch.equal(a, b) for scale in scales[1:] for a, b in zip(scale, scales[0])):
+            raise ValueError(f"{hook!r} differs from what the MLPs read by another gain in every layer: name the layer")
+        return scales[0]
+    if hook.endswith(("hook_mlp_out", "hook_attn_out")):
+        rows = _attention_written(target) if hook.endswith("hook_attn_out") else written(target)
+        if any(not _equal(rows[i].added, rows[i].y, rows[i].stream.abs() + rows[i].y.abs()) for i in layers):
             raise ValueError(
-                f"{paths.write} does not read the output of {paths.read}: this block's layout is not supported"
+                f"{hook!r} of {target.name!r} holds what comes behind a norm or factor, not what the module writes: "
+                "dictionaries of it are not supported on this target"
             )
+    return None
+
+
+def _attention_written(target: TargetModel) -> list[Written]:
+    """What every attention writes, with every MLP zeroed: the rest of a block's output is then the stream alone."""
+    zero = {layer: lambda _x, y: torch.zeros_like(y) for layer in range(target.n_layers)}
+    with patched(target, zero):
+        return written(at_site(target, "attn_out"))
+
+
+def _norm_scale(target: TargetModel, layer: int, hook: str) -> HookScale:
+    """Gain and bias of the norm before an MLP, told from what it makes of a few inputs: RMSNorm or LayerNorm."""
+    norm = target.model.get_submodule(target.mlps[layer].read)
+    x = 64 * torch.randn(4, target.d_model, generator=torch.Generator().manual_seed(0)).to(target.device)  # ≫ its ε
+    with torch.inference_mode():
+        bias, normed = norm(torch.zeros_like(x)), norm(x)
+    for centred in (x, x - x.mean(-1, keepdim=True)):
+        unit = centred / centred.square().mean(-1, keepdim=True).sqrt()
+        gain = ((normed - bias) * unit).sum(0) / unit.square().sum(0)
+        if torch.allclose(normed, gain * unit + bias, rtol=1e-3, atol=1e-4 * normed.abs().max().item()):
+            return HookScale(gain.clone(), bias[0].clone())
+    raise ValueError(f"{hook!r}: {target.mlps[layer].read} of {target.name!r} is no norm with a gain: not supported")
 
 
 def weights_fingerprint(model: nn.Module) -> str:
-    """16 hex digits that change with any weight."""
+    """16 hex digits that change with any bit of any weight, and with nothing else: name, type, shape and bytes are hashed."""
     digest = hashlib.sha256()
     for name, p in sorted(model.state_dict().items()):
-        digest.update(name.encode())
-        digest.update(p.detach().float().sum(dtype=torch.float64).cpu().numpy().tobytes())
-        digest.update(p.detach().flatten()[:64].float().cpu().numpy().tobytes())
+        digest.update(f"{name} {p.dtype} {tuple(p.shape)}".encode())
+        digest.update(p.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
     return digest.hexdigest()[:16]
 
 
@@ -358,7 +481,16 @@ def load_target(name: str, device: str) -> TargetModel:
     """The named target, frozen, in eval mode. Raises ValueError for an unknown name or a device that is not there."""
     check_device(device)
     spec = target_spec(name)
-    return make_target(name, Loaded(*spec.load(), spec.context, spec.text), device)
+    model, tokenizer = spec.load()
+    context = spec.context if name in TARGETS else int(min(spec.context, positions(model)))
+    return make_target(name, Loaded(model, tokenizer, context, spec.text), device)
+
+
+def positions(model: nn.Module) -> float:
+    """The longest sequence that a model of `transformers`, bridged or not, has positions for; infinite where it does not say."""
+    config = getattr(model, "original_model", model).config
+    named = (getattr(config, name, None) for name in ("max_position_embeddings", "n_ctx", "max_seq_len"))
+    return min((value for value in named if isinstance(value, int)), default=float("inf"))
 
 
 def make_target(name: str, parts: Loaded, device: str) -> TargetModel:
@@ -373,4 +505,8 @@ def make_target(name: str, parts: Loaded, device: str) -> TargetModel:
         else model.config.vocab_size
     )
     fingerprint = weights_fingerprint(model)
-    return TargetModel(name, model, parts.tokenizer, mlps, d_out, d_mlp, vocab, parts.context, parts.data, fingerprint)
+    target = TargetModel(
+        name, model, parts.tokenizer, mlps, d_out, d_mlp, vocab, parts.context, parts.data, fingerprint
+    )  # fmt: skip
+    prove(target)
+    return target

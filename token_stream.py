@@ -1,8 +1,10 @@
 """Any dataset → packed token batches, Int["batch seq"].
 
 Documents are tokenised as they are read, joined by the tokenizer's end-of-text token and cut into rows of `seq`
-tokens: no padding, nothing truncated. A stream's position is (documents read, tokens left over), so that a resumed
-stream yields exactly what the interrupted one would have.
+tokens: no padding, nothing truncated. Every row begins with the tokenizer's BOS token where it adds one to a text, as
+Llama's and Gemma's do, for their models know no other beginning. Rows that somebody has packed already are taken as they
+are. A stream's position is (documents read, tokens left over), so that a resumed stream yields exactly what the
+interrupted one would have.
 
 Four kinds of source (`DatasetSpec.path`):
   "python"        the .py files of the standard library and site-packages of the running environment
@@ -13,11 +15,14 @@ Four kinds of source (`DatasetSpec.path`):
 The first two are read and split by `python_corpus.py`.
 """
 
+import contextlib
 import hashlib
 import itertools
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -36,6 +41,7 @@ from python_corpus import (
 
 DOCUMENTS_AT_ONCE = 64  # tokenised together, on all cores
 SHUFFLE_BUFFER = 10_000  # documents
+KINDS = {".txt": "text", ".jsonl": "json", ".json": "json", ".parquet": "parquet"}  # ending → builder of `datasets`
 
 
 @dataclass(frozen=True)
@@ -45,6 +51,7 @@ class DatasetSpec:
     tokenised: bool = False
     train_split: str = "train"
     val_split: str = ""  # empty: one document in 50 of the training split is held out
+    bos: bool = True  # each packed row begins with BOS where the tokenizer adds one to a text; False: never
 
 
 # --------------------------------------------------------------------------------------------------------- streams
@@ -60,16 +67,55 @@ def documents(spec: DatasetSpec, split: Split, seed: int) -> Iterator[str | list
         rows = datasets.IterableDataset.from_generator(
             reader, gen_kwargs={"paths": [paths[i] for i in _order(len(paths), seed)]}
         )
-        yield from (row[spec.column] for row in rows)
+        yield from (_document(spec, row, i) for i, row in enumerate(rows))
         return
     if (Path(spec.path) / "train.npy").exists():
         yield from token_documents(spec, split, seed)
         return
     name = spec.val_split if split == "val" and spec.val_split else spec.train_split
-    rows = load_rows(spec.path, name).shuffle(seed=seed, buffer_size=SHUFFLE_BUFFER)
-    for row in rows:
-        if spec.val_split or split == ("train" if _document_hash(row[spec.column]) % VALIDATION_SHARE else "val"):
-            yield row[spec.column]
+    rows = load_rows(spec.path, name, lone=not spec.val_split).shuffle(seed=seed, buffer_size=SHUFFLE_BUFFER)
+    for i, row in enumerate(_readable(iter(rows), spec.path)):
+        document = _document(spec, row, i)
+        if spec.val_split or split == ("train" if _document_hash(document) % VALIDATION_SHARE else "val"):
+            yield document
+
+
+def _readable(rows: Iterator[dict[str, Any]], path: str) -> Iterator[dict[str, Any]]:
+    """The rows; raises ValueError in one line where the files are empty or not of the kind that their endings say."""
+    while (row := _next_row(rows, path)) is not None:
+        yield row
+
+
+def _next_row(rows: Iterator[dict[str, Any]], path: str) -> dict[str, Any] | None:
+    with _data_errors(path):
+        return next(rows, None)
+
+
+@contextlib.contextmanager
+def _data_errors(path: str) -> Iterator[None]:
+    """What `datasets` and its readers say over many lines of a damaged file, in one."""
+    try:
+        yield
+    except (ValueError, StopIteration) as error:  # the latter: an empty file
+        reason = " ".join(str(error).split())[:200]
+        raise ValueError(f"dataset {path!r} cannot be read ({reason}): is a file of it empty or damaged?") from error
+
+
+def _document(spec: DatasetSpec, row: dict[str, Any], number: int) -> str | list[int]:
+    """The text, or the token ids, of one row; raises ValueError for another column or kind, by the number of the row read."""
+    if spec.column not in row:
+        has = ", ".join(map(repr, row))
+        raise ValueError(f"dataset {spec.path!r} has no column {spec.column!r}: its DatasetSpec must name one of {has}")
+    document = row[spec.column]
+    if spec.tokenised and isinstance(document, list) and all(type(i) is int for i in document):
+        return document
+    if not spec.tokenised and isinstance(document, str):
+        return document.removeprefix("\ufeff")
+    kind = "null" if document is None else type(document).__name__
+    if isinstance(document, list):
+        kind = f"a list of {type(document[0]).__name__ if document else 'nothing'}"
+    wanted = "a list of token ids, as tokenised=True says" if spec.tokenised else "a text, as tokenised=False says"
+    raise ValueError(f"dataset {spec.path!r}, row {number}: column {spec.column!r} holds {kind}, not {wanted}")
 
 
 def _order(n: int, seed: int) -> list[int]:
@@ -95,28 +141,39 @@ def token_documents(spec: DatasetSpec, split: Split, seed: int) -> Iterator[list
         yield ids[starts[i] + 1 : starts[i + 1]].tolist()
 
 
-def load_rows(path: str, split: str):  # type: ignore[no-untyped-def]  # datasets.IterableDataset
-    """A local folder or file of txt, jsonl/json or parquet, or a hub dataset, streamed."""
+def load_rows(path: str, split: str, lone: bool = True):  # type: ignore[no-untyped-def]  # datasets.IterableDataset
+    """A local folder or file of txt, jsonl/json or parquet, or a hub dataset, streamed.
+
+    A file belongs to a split whose name is a word of its own: `val` is one in `pile-val-0.jsonl`, not in `retrieval.jsonl`.
+    `lone`: the only file there is belongs to every split.
+    """
     import datasets
 
-    local, files = Path(path), local_files(path)
-    if not local.exists():
+    if not Path(path).exists():
         return datasets.load_dataset(path, split=split, streaming=True)
-    files = [f for f in files if not local.is_dir() or split in f.stem or len(files) == 1]
+    there = [f for f in local_files(path) if f.suffix in KINDS]
+    word = re.compile(rf"(^|[^a-z]){re.escape(split)}([^a-z]|$)", re.IGNORECASE)
+    files = [f for f in there if word.search(f.stem)] or (there if lone and len(there) == 1 else [])
     if not files:
-        raise ValueError(f"{path} holds no file of split {split!r}: name its files like {split}.jsonl")
-    kinds = {".txt": "text", ".jsonl": "json", ".json": "json", ".parquet": "parquet"}
-    if files[0].suffix not in kinds:
-        raise ValueError(f"{files[0]} is of a kind this project does not read: use one of {sorted(kinds)}")
-    return datasets.load_dataset(
-        kinds[files[0].suffix], data_files={split: [str(f) for f in files]}, split=split, streaming=True
-    )
+        raise ValueError(
+            f"{path} holds no file of split {split!r}: name its files like {split}.jsonl ({', '.join(KINDS)} are read)"
+        )
+    if len(kinds := {KINDS[f.suffix] for f in files}) > 1:
+        raise ValueError(
+            f"{path} holds files of split {split!r} of several kinds ({', '.join(sorted(kinds))}): leave one"
+        )
+    data = {split: [str(f) for f in files]}
+    with _data_errors(path):
+        return datasets.load_dataset(kinds.pop(), data_files=data, split=split, streaming=True)
 
 
 def local_files(path: str) -> list[Path]:
-    """The files of a local folder, or a local file itself; none of a dataset on the hub."""
+    """The files of a text or tokens in a local folder, hidden ones left out, or a local file itself; none of a hub's."""
     local = Path(path)
-    return sorted(p for p in local.rglob("*") if p.is_file()) if local.is_dir() else [local] if local.exists() else []
+    if not local.is_dir():
+        return [local] if local.exists() else []
+    names = (p.relative_to(local) for p in local.rglob("*") if p.is_file() and p.suffix in (*KINDS, ".npy"))
+    return sorted(local / name for name in names if not any(part.startswith(".") for part in name.parts))
 
 
 def text_fingerprint(spec: DatasetSpec) -> str:
@@ -132,19 +189,19 @@ def _document_hash(document: str | list[int]) -> int:
 
 
 class TokenStream:
-    """An iterator of Int["batch seq"] (int64, CPU); ends when the documents do."""
+    """An iterator of Int["batch seq"] (int64, CPU); ends when the documents do.
+
+    Raises ValueError for a document of another kind than its DatasetSpec says, for ids outside the vocabulary (the
+    model's `vocab_size`; None: the tokenizer's) and for a tokenizer that has no token to put between documents.
+    """
 
     def __init__(
-        self, spec: DatasetSpec, tokenizer: PreTrainedTokenizerBase, split: Split, batch: int, seq: int, seed: int = 0
-    ) -> None:
-        self.spec, self.tokenizer, self.split, self.batch, self.seq, self.seed = (
-            spec,
-            tokenizer,
-            split,
-            batch,
-            seq,
-            seed,
-        )
+        self, spec: DatasetSpec, tokenizer: PreTrainedTokenizerBase, split: Split, batch: int, seq: int, seed: int = 0,
+        vocab_size: int | None = None,
+    ) -> None:  # fmt: skip
+        self.spec, self.tokenizer, self.split = spec, tokenizer, split
+        self.batch, self.seq, self.seed, self.vocab_size = batch, seq, seed, vocab_size or len(tokenizer)
+        self.separator, self.bos = separator(tokenizer), added_bos(tokenizer) if spec.bos else None
         self.n_documents = 0
         self.leftover: list[int] = []
         self._open()
@@ -165,15 +222,49 @@ class TokenStream:
                     raise ValueError(f"dataset {self.spec.path!r} has no documents in its {self.split} split")
                 raise StopIteration
             self.n_documents += len(chunk)
-            for ids in self._tokenise(chunk):
-                self.leftover += [self.separator, *ids]
+            self._pack(self._tokenise(chunk))
         rows = torch.tensor(self.leftover[:needed]).view(self.batch, self.seq)
         del self.leftover[:needed]
+        self._check(rows)
         return rows
 
-    @property
-    def separator(self) -> int:
-        return self.tokenizer.eos_token_id  # type: ignore[no-any-return]
+    def _pack(self, chunk: list[list[int]]) -> None:
+        """Add documents to the tokens left over: rows packed by somebody as they are, others with a separator before each."""
+        if self._are_rows(chunk):
+            for ids in chunk:
+                self.leftover += ids[: len(ids) // self.seq * self.seq]
+            return
+        for ids in chunk:
+            if self.spec.tokenised and ids:  # those of some data sets bring their separators
+                ids = ids[ids[0] == self.separator : len(ids) - (ids[-1] == self.separator)]
+            self._append([self.separator, *ids])
+
+    def _are_rows(self, chunk: list[list[int]]) -> bool:
+        """Whether tokenised documents are equally long and fill whole rows; one token more is the last one's target."""
+        lengths = {len(ids) for ids in chunk} if self.spec.tokenised else set()
+        whole = len(lengths) == 1 and (length := lengths.pop()) >= self.seq and length % self.seq in (0, 1)
+        return whole and len(self.leftover) % self.seq == 0
+
+    def _append(self, ids: list[int]) -> None:
+        if self.bos is None:
+            self.leftover += ids
+            return
+        while ids:
+            if len(self.leftover) % self.seq == 0:
+                self.leftover.append(self.bos)
+            room = self.seq - len(self.leftover) % self.seq
+            self.leftover += ids[:room]
+            ids = ids[room:]
+
+    def _check(self, rows: Int[Tensor, "batch seq"]) -> None:
+        for worst in (int(rows.min()), int(rows.max())):
+            if not 0 <= worst < self.vocab_size:
+                given = self.spec.tokenised and worst not in (self.separator, self.bos)
+                origin = f"dataset {self.spec.path!r}" if given else "the tokenizer"
+                raise ValueError(
+                    f"{origin} gives token {worst}, which the model's vocabulary of {self.vocab_size} does not have: "
+                    f"use the tokenizer that the model was trained with"
+                )
 
     def _tokenise(self, chunk: list[str | list[int]]) -> list[list[int]]:
         if self.spec.tokenised:
@@ -189,8 +280,25 @@ class TokenStream:
         self._open()
 
 
+def separator(tokenizer: PreTrainedTokenizerBase) -> int:
+    """The token between two documents: end of text, or where the tokenizer has none, its separator or BOS token."""
+    candidates = (tokenizer.eos_token_id, tokenizer.sep_token_id, tokenizer.bos_token_id)
+    found = next((i for i in candidates if i is not None), None)
+    if found is None:
+        raise ValueError("the tokenizer has no end-of-text token to put between documents: set its eos_token")
+    return found  # type: ignore[no-any-return]
+
+
+def added_bos(tokenizer: PreTrainedTokenizerBase) -> int | None:
+    """The BOS token, where the tokenizer adds it to a text; else None."""
+    begins = tokenizer("a", verbose=False)["input_ids"][:1]
+    return tokenizer.bos_token_id if begins == [tokenizer.bos_token_id] else None
+
+
 def take_tokens(stream: TokenStream, n_tokens: int) -> Int[Tensor, "sequence seq"]:
     """The first ⌈n_tokens / seq⌉ sequences of a stream, rounded up to its batches, cut to size."""
+    if n_tokens < 1:
+        raise ValueError(f"{n_tokens} held-out tokens were asked for (--tokens, --eval-tokens): ask for 1 or more")
     n = -(-n_tokens // stream.seq)
     batches = list(itertools.islice(stream, -(-n // stream.batch)))
     if (held := len(batches) * stream.batch * stream.seq) < n * stream.seq:

@@ -1,4 +1,6 @@
-"""One loop for every coder: any number of SAEs, transcoders and cross-layer transcoders train on one stream.
+"""The training loop of every method, which can be interrupted and goes on exactly where it was, and how coders train in it.
+
+Any number of SAEs, transcoders and cross-layer transcoders train on one stream of activations.
 
     loss = mean over targets of FVU + penalty of the rule + aux · min(n_dead / k_aux, 1) · AuxK
     step = project the gradient (SAE) → clip → Adam → renormalise (SAE)
@@ -19,13 +21,14 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 from tqdm import tqdm
 
-from activation_store import ActivationBatch, ActivationsStore, DataConfig
+from activation_store import ActivationBatch, ActivationsStore, DataConfig, check_varies
 from checkpoints import (
     Checkpoint,
     TrainingRecord,
@@ -56,6 +59,8 @@ def default_learning_rate(tokens: int, d_dict: int) -> float:
     1,536 latents, 3·10⁵ tokens, mean over layers) is .292, .247, .212 and .198 at 1e-3, 2e-3, 4e-3 and 8e-3; the first factor
     alone is 6.5e-4, both are 6.7e-3 (benchmarks/learning_rate.py and its results).
     """
+    if min(tokens, d_dict) < 1:
+        raise ValueError(f"{tokens} training tokens, {d_dict} latents: ask for 1 or more (--tokens, --d-dict)")
     return 2e-4 / math.sqrt(d_dict / 2**14) * max(1.0, 1e8 / tokens) ** 0.4
 
 
@@ -159,7 +164,8 @@ def train_group(
     """
     names = [coder_name(target.name, coder.config, config.seed) for coder in coders]
     fingerprint, how = target.fingerprint, recipe(config, data)
-    assert len(set(names)) == len(names), f"two coders share a name: {names}"
+    if twice := sorted({name for name in names if names.count(name) > 1}):
+        raise ValueError(f"{', '.join(twice)} was asked for more than once: name every layer and k once")
 
     def untrained() -> list[tuple[str, Coder]]:
         return [
@@ -183,40 +189,84 @@ def train_encoder(
     return train_group([coder], target, data=data, config=config, folder=folder)[0]
 
 
+class Progress(NamedTuple):
+    """How far a training has come when its metrics are read."""
+
+    step: int  # the step just made, counted from 0
+    seconds: float  # of training, interruptions left out
+    pace: float  # steps per second since this call began
+
+
+class Trainee(Protocol):
+    """What `run_training` trains: one model, or several side by side, with all that decides their steps to come."""
+
+    names: list[str]  # of the models, as an error names them
+    settings: object  # a saved state belongs to a training whose settings are written alike
+
+    def start(self) -> None:
+        """What precedes the first step; a training that goes on from a saved state has it behind it."""
+
+    def step(self, step: int) -> Float[Tensor, "model reading"]:
+        """One optimiser step of each model; returns its readings, the loss first, still on the device."""
+
+    def read(self, readings: list[list[float]], progress: Progress) -> str:
+        """Log the readings; returns what the progress bar shows of them."""
+
+    def state_dict(self) -> dict[str, Any]: ...
+    def load_state_dict(self, state: dict[str, Any]) -> None: ...
+
+
+def run_training(trainee: Trainee, steps: int, *, file: Path, metrics_every: int, checkpoint_every: int) -> float:
+    """Make the steps up to `steps`; returns the seconds they took, interruptions left out.
+
+    Metrics are read every `metrics_every` steps; every `checkpoint_every` steps the state is saved in `file`, from which an
+    interrupted call goes on when made again. The caller deletes the file once the outcome is on disk. Raises ValueError where
+    the file is of a training with other settings, RuntimeError when a loss is not finite.
+    """
+    keep_freed_memory()
+    start, earlier = 0, 0.0
+    if file.exists():
+        state = load_tensors(file, "cpu")
+        if state.get("settings") != repr(trainee.settings):
+            raise ValueError(f"{file} is the state of a run with other settings: delete it or choose another folder")
+        trainee.load_state_dict(state["trainee"])
+        start, earlier = state["step"], state["seconds"]
+    else:
+        trainee.start()
+    title = trainee.names[0] if len(trainee.names) == 1 else f"{len(trainee.names)} models"
+    bar = tqdm(range(start, steps), initial=start, total=steps, desc=title, unit="step", mininterval=1.0)
+    began, last_good = time.perf_counter(), start
+    for step in bar:
+        readings = trainee.step(step)
+        reads, saves = (step + 1) % metrics_every == 0, (step + 1) % checkpoint_every == 0
+        if reads or saves or step + 1 == steps:
+            rows, seconds = readings.tolist(), time.perf_counter() - began
+            for name, (loss, *_) in zip(trainee.names, rows, strict=True):
+                if not math.isfinite(loss):
+                    good = f"the last good state is step {last_good}"
+                    raise RuntimeError(f"loss of {name} is {loss} at step {step}: lower the learning rate; {good}")
+            progress = Progress(step, earlier + seconds, (step + 1 - start) / seconds)
+            bar.set_postfix_str(trainee.read(rows, progress))
+        if saves:
+            seconds, last_good = earlier + time.perf_counter() - began, step + 1
+            state = {"settings": repr(trainee.settings), "step": last_good, "seconds": seconds}
+            save_tensors(file, state | {"trainee": trainee.state_dict()})
+    return earlier + time.perf_counter() - began
+
+
 def _train(
     todo: list[tuple[str, Coder]], target: TargetModel, *, data: DataConfig, config: TrainConfig, folder: Path
 ) -> None:
-    steps = -(-config.tokens // data.batch_tokens)  # at least the tokens asked for
     if config.tokens < data.batch_tokens:
         raise ValueError(f"{config.tokens} training tokens are less than a batch of {data.batch_tokens}: ask for more")
-    keep_freed_memory()
     store = ActivationsStore(target, data)
     runs = [start_run(name, coder, store=store, config=config, folder=folder) for name, coder in todo]
-    group = hashlib.sha256(" ".join(run.name for run in runs).encode()).hexdigest()[:12]
-    state_file = folder / f"group_{group}.pt"
-    settings = [to_json(config), dataclasses.asdict(data), [s.name for s in runs], store.fingerprint()]
-    start = 0
-    if state_file.exists():
-        start = _resume(runs, store, settings=settings, dead_after=config.dead_after, file=state_file)
-    bar = tqdm(range(start, steps), initial=start, total=steps, unit="step", mininterval=1.0)
-    began, last_good = time.perf_counter(), start
-    for step in bar:
-        batch = next(store, None)
-        if batch is None:
-            seen = f"{step * data.batch_tokens:,} of {config.tokens:,} training tokens"
-            raise ValueError(f"dataset {target.data.path!r} ended after {seen}: ask for fewer")
-        for run in runs:
-            if run.coder.k is not None:
-                run.coder.set_k(annealed_k(run.coder.k, step, steps=steps, config=config))
-        readings = group_step(runs, batch, config=config, lr=config.lr * schedule(step, steps, config))
-        reads, saves = (step + 1) % config.metrics_every == 0, (step + 1) % config.checkpoint_every == 0
-        if reads or saves or step + 1 == steps:
-            speed = (step + 1 - start) * data.batch_tokens / (time.perf_counter() - began)
-            _read_metrics(runs, readings, step=step, speed=speed, last_good=last_good, bar=bar, config=config)
-        if saves:
-            _save_state(runs, store, settings=settings, step=step + 1, file=state_file)
-            last_good = step + 1
-    overhead = (time.perf_counter() - began - sum(s.seconds for s in runs)) / len(runs)
+    group = _Group(runs, store, config)
+    digest = hashlib.sha256(" ".join(group.names).encode()).hexdigest()[:12]
+    state_file = folder / f"group_{digest}.pt"
+    every = {"metrics_every": config.metrics_every, "checkpoint_every": config.checkpoint_every}
+    spent = run_training(group, group.steps, file=state_file, **every)
+    overhead = (spent - sum(run.seconds for run in runs)) / len(runs)
     held_out = list(itertools.islice(store, max(1, config.calibration_tokens // data.batch_tokens)))
     if not held_out:
         raise ValueError(f"dataset {target.data.path!r} leaves no tokens to calibrate on: ask for fewer")
@@ -226,10 +276,10 @@ def _train(
 
     _side_by_side(calibrate, runs, store.target.device)
     for run in runs:
-        seconds = run.seconds + max(overhead, 0.0)
         record = TrainingRecord(
             name=run.name, target=target.name, target_fingerprint=target.fingerprint, train_tokens=config.tokens,
-            train_seconds=seconds, seed=config.seed, commit=git_commit(), recipe=recipe(config, data),
+            train_seconds=run.seconds + max(overhead, 0.0), seed=config.seed, commit=git_commit(),
+            recipe=recipe(config, data),
         )  # fmt: skip
         save_checkpoint(folder / run.name, run.coder, record)
         run.logger.close()
@@ -244,6 +294,7 @@ def start_run(name: str, coder: Coder, *, store: ActivationsStore, config: Train
         )
     rows = [store.config.layers.index(layer) for layer in coder.config.layers]
     stats = coder.stats_of(store.stats, rows)
+    check_varies(store.target, coder.config.layers, stats)
     coder.to(store.target.device).train()
     coder.initialise(stats)
     optimiser = torch.optim.Adam(coder.parameters(), lr=config.lr, betas=config.betas, fused=True)
@@ -251,43 +302,52 @@ def start_run(name: str, coder: Coder, *, store: ActivationsStore, config: Train
     return CoderRun(name, coder, rows, coder.variance(stats), optimiser, logger)
 
 
-def _read_metrics(
-    runs: list[CoderRun], readings: Float[Tensor, "run 3"], *, step: int, speed: float, last_good: int,
-    bar: "tqdm[int]", config: TrainConfig,
-) -> None:  # fmt: skip
-    for run, (loss, error, l0) in zip(runs, readings.tolist()):
-        if not math.isfinite(loss):
-            raise RuntimeError(f"loss of {run.name} is {loss} at step {step}; the last good state is step {last_good}")
-        run.coder.refresh_dead(config.dead_after)
-        dead = run.coder.n_dead / sum(encoder.d_dict for encoder in run.coder.encoders)
-        run.logger.log(step, {"loss": loss, "fvu": error, "l0": l0, "dead": dead, "tokens_per_second": speed})
-    loss, error, l0 = readings.mean(0).tolist()
-    bar.set_postfix_str(f"{speed:,.0f} tokens/s, loss {loss:.3f}, FVU {error:.3f}, L0 {l0:.1f}, dead {dead:.1%}")
+class _Group:
+    """Coders that train side by side on one stream of activations."""
 
+    def __init__(self, runs: list[CoderRun], store: ActivationsStore, config: TrainConfig) -> None:
+        self.runs, self.store, self.config = runs, store, config
+        self.steps = -(-config.tokens // store.config.batch_tokens)  # at least the tokens asked for
+        self.names = [run.name for run in runs]
+        self.settings = [to_json(config), dataclasses.asdict(store.config), self.names, store.fingerprint()]
 
-def _save_state(runs: list[CoderRun], store: ActivationsStore, *, settings: object, step: int, file: Path) -> None:
-    state = {
-        "settings": repr(settings),
-        "step": step,
-        "store": store.state_dict(),
-        "runs": {
-            s.name: {"coder": s.coder.state_dict(), "optimiser": s.optimiser.state_dict(), "seconds": s.seconds}
-            for s in runs
-        },
-    }
-    save_tensors(file, state)
+    def start(self) -> None:
+        """`start_run` initialised each coder."""
 
+    def step(self, step: int) -> Float[Tensor, "run 3"]:
+        batch, config = next(self.store, None), self.config
+        if batch is None:
+            seen = f"{step * self.store.config.batch_tokens:,} of {config.tokens:,} training tokens"
+            raise ValueError(f"dataset {self.store.target.data.path!r} ended after {seen}: ask for fewer")
+        for run in self.runs:
+            if run.coder.k is not None:
+                run.coder.set_k(annealed_k(run.coder.k, step, steps=self.steps, config=config))
+        return group_step(self.runs, batch, config=config, lr=config.lr * schedule(step, self.steps, config))
 
-def _resume(runs: list[CoderRun], store: ActivationsStore, *, settings: object, dead_after: int, file: Path) -> int:
-    """Restore everything that decides the steps to come; returns the step to go on from."""
-    state = load_tensors(file, str(store.target.device))
-    if state["settings"] != repr(settings):
-        raise ValueError(f"{file} is the state of a run with other settings: delete it or choose another folder")
-    store.load_state_dict(state["store"])
-    for run in runs:
-        own = state["runs"][run.name]
-        run.coder.load_state_dict(own["coder"])
-        run.optimiser.load_state_dict(own["optimiser"])
-        run.seconds = own["seconds"]
-        run.coder.refresh_dead(dead_after)
-    return state["step"]  # type: ignore[no-any-return]
+    def read(self, readings: list[list[float]], progress: Progress) -> str:
+        speed = progress.pace * self.store.config.batch_tokens
+        for run, (loss, error, l0) in zip(self.runs, readings):
+            run.coder.refresh_dead(self.config.dead_after)
+            dead = run.coder.n_dead / sum(encoder.d_dict for encoder in run.coder.encoders)
+            metrics = {"loss": loss, "fvu": error, "l0": l0, "dead": dead, "tokens_per_second": speed}
+            run.logger.log(progress.step, metrics)
+        loss, error, l0 = (sum(column) / len(column) for column in zip(*readings))
+        return f"{speed:,.0f} tokens/s, loss {loss:.3f}, FVU {error:.3f}, L0 {l0:.1f}, dead {dead:.1%}"
+
+    def state_dict(self) -> dict[str, Any]:
+        coders = {
+            run.name: {
+                "coder": run.coder.state_dict(), "optimiser": run.optimiser.state_dict(), "seconds": run.seconds,
+            }
+            for run in self.runs
+        }  # fmt: skip
+        return {"store": self.store.state_dict(), "coders": coders}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.store.load_state_dict(state["store"])
+        for run in self.runs:
+            own = state["coders"][run.name]
+            run.coder.load_state_dict(own["coder"])
+            run.optimiser.load_state_dict(own["optimiser"])
+            run.seconds = own["seconds"]
+            run.coder.refresh_dead(self.config.dead_after)

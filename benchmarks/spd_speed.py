@@ -109,7 +109,7 @@ def stacked(toy: Toy, C: int, minimality: float, p: float, seeds: int) -> SPDTra
         tied=(("linear1", "linear2"),),
     )
     model = ComponentModel(target, config, g)
-    model.compile_gates()
+    model.importances.compile_gates()
     recon = (Recon(coefficient=1.0), Recon(coefficient=1.0, routing="layerwise"))
     return SPDTrainer(
         model,

@@ -129,7 +129,7 @@ def clean(target: TargetModel, tokens: Tensor, layers: Sequence[int]) -> Capture
             seen.append((x, y))
             return y
 
-    run(target, tokens, Watch(IdentityReplacement(layers), None), layers)
+    run(target, tokens, Watch(IdentityReplacement(layers)), layers)
     return Captured(*(torch.stack(kept) for kept in zip(*seen)))
 
 

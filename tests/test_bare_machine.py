@@ -38,9 +38,10 @@ baselines.BASELINE_TOKENS = 8192
 tokens = DatasetSpec(str(folder), tokenised=True, val_split="val")
 target = dataclasses.replace(make_small_target(folder), data=tokens)
 makers = (recipes.transcoder_configs, recipes.sae_configs, recipes.clt_configs)
-configs = [config for make in makers for config in make(target, (0, 1), [BatchTopK(4)], 32)]
-trained = recipes.train_coders(configs, target, 1024, 128, 0, folder / "checkpoints")
-spd = recipes.train_decomposition(target, (0, 1), 8, 4, 2, 2, 0, folder / "checkpoints")
+configs = [config for make in makers for config in make(target, layers=(0, 1), rules=[BatchTopK(4)], d_dict=32)]
+trained = recipes.train_coders(configs, target, tokens=1024, batch=128, seed=0, folder=folder / "checkpoints")
+recipe = recipes.SPDRecipe(components=8, gate_hidden=4, steps=2, batch=2)
+spd = recipes.train_decomposition(target, recipe, layers=(0, 1), folder=folder / "checkpoints")
 replacements = as_replacements(trained) + baselines.baselines(target, (0, 1), (4,))
 replacements += spd_replacements(target, spd, (0, 1))
 measured = evaluation.evaluate(target, replacements, evaluation.held_out_tokens(target, 256))

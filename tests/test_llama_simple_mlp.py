@@ -5,8 +5,9 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
+import yaml
 
-from llama_simple_mlp import LlamaSimpleMLP, LlamaSimpleMLPConfig, initialise, load_target_run
+from llama_simple_mlp import LlamaSimpleMLP, LlamaSimpleMLPConfig, config_from_yaml, initialise, load_target_run
 from losses import cross_entropy
 
 
@@ -58,16 +59,92 @@ def test_state_dict_names_are_those_of_the_runs() -> None:
     assert set(small_llama().state_dict()) == {f"{name}.weight" for name in expected}
 
 
-def test_a_run_directory_loads_its_latest_step(tmp_path: Path) -> None:
+CONFIG = {
+    "model_type": "LlamaSimpleMLP", "block_size": 32, "vocab_size": 64, "n_layer": 2, "n_head": 4, "n_embd": 32,
+    "n_intermediate": 64, "mlp_bias": False, "attn_bias": False, "n_ctx": 32, "n_key_value_heads": 2, "rotary_dim": 8,
+    "rotary_adjacent_pairs": False, "use_grouped_query_attention": True, "rms_norm_eps": 1e-6, "flash_attention": True,
+}  # fmt: skip
+
+
+def write_run(folder: Path, config: dict, state: dict, step: int = 1000) -> None:
+    (folder / "model_config.yaml").write_text(yaml.safe_dump(config))
+    torch.save(state, folder / f"model_step_{step}.pt")
+
+
+@pytest.mark.parametrize("prefix", ["", "_orig_mod.", "module.", "module._orig_mod.", "_orig_mod.module."])
+def test_a_run_directory_loads_its_latest_step(tmp_path: Path, prefix: str) -> None:
     model = small_llama()
-    (tmp_path / "model_config.yaml").write_text(
-        "model_type: LlamaSimpleMLP\nblock_size: 32\nvocab_size: 64\nn_layer: 2\nn_head: 4\nn_embd: 32\nn_intermediate: 64\n"
-        "mlp_bias: false\nattn_bias: false\nn_ctx: 32\nn_key_value_heads: 2\n"
-        "use_grouped_query_attention: true\nrms_norm_eps: 1.0e-6\n"
-    )
+    (tmp_path / "model_config.yaml").write_text("")
     with pytest.raises(ValueError, match="not a training run"):
         load_target_run(tmp_path)
-    torch.save({"wte.weight": torch.zeros(1)}, tmp_path / "model_step_900.pt")
-    torch.save({f"_orig_mod.{k}": v for k, v in model.state_dict().items()}, tmp_path / "model_step_1000.pt")
+    write_run(tmp_path, CONFIG, {"wte.weight": torch.zeros(1)}, 900)
+    write_run(tmp_path, CONFIG, {f"{prefix}{k}": v for k, v in model.state_dict().items()})
     tokens = torch.arange(10)[None]
     assert torch.equal(load_target_run(tmp_path)(tokens)[0], model(tokens)[0])
+
+
+def test_an_absent_key_has_the_formats_default(tmp_path: Path) -> None:
+    required = ("vocab_size", "n_layer", "n_head", "n_embd", "n_intermediate", "n_key_value_heads")
+    for length in ("block_size", "n_ctx"):
+        brief = {key: CONFIG[key] for key in (*required, length)}
+        assert config_from_yaml(yaml.safe_dump(brief)) == small_llama().config
+    alone = {key: CONFIG[key] for key in required if key != "n_key_value_heads"} | {"n_ctx": 32}
+    assert config_from_yaml(yaml.safe_dump(alone | {"use_grouped_query_attention": False})).n_key_value_heads == 4
+
+
+WRONG_CONFIGS = {
+    "rotary_adjacent_pairs: true": "rotary_adjacent_pairs is True: only False is known here",
+    "rotary_dim: 4": "rotary_dim is 4: only a whole head, 8, is known here",
+    "rotary_dim: null": "rotary_dim is None: only a whole head",
+    "model_type: LlamaModel": "model_type is 'LlamaModel': only 'LlamaSimpleMLP' is known here",
+    "mlp_bias: true": "mlp_bias is True",
+    "attn_bias: true": "attn_bias is True",
+    "rope_scaling: {factor: 2}": "unknown key 'rope_scaling'",
+    "n_head: 5": "n_embd 32, n_head 5 and n_key_value_heads 2 do not fit each other",
+    "n_key_value_heads: 3": "n_head 4 and n_key_value_heads 3 do not fit",
+    "n_layer: two": "n_layer is 'two', not a positive whole number",
+    "n_ctx: 0": "n_ctx is 0, not a positive whole number",
+    "rotary_base: -1": "rotary_base is -1, not a positive number",
+    "rms_norm_eps: null": "rms_norm_eps is None, not a positive number",
+    "n_layer: 3": "tensor 'h.2.attn.k_proj.weight' is missing, extra or misshapen",
+    "n_intermediate: 65": "tensor 'h.0.mlp.c_fc.weight' is missing, extra or misshapen",
+}
+
+
+@pytest.mark.parametrize("line", WRONG_CONFIGS)
+def test_a_configuration_of_another_function_is_refused_by_name(tmp_path: Path, line: str) -> None:
+    write_run(tmp_path, CONFIG | yaml.safe_load(line), small_llama().state_dict())
+    with pytest.raises(ValueError, match=f"^[^\n]*{WRONG_CONFIGS[line]}[^\n]*$"):
+        load_target_run(tmp_path)
+
+
+def test_damaged_runs_are_refused_in_one_line(tmp_path: Path) -> None:
+    state = small_llama().state_dict()
+    for text, message in (
+        ("{", "no YAML"),
+        ("- 1", "holds a list"),
+        ("", "holds a NoneType"),
+        ("a: \xff\x00", "no YAML"),
+    ):
+        write_run(tmp_path, CONFIG, state)
+        (tmp_path / "model_config.yaml").write_text(text, encoding="latin1")
+        with pytest.raises(ValueError, match=f"^model_config.yaml [^\n]*{message}[^\n]*$"):
+            load_target_run(tmp_path)
+    without = {key: value for key, value in CONFIG.items() if key not in ("n_ctx", "block_size")}
+    write_run(tmp_path, without, state)
+    with pytest.raises(ValueError, match="^model_config.yaml has neither n_ctx nor block_size[^\n]*$"):
+        load_target_run(tmp_path)
+    nan = {key: value.clone() for key, value in state.items()} | {"ln_f.weight": torch.full((32,), torch.nan)}
+    untied = state | {"lm_head.weight": state["wte.weight"] + 1}
+    for wrong, message in (
+        (nan, "'ln_f.weight' holds NaN"), (untied, "lm_head.weight differs"), ({"model": state}, "other than named tensors"),
+        ({"extra": torch.zeros(1)} | state, "'extra' is missing, extra or misshapen"),
+    ):  # fmt: skip
+        write_run(tmp_path, CONFIG, wrong)
+        with pytest.raises(ValueError, match=f"^[^\n]*model_step_1000.pt[^\n]*{message}[^\n]*$"):
+            load_target_run(tmp_path)
+    whole = (tmp_path / "model_step_1000.pt").read_bytes()
+    for length in (0, 10, len(whole) // 2):
+        (tmp_path / "model_step_1000.pt").write_bytes(whole[:length])
+        with pytest.raises(ValueError, match="^[^\n]*model_step_1000.pt is truncated[^\n]*$"):
+            load_target_run(tmp_path)

@@ -5,15 +5,20 @@ from pathlib import Path
 
 import pytest
 import torch
-from small import D, clt, make_small_target, transcoders, write_corpus
+import transformers as tf
+from run_layouts import LAYOUTS, write_run
+from small import D, clt, make_small_target, transcoders, word_tokenizer, write_corpus
 
 import measure
-from checkpoints import TrainingRecord, save_checkpoint
-from config import BatchTopK, EncoderConfig, GateConfig, SPDConfig, TopK
-from interop import export
+import spd_runs
+from checkpoints import TrainingRecord, load_spd, save_checkpoint
+from config import BatchTopK, EncoderConfig, GateConfig, SAEConfig, SPDConfig, TopK
+from interop import export, import_
 from pareto import read_layers, read_points
+from sae import build_sae
 from spd_model import ComponentModel
-from target_models import TargetModel
+from target_models import Loaded, TargetModel, make_target
+from token_stream import DatasetSpec
 from transcoder import build_transcoder
 
 
@@ -70,6 +75,47 @@ def test_our_checkpoints_are_measured_together_and_added_to_the_table(
     assert "| transcoder |" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_a_goodfire_run_is_measured_by_one_command_and_equals_ours(
+    checkpoints: dict[str, str], small_target: TargetModel, tmp_path: Path, layout: str
+) -> None:
+    """In every layout of its repository, all protocols; only our own checkpoint says how long it was trained."""
+    model, _ = load_spd(checkpoints["spd"], small_target)
+    run = str(write_run(tmp_path / "run", LAYOUTS[layout](model), model.config.gate))
+    for reference, name in ((checkpoints["spd"], "a.csv"), (run, "b.csv")):
+        measure.command_line([reference, "--tokens", "320", "--points", str(tmp_path / name)])
+    ours, theirs = (
+        [(p.method, p.protocol, p.layers, p.ce, p.l0, p.active_params) for p in read_points(tmp_path / name)]
+        for name in ("a.csv", "b.csv")
+    )
+    assert theirs == ours and {row[0] for row in ours} >= {"spd", "spd-0.5"}
+
+
+def test_a_run_of_an_unproven_target_is_measured_on_the_users_word(
+    checkpoints: dict[str, str], small_target: TargetModel, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model, _ = load_spd(checkpoints["spd"], small_target)
+    run = str(write_run(tmp_path / "run", model.state_dict(), model.config.gate))
+    asked = [run, "--tokens", "320", "--protocols", "frozen", "--points", str(tmp_path / "points.csv")]
+    with pytest.raises(SystemExit, match=r"^[^\n]*cannot prove[^\n]*--unproven-target[^\n]*$"):
+        measure.command_line(asked)
+    measure.command_line([*asked, "--unproven-target"])
+    assert "cannot prove" in capsys.readouterr().err and read_points(tmp_path / "points.csv")[0].method == "spd"
+
+
+def test_a_run_on_wandb_is_fetched_and_measured(
+    checkpoints: dict[str, str], small_target: TargetModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, _ = load_spd(checkpoints["spd"], small_target)
+    run = write_run(tmp_path / "run", LAYOUTS["dev"](model), model.config.gate)
+    asked: list[str] = []
+    monkeypatch.setattr(spd_runs, "download_run_files", lambda name, *_: asked.append(name) or run)
+    measure.main(("wandb:goodfire/spd/runs/s-1",), tokens=320, protocols=("frozen",), points=tmp_path / "points.csv")
+    point = read_points(tmp_path / "points.csv")[0]
+    assert set(asked) == {"goodfire/spd/s-1"} and (point.method, point.train_tokens) == ("spd", None)
+    assert point.checkpoint == "wandb:goodfire/spd/runs/s-1"
+
+
 @pytest.mark.parametrize(
     ("format", "names", "options"),
     [
@@ -123,6 +169,34 @@ def test_a_foreign_folder_without_its_format_is_said_in_one_line(
     with pytest.raises(ValueError, match=r"name its --format|not a configuration|no JSON") as refusal:
         measure.main((str(tmp_path / "trainer_0"),), tokens=320, points=tmp_path / "points.csv")
     assert "\n" not in str(refusal.value)
+
+
+def random_target(kind: type[tf.PretrainedConfig]) -> TargetModel:
+    sizes = {"vocab_size": 62, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "head_dim": 8}
+    torch.manual_seed(0)
+    model = tf.AutoModelForCausalLM.from_config(
+        kind(**sizes, num_key_value_heads=1, intermediate_size=24, pad_token_id=0)
+    )
+    with torch.no_grad():
+        for p in model.float().eval().parameters():
+            p.add_(0.1 * torch.randn_like(p))
+    return make_target(kind.__name__, Loaded(model, word_tokenizer(), 16, DatasetSpec("python")), "cpu")
+
+
+def test_a_hook_that_is_another_tensor_on_this_target_is_refused(tmp_path: Path) -> None:
+    """TransformerLens reads hook_mlp_out behind Gemma 2's norm; the same file fits a Llama, and its imported form too."""
+    coder = build_sae(SAEConfig(layer=1, site="mlp_out", d_in=16, d_dict=32, rule=TopK(4)), torch.Generator())
+    save_checkpoint(tmp_path / "own", coder, TrainingRecord.imported("n", "t"))
+    export("saelens", (str(tmp_path / "own"),), tmp_path / "saelens")
+    import_("saelens", str(tmp_path / "saelens"), tmp_path / "back")
+    llama, gemma2 = random_target(tf.LlamaConfig), random_target(tf.Gemma2Config)
+    for reference, form in ((str(tmp_path / "saelens"), "saelens"), (str(tmp_path / "back"), "")):
+        assert len(measure._load(reference, llama, form, None, None)) == 1
+        with pytest.raises(
+            ValueError, match="'blocks.1.hook_mlp_out' of 'Gemma2Config' holds what comes behind a norm"
+        ) as line:
+            measure._load(reference, gemma2, form, None, None)
+        assert "\n" not in str(line.value)
 
 
 def test_what_does_not_fit_is_refused_in_one_line(

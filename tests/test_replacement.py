@@ -10,7 +10,7 @@ from coder import Coder
 from coder_replacements import CLTReplacement, SAEReplacement, TranscoderReplacement, deployed
 from config import BatchTopK, EncoderConfig, Gated, JumpReLU, Relu, TopK
 from patching import capture
-from replacement import Pass, replaced_logits
+from replacement import replaced_logits
 from sparse_ops import to_dense
 from transcoder import build_transcoder
 
@@ -46,7 +46,7 @@ def test_a_failure_inside_a_patched_forward_leaves_the_model_unpatched() -> None
     target, tokens = make_tiny(), some_tokens()
 
     class Fails(IdentityReplacement):
-        def write(self, pass_: Pass, layer: int, x: Tensor, y: Tensor) -> Tensor:
+        def write(self, layer: int, x: Tensor, y: Tensor) -> Tensor:
             if layer == 1:
                 raise ValueError("deliberate")
             return torch.zeros_like(y)

@@ -1,6 +1,7 @@
 """Theorems about components, gates, masks, routing and adversaries."""
 
 import dataclasses
+import sys
 from collections import Counter
 
 import pytest
@@ -12,17 +13,9 @@ from transformers.pytorch_utils import Conv1D
 import spd_gates
 from config import GateConfig, Recon, SPDConfig, SPDTrainConfig, from_json, to_json
 from losses import annealed_p, faithfulness, importance_minimality, kl_divergence, mean_kl
-from spd_gates import lower, upper  # fmt: skip
-from spd_masks import (  # fmt: skip
-    Mask,
-    PersistentSources,
-    pgd_sources,
-    route_subset,
-    routed,
-    source_masks,
-    stochastic_masks,
-)
-from spd_model import ComponentModel  # fmt: skip
+from spd_gates import lower, upper
+from spd_masks import Mask, PersistentSources, pgd_sources, route_subset, routed, source_masks, stochastic_masks
+from spd_model import ComponentModel
 from spd_training import SPDTrainer, train_spd
 from toy_models import TMS, TOYS, ToyBatches
 
@@ -85,8 +78,11 @@ def test_masked_linear_is_its_definition() -> None:
         x, part, delta = inputs[path], model.components[path], model.deltas()[path]
         m, d = torch.rand(2, 10, C), torch.rand(2, 10)
         slow = (x @ part.V * m) @ part.U + d[..., None] * (x @ delta) + part.bias
-        torch.testing.assert_close(model.linear(path, x, m, d), slow, atol=1e-5, rtol=1e-5)
-        torch.testing.assert_close(model.linear(path, x, m), (x @ part.V * m) @ part.U + part.bias)
+        module = model.target_model.get_submodule(path)
+        with model.masked({path: m}, {path: d}):
+            torch.testing.assert_close(module(x), slow, atol=1e-5, rtol=1e-5)
+        with model.masked({path: m}):
+            torch.testing.assert_close(module(x), (x @ part.V * m) @ part.U + part.bias)
 
 
 def test_causal_gates_cannot_see_the_future_and_bidirectional_ones_do() -> None:
@@ -154,6 +150,41 @@ def test_pgd_never_lowers_its_objective() -> None:
     for _ in range(20):
         persistent.ascend(objective(persistent.sources()))
     assert objective(persistent.sources()).item() > before
+
+
+@pytest.mark.parametrize("neighbour", [0.0, 1.0, 100.0])
+def test_each_seed_of_a_stack_keeps_its_own_best_iterate(neighbour: float) -> None:
+    """Seed 0 starts nearest to its best, 0.5, and can only step over it; seed 1 rises with each step, however loudly."""
+
+    def objective(r: dict[str, torch.Tensor]) -> torch.Tensor:
+        first, second = r["a"][:, 0, 0]
+        return torch.stack([-((first - 0.5) ** 2), neighbour * second])
+
+    best = pgd_sources(objective, {"a": torch.full((2, 1, 1), 0.45)}, 3, 0.2)
+    expected = [0.45, 1.0 if neighbour else 0.45]
+    torch.testing.assert_close(best["a"].flatten(), torch.tensor(expected))
+
+
+@pytest.mark.parametrize("source", ["pgd", "persistent"])
+def test_adversaries_of_a_seed_ignore_its_neighbour(source: str) -> None:
+    """Seed 0's masks are the same beside a neighbour whose weights, gates and data are a hundred times larger."""
+    term = Recon(coefficient=1.0, source=source, steps=3, step_size=0.9)
+    config = SPDTrainConfig(steps=10, lr=1e-3, recon=(term,), minimality=0.0)
+    masks = []
+    for loud in (False, True):
+        model, x = toy_model(), next(ToyBatches(TOYS["tms_5-2"], 2, 64, 0))
+        if loud:
+            x[1] *= 100
+            for p in [*model.parameters(), *model.target_model.parameters()]:
+                p.data[1] *= 100
+        trainer = SPDTrainer(model, config, False)
+        z, clean = trainer.importances(x)
+        g_lo = {path: model.lower(logit) for path, logit in z.items()}
+        masks.append(trainer.masks(0, term, g_lo, clean, x))
+    for path, quiet in masks[0].items():
+        torch.testing.assert_close(masks[1][path].components[0], quiet.components[0])
+        torch.testing.assert_close(masks[1][path].delta[0], quiet.delta[0])
+        assert not torch.equal(masks[1][path].components[1], quiet.components[1])
 
 
 def test_chunked_kl_is_kl_with_its_gradient() -> None:
@@ -264,7 +295,7 @@ def test_compiled_gate_is_the_eager_one_with_its_gradients(monkeypatch) -> None:
         grads = []
         for compiled in (False, True):
             if compiled:
-                model.compile_gates()
+                model.importances.compile_gates()
             model.zero_grad()
             z = model.importance_logits(model.inputs_capture(*inputs)[0])
             sum((t * t.detach().sin()).sum() for t in z.values()).backward()
@@ -272,6 +303,43 @@ def test_compiled_gate_is_the_eager_one_with_its_gradients(monkeypatch) -> None:
         assert grads[0].keys() == grads[1].keys()
         for name in grads[0]:
             torch.testing.assert_close(grads[1][name], grads[0][name], atol=1e-5, rtol=1e-4)
+
+
+def test_gates_run_uncompiled_where_there_is_no_compiler(monkeypatch, capsys) -> None:  # type: ignore[no-untyped-def]
+    model = toy_model()
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    model.importances.compile_gates()
+    assert not any(gate.compiled for gate in model._ci_fns.values())
+    said = capsys.readouterr().err
+    assert "no C++ compiler 'no-such-compiler'" in said and said.count("\n") == 1
+    monkeypatch.setenv("CXX", sys.executable)
+    model.importances.compile_gates()
+    assert all(gate.compiled for gate in model._ci_fns.values())
+
+
+@pytest.mark.parametrize("gate", KINDS, ids=lambda g: f"{g.kind}{len(g.hidden)}{'c' if g.causal else 'b'}")
+def test_a_decompositions_tensors_are_its_components_and_its_gates(gate: GateConfig) -> None:
+    """Under the names that Goodfire's checkpoints know; the gates are those of `importances`."""
+    model = small(gate)
+    prefix = "_ci_fns." if gate.local else "_global_ci_fn."
+    gates = {name: value for name, value in model.state_dict().items() if not name.startswith("_components.")}
+    assert gates.keys() == model.importances.state_dict().keys() and all(name.startswith(prefix) for name in gates)
+    assert sum(value.numel() for value in gates.values()) == model.importances.n_parameters(model.paths)
+    if gate.local:
+        assert {name.split(".")[1] for name in gates} == {"wte", "fc", "proj"}
+    shapes = [p.data_ptr() for p in model.double().importances.parameters()]
+    assert shapes == [p.data_ptr() for name, p in model.named_parameters() if name in gates]
+
+
+def test_another_gate_serves_the_same_components() -> None:
+    """Tensors shared, not copied; as from the start with that gate."""
+    own, gate = small(KINDS[3]), KINDS[5]
+    other = own.with_gate(gate, generator())
+    assert other.config == dataclasses.replace(own.config, gate=gate)
+    for path, part in own.components.items():
+        assert other.components[path] is part
+    fresh = small(gate)
+    assert all(torch.equal(value, fresh.state_dict()[name]) for name, value in other.state_dict().items())
 
 
 def test_tied_components_share_their_tensors() -> None:

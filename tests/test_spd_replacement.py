@@ -32,11 +32,11 @@ def test_axes_of_spd_are_those_of_the_table(gate: GateConfig) -> None:
     for protocol in ("frozen", "free"):
         p = the(measured, "spd-topk", protocol, (0, 1))
         assert (p.l0, p.l0_p95, p.l0_per_mlp, p.active_params) == (5, 5, 10, 2 * 2 * 5 * (D + H))
-        assert p.gate_params == model.gate_parameters and p.k == 5
+        assert p.gate_params == model.importances.n_parameters(model.paths) and p.k == 5
     single = the(measured, "spd-topk", "single", (1,))
     assert single.active_params == 2 * 5 * (D + H)
     own = sum(p.numel() for name, p in model.named_parameters() if "_ci_fns.h-1" in name)
-    assert single.gate_params == (own if gate.local else model.gate_parameters)
+    assert single.gate_params == (own if gate.local else model.importances.n_parameters(model.paths))
     assert {d.module for d in measured.layers} == {"c_fc", "down_proj"}
 
 
@@ -65,7 +65,7 @@ def test_frozen_gates_come_from_the_clean_pass_and_free_ones_from_the_masked_str
         z = model.importance_logits(inputs)
         captured = clean(target, tokens, [0, 1])
         frozen = spd.frozen(captured)
-        masks = {path: spd.on(z[path]).float() for path in model.paths}
+        masks = {path: spd.on(path, z[path]).float() for path in model.paths}
         with model.masked(masks):
             own = target.logits(tokens)
         got = run(target, tokens, frozen, [0, 1])
@@ -80,7 +80,8 @@ def test_frozen_gates_come_from_the_clean_pass_and_free_ones_from_the_masked_str
     if gate.local:  # no attention between positions: what follows differs through the model's attention alone
         z_free = model.importance_logits(free.inputs)
         for (layer, name), active in free.active.items():
-            on = spd.on(z_free[f"h.{layer}.mlp.{name}"]).flatten(0, 1).nonzero()
+            path = f"h.{layer}.mlp.{name}"
+            on = spd.on(path, z_free[path]).flatten(0, 1).nonzero()
             assert torch.equal(on, torch.stack([active.rows, active.cols], 1))
     assert any(not torch.equal(free.active[key].cols, frozen.active[key].cols) for key in free.active)
 

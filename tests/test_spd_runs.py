@@ -1,15 +1,19 @@
 """Goodfire's run directories, written here in their exact layout at small size, read back for every kind of gate."""
 
+import dataclasses
 from pathlib import Path
 
 import pytest
 import torch
-import yaml
+from run_layouts import LAYOUTS, current, inside, write_run
+from small import make_tiny
 
+import checkpoints
+from checkpoints import TrainingRecord, save_checkpoint
 from config import GateConfig, SPDConfig
 from llama_simple_mlp import LlamaSimpleMLP, LlamaSimpleMLPConfig, initialise
 from spd_model import ComponentModel
-from spd_runs import latest_checkpoint, load_spd_run
+from spd_runs import find_spd, latest_checkpoint, load_spd_run
 
 GATES = [
     GateConfig(kind="mlp", hidden=(5,)),
@@ -28,33 +32,11 @@ def target() -> LlamaSimpleMLP:
     return model.requires_grad_(False).eval()
 
 
-def current(model: ComponentModel, prefix: str = "") -> dict[str, torch.Tensor]:
-    """Names of the main branch; with `ci_fn.` before the gates, those of dev."""
-    own = {k if k.startswith("_components") else prefix + k: v for k, v in model.state_dict().items()}
-    return own | {f"target_model.{k}": v for k, v in model.target_model.state_dict().items()}
-
-
-def legacy(model: ComponentModel) -> dict[str, torch.Tensor]:
-    own = {k.replace("_ci_fns.", "_gates."): v for k, v in model.state_dict().items()}
-    weights = model.target_model.state_dict().items()
-    return own | {f"patched_model.{k.replace('c_fc.weight', 'c_fc.original.weight')}": v for k, v in weights}
-
-
-def write_run(folder: Path, state: dict[str, torch.Tensor], gate: GateConfig, step: int = 400) -> Path:
-    folder.mkdir(exist_ok=True)
-    ci = {"mode": "global" if not gate.local else "layerwise", "fn_type": gate.kind, "hidden_dims": list(gate.hidden)}
-    ci["transformer_cfg"] = {"d_model": gate.d_model, "n_blocks": gate.blocks, "attn_config": {"n_heads": gate.heads}}
-    (folder / "final_config.yaml").write_text(yaml.safe_dump({"seed": 0, "ci_config": ci}))
-    torch.save(state, folder / f"model_{step}.pth")
-    return folder
-
-
 @pytest.mark.parametrize("gate", GATES, ids=lambda gate: gate.kind)
-@pytest.mark.parametrize("layout", ["main", "dev", "legacy"])
+@pytest.mark.parametrize("layout", LAYOUTS)
 def test_every_gate_and_layout_is_read_back(tmp_path: Path, gate: GateConfig, layout: str) -> None:
     model = ComponentModel(target(), SPDConfig(components=PATTERNS, gate=gate), torch.Generator().manual_seed(2))
-    state = legacy(model) if layout == "legacy" else current(model, "ci_fn." if layout == "dev" else "")
-    loaded = load_spd_run(str(write_run(tmp_path / "run", state, gate)), target())
+    loaded = load_spd_run(str(write_run(tmp_path / "run", LAYOUTS[layout](model), gate)), target())
     assert loaded.config.gate == gate and loaded.sizes == model.sizes
     ours, theirs = (m.importance_logits(m.inputs_capture(TOKENS)[0]) for m in (model, loaded))
     for path in ours:
@@ -66,6 +48,63 @@ def test_latest_checkpoint_is_that_of_the_largest_number(tmp_path: Path) -> None
     for step in (9, 100, 20):
         write_run(tmp_path, {}, GATES[0], step)
     assert latest_checkpoint(tmp_path).name == "model_100.pth"
+
+
+def test_a_biased_module_keeps_its_bias_where_the_run_stores_components_alone(tmp_path: Path) -> None:
+    def biased() -> torch.nn.Module:
+        return torch.nn.Sequential(torch.nn.Linear(4, 3)).requires_grad_(False)
+
+    own, other = biased(), biased()
+    other.load_state_dict(own.state_dict())
+    model = ComponentModel(own, SPDConfig(components=(("0", 5),), gate=GATES[0]), torch.Generator().manual_seed(2))
+    loaded = load_spd_run(str(write_run(tmp_path, inside(model), GATES[0])), other)
+    assert torch.equal(loaded.components["0"].bias, own[0].bias)
+
+
+def test_a_run_without_its_targets_weights_proves_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """It is refused, unless it is taken at somebody's word; weights that differ are refused whatever the word."""
+    model = ComponentModel(target(), SPDConfig(components=PATTERNS, gate=GATES[0]), torch.Generator().manual_seed(2))
+    for name in ("all", "ln_f.weight"):
+        state = {
+            k: v
+            for k, v in current(model).items()
+            if not k.startswith("target_model.") or not (name == "all" or name in k)
+        }
+        run = str(write_run(tmp_path / name, state, GATES[0]))
+        with pytest.raises(ValueError, match="cannot prove that it decomposes this model; --unproven-target"):
+            load_spd_run(run, target())
+        assert load_spd_run(run, target(), unproven=True).sizes == model.sizes
+        said = capsys.readouterr().err
+        assert "cannot prove" in said and said.count("\n") == 1
+    other = target()
+    other.h[0].mlp.c_fc.weight.add_(1)
+    with pytest.raises(ValueError, match="c_fc.weight' differs"):
+        load_spd_run(run, other, unproven=True)
+
+
+def test_a_run_among_the_targets_checkpoints_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By the layers it decomposes, and beside our own."""
+    monkeypatch.setattr(checkpoints, "CHECKPOINTS", tmp_path)
+    tiny = make_tiny(2)
+    here = checkpoints.checkpoint_folder(tiny.name)
+    with pytest.raises(ValueError, match="there is none"):
+        find_spd(tiny, [0])
+    for layer in range(2):
+        config = SPDConfig(components=((f"h.{layer}.mlp.*", 6),), gate=GATES[0])
+        model = ComponentModel(tiny.model, config, torch.Generator().manual_seed(layer))
+        if layer == 0:
+            write_run(here / "s-12345678", current(model), GATES[0])
+        else:
+            model = ComponentModel(
+                tiny.model, SPDConfig(components=tuple(model.sizes.items()), gate=GATES[0]), torch.Generator()
+            )
+            record = TrainingRecord.imported("own", tiny.name)
+            save_checkpoint(here / "x_spd_x", model, dataclasses.replace(record, target_fingerprint=tiny.fingerprint))
+    first, second = find_spd(tiny, [0]), find_spd(tiny, [1])
+    assert first.model.paths == ["h.0.mlp.c_fc", "h.0.mlp.down_proj"] and first.record.train_tokens is None
+    assert second.model.paths == ["h.1.mlp.c_fc", "h.1.mlp.down_proj"] and second.record.name == "own"
+    with pytest.raises(ValueError, match="s-12345678"):
+        find_spd(tiny, [])
 
 
 def test_bad_runs_are_refused_in_one_line(tmp_path: Path) -> None:
@@ -82,6 +121,12 @@ def test_bad_runs_are_refused_in_one_line(tmp_path: Path) -> None:
     (run / "model_500.pth").write_bytes((run / "model_400.pth").read_bytes()[:200])
     with pytest.raises(ValueError, match="truncated"):
         load_spd_run(str(run), target())
+    (run / "model_500.pth").unlink()
+    for text, says in (("{", "is no YAML"), ("", "holds no settings but None")):
+        (run / "final_config.yaml").write_text(text)
+        with pytest.raises(ValueError, match=says) as error:
+            load_spd_run(str(run), target())
+        assert "\n" not in str(error.value)
     odd = {k.replace("_ci_fns.", "_global_ci_fn._reader."): v for k, v in current(model).items()}
     with pytest.raises(ValueError, match="kind of gate"):
         load_spd_run(str(write_run(tmp_path / "odd", odd, GATES[0])), target())

@@ -60,5 +60,5 @@ def test_deployed_masks_are_those_of_the_ruler_at_threshold_zero() -> None:
     frozen = ruler.frozen(clean(target, tokens, range(2)))
     for path, mask in masks.items():
         assert mask.delta is None
-        assert torch.equal(mask.components, ruler.on(frozen.z[path]).float()), path
+        assert torch.equal(mask.components, ruler.on(path, frozen.z[path]).float()), path
         assert 0 < mask.components.mean() < 1

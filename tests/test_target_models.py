@@ -15,7 +15,18 @@ from torch import nn
 
 from devices import bf16_is_fast
 from patching import capture, kept_streams, patched, resumed
-from target_models import ATTENTIONS, Loaded, TargetModel, at_site, load_target, make_target, mlp_matrices
+from target_models import (
+    ATTENTIONS,
+    Loaded,
+    TargetModel,
+    at_site,
+    load_target,
+    make_target,
+    mlp_matrices,
+    same_site,
+    weights_fingerprint,
+    written,
+)
 from token_stream import DatasetSpec
 
 SIZES = {"vocab_size": 62, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
@@ -37,7 +48,14 @@ FAMILIES: dict[str, tuple[type[tf.PretrainedConfig], dict]] = {
     "opt": (tf.OPTConfig, SIZES | {"ffn_dim": 24, "word_embed_proj_dim": 16, "max_position_embeddings": 32}),
     "phi_parallel": (tf.PhiConfig, SIZES | {"intermediate_size": 24}),
     "gptj_parallel": (tf.GPTJConfig, {"vocab_size": 62, "n_embd": 16, "n_layer": 2, "n_head": 2, "rotary_dim": 4}),
+    "gemma3": (tf.Gemma3TextConfig, GATED),
+    "granite": (tf.GraniteConfig, GATED | {"residual_multiplier": 0.22}),
+    "glm4": (tf.Glm4Config, GATED),
+    "stablelm_parallel": (tf.StableLmConfig, GATED | {"use_parallel_residual": True}),
+    "falcon_parallel": (tf.FalconConfig, SIZES | {"new_decoder_architecture": False, "parallel_attn": True}),
+    "falcon": (tf.FalconConfig, SIZES | {"new_decoder_architecture": False, "parallel_attn": False, "bias": True}),
 }
+BEHIND_A_NORM_OR_FACTOR = {"gemma2", "gemma3", "granite", "glm4"}
 TOKENS = torch.arange(2, 22).view(2, 10)
 
 
@@ -115,6 +133,114 @@ def test_captured_input_gives_captured_output(target: TargetModel, monkeypatch: 
     assert found.inputs.shape == found.outputs.shape == (2, 2, 10, 16)
     for layer in (0, 1):
         torch.testing.assert_close(target.mlp(layer, found.inputs[layer]), found.outputs[layer])
+
+
+@torch.inference_mode()
+def test_what_a_function_is_given_stays_as_it_was(target: TargetModel) -> None:
+    """Falcon's blocks add attention to the MLP's output in place, OPT's hand over positions as rows."""
+    kept: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
+
+    def keep(layer: int):
+        return lambda x, y: (kept.__setitem__(layer, (x, y)), y)[1]
+
+    with patched(target, {layer: keep(layer) for layer in (0, 1)}):
+        target.logits(TOKENS % target.vocab_size)
+    for layer, (x, y) in kept.items():
+        assert x.shape == y.shape == (2, 10, 16)
+        torch.testing.assert_close(target.mlp(layer, x), y)
+
+
+@torch.inference_mode()
+def test_a_zeroed_mlp_takes_its_output_from_the_stream(target: TargetModel, request: pytest.FixtureRequest) -> None:
+    """Or what a norm or factor behind it makes of that: then TransformerLens' hook holds something else."""
+    family = request.node.callspec.params["target"].removeprefix("tl:")
+    for layer, (_, y, _, added) in enumerate(written(target)):
+        plain = family not in BEHIND_A_NORM_OR_FACTOR
+        assert torch.allclose(added, y, atol=1e-5) == plain
+        if plain:
+            assert same_site(target, f"blocks.{layer}.hook_mlp_out") is None
+        else:
+            with pytest.raises(ValueError, match="holds what comes behind a norm or factor"):
+                same_site(target, f"blocks.{layer}.hook_mlp_out")
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma2", "gemma3", "granite", "gpt2", "neox_parallel"])
+@torch.inference_mode()
+def test_a_hook_counts_as_ours_where_transformer_lens_holds_our_tensor(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, family: str
+) -> None:
+    monkeypatch.setenv("NN_BF16", "off")
+    target = load_target(f"tl:{saved(tmp_path / 'model', family_model(family))}", "cpu")
+    target.model.enable_compatibility_mode(no_processing=True, disable_warnings=True)
+    found, attention = (capture(view, TOKENS, [1]) for view in (target, at_site(target, "attn_out")))
+    x, y, attn = found.inputs[0], found.outputs[0], attention.outputs[0]
+    _, cache = target.model.run_with_cache(TOKENS)
+    for name, own in {
+        "mlp.hook_in": x, "ln2.hook_out": x, "ln2.hook_normalized": x, "mlp.hook_out": y, "hook_mlp_out": y,
+        "attn.hook_out": attn, "hook_attn_out": attn,
+    }.items():  # fmt: skip
+        hook = f"blocks.1.{name}"
+        if name in ("hook_mlp_out", "hook_attn_out") and family in BEHIND_A_NORM_OR_FACTOR:
+            assert not torch.allclose(cache[hook], own, atol=0.01)
+            with pytest.raises(ValueError, match=f"^'{hook}' of .* holds what comes behind a norm or factor[^\n]*$"):
+                same_site(target, hook)
+        elif name == "ln2.hook_normalized":
+            scale = same_site(target, hook)
+            torch.testing.assert_close(scale.gain * cache[hook] + scale.bias, own, atol=1e-4, rtol=1e-4)
+            assert not torch.allclose(cache[hook], own, atol=0.01)
+        else:
+            assert torch.equal(cache[hook], own) and same_site(target, hook) is None
+    with pytest.raises(ValueError, match="is of layer 2"):
+        same_site(target, "blocks.2.hook_mlp_out")
+    with pytest.raises(ValueError, match="name the layer"):
+        same_site(target, "ln2.hook_normalized")
+    for place, site in (("hook_resid_post", "resid"), ("hook_resid_pre", "resid")):
+        own = capture(at_site(target, site), TOKENS, [0]).outputs[0]
+        hook = f"blocks.{0 if place == 'hook_resid_post' else 1}.{place}"
+        torch.testing.assert_close(cache[hook], own)
+        assert same_site(target, hook) is None
+    with pytest.raises(ValueError, match="^'blocks.1.hook_mlp_in' is no place that the project reads or writes"):
+        same_site(target, "blocks.1.hook_mlp_in")
+
+
+def block_with_another_input(block: nn.Module) -> None:
+    block.forward = lambda h: h + block.attn(block.rms_1(h)) + block.mlp(block.rms_2(h) + h)
+
+
+def block_that_multiplies(block: nn.Module) -> None:
+    block.forward = lambda h: h + block.attn(block.rms_1(h)) * (1 + block.mlp(block.rms_2(h)))
+
+
+def mlp_with_a_memory(block: nn.Module) -> None:
+    own, calls = block.mlp.forward, []
+    block.mlp.forward = lambda x: own(x) * (calls.append(1) or len(calls))
+
+
+@pytest.mark.parametrize(
+    ("break_it", "message"),
+    [
+        (block_with_another_input, "read the output of h.1.rms_2 alone"),
+        (mlp_with_a_memory, "write a function of what it reads"),
+        (block_that_multiplies, "add what it writes to the residual stream"),
+    ],
+)
+def test_a_block_that_uses_its_mlp_otherwise_is_refused(small_target: TargetModel, break_it, message: str) -> None:
+    break_it(small_target.model.h[1])
+    with pytest.raises(ValueError, match=f"^h.1.mlp does not {message}: this block's layout is not supported$"):
+        make_target("broken", Loaded(small_target.model, word_tokenizer(), 16, DatasetSpec("python")), "cpu")
+
+
+def test_two_weights_exchanged_change_the_fingerprint_and_threads_do_not(small_target: TargetModel) -> None:
+    model, weight = small_target.model, small_target.model.h[1].mlp.c_fc.weight
+    before, threads = weights_fingerprint(model), torch.get_num_threads()
+    assert before == small_target.fingerprint
+    torch.set_num_threads(threads + 1)
+    assert weights_fingerprint(model) == before
+    torch.set_num_threads(threads)
+    with torch.no_grad():
+        weight[-1, -1], weight[-1, -2] = weight[-1, -2].item(), weight[-1, -1].item()
+    assert weights_fingerprint(model) != before
+    assert weights_fingerprint(model.bfloat16()) not in (before, weights_fingerprint(model.half()))
 
 
 @torch.inference_mode()
@@ -209,6 +335,14 @@ def test_a_model_loads_by_name_with_its_tokenizer(tmp_path: Path, prefix: str) -
     assert weights == [(24, 16), (24, 16), (16, 24)]
 
 
+@pytest.mark.parametrize("prefix", ["hf:", "tl:"])
+def test_a_context_is_no_longer_than_the_model_has_positions(tmp_path: Path, prefix: str) -> None:
+    for family, context in (("gpt2", 32), ("llama", 256)):
+        target = load_target(f"{prefix}{saved(tmp_path / family, family_model(family))}", "cpu")
+        assert target.context == context
+        target.logits(torch.zeros(1, target.context, dtype=torch.int64))
+
+
 @pytest.mark.parametrize(
     ("name", "repository", "family", "context", "dataset"),
     [
@@ -288,10 +422,19 @@ def test_blocks_of_an_unknown_layout_are_refused_in_one_line(tmp_path: Path) -> 
     mixtral = tf.MixtralForCausalLM(tf.MixtralConfig(**GATED, num_local_experts=2))
     with pytest.raises(ValueError, match=r"^[^\n]*down projection cannot be told$"):
         make_target("mixtral", Loaded(mixtral, tokenizer, 16, data), "cpu")
+    olmo2 = tf.Olmo2ForCausalLM(tf.Olmo2Config(**GATED))
+    with pytest.raises(ValueError, match=r"^[^\n]*layers.0.mlp does not read the output [^\n]* not supported$"):
+        make_target("olmo2", Loaded(olmo2, tokenizer, 16, data), "cpu")
+    bloom = tf.BloomForCausalLM(tf.BloomConfig(vocab_size=62, hidden_size=16, n_layer=2, n_head=2))
     with pytest.raises(
-        ValueError, match=r"^[^\n]*this block's layout is not supported$"
-    ):  # the bridge runs no mlp there
-        load_target(f"tl:{saved(tmp_path / 'model', family_model('opt'))}", "cpu")
+        ValueError, match=r"^[^\n]*h.0.mlp does not read the output of [^\n]* alone: [^\n]* not supported$"
+    ):
+        make_target("bloom", Loaded(bloom, tokenizer, 16, data), "cpu")  # its module is given the stream too
+    late = tf.OPTForCausalLM(tf.OPTConfig(**FAMILIES["opt"][1], do_layer_norm_before=False))
+    for name, model in {"opt": family_model("opt"), "late": late, "bloom": bloom}.items():
+        prefix = "hf:" if name == "late" else "tl:"  # the bridge runs no mlp of OPT's
+        with pytest.raises(ValueError, match=r"^[^\n]*this block's layout is not supported$"):
+            load_target(f"{prefix}{saved(tmp_path / name, model)}", "cpu")
 
 
 def test_bad_names_are_refused_in_one_line() -> None:

@@ -1,15 +1,18 @@
 """Theorems about token streams and the embedded corpus."""
 
 import itertools
+import json
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from small import word_tokenizer, write_corpus
+from tokenizers import processors
+from transformers import PreTrainedTokenizerFast
 
 from python_corpus import SourceFile, drop_near_duplicates
-from token_stream import DatasetSpec, TokenStream, documents, take_tokens
+from token_stream import DatasetSpec, TokenStream, documents, take_tokens, text_fingerprint
 
 
 def test_packing_loses_and_pads_nothing(tmp_path: Path) -> None:
@@ -72,6 +75,153 @@ def test_a_folder_of_other_arrays_is_refused(tmp_path: Path) -> None:
     np.save(tmp_path / "train.npy", np.zeros((2, 3)))
     with pytest.raises(ValueError, match=r"holds float64\[2, 3\]"):
         next(documents(spec, "train", 0))
+
+
+def tokenizer_with_bos() -> PreTrainedTokenizerFast:
+    """<bos> before every text, as Llama's and Gemma's tokenizers put it."""
+    tokenizer = word_tokenizer()
+    tokenizer.add_special_tokens({"bos_token": "w0"})
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing("w0 $A", special_tokens=[("w0", 2)])
+    return tokenizer
+
+
+def test_every_row_begins_with_bos_where_the_tokenizer_adds_one_and_nothing_else_moves(tmp_path: Path) -> None:
+    spec = DatasetSpec(str(write_corpus(tmp_path, 200)), val_split="val")
+    with_bos = TokenStream(spec, tokenizer_with_bos(), "train", 4, 17)
+    rows = torch.cat(list(with_bos))
+    assert (rows[:, 0] == 2).all()
+    plain = torch.cat(list(TokenStream(spec, word_tokenizer(), "train", 1, 16)))
+    assert torch.equal(rows[:, 1:], plain[: len(rows)])
+    without = next(
+        TokenStream(DatasetSpec(spec.path, val_split="val", bos=False), tokenizer_with_bos(), "train", 4, 16)
+    )
+    assert torch.equal(without, plain[:4])
+    again, other = (TokenStream(spec, tokenizer_with_bos(), "train", 4, 17) for _ in range(2))
+    next(again)
+    other.load_state_dict(again.state_dict())
+    assert torch.equal(next(other), rows[4:8])
+
+
+@pytest.mark.parametrize(("length", "per_document"), [(8, 1), (9, 1), (16, 2), (17, 2)])
+@pytest.mark.parametrize("tokenizer", [word_tokenizer, tokenizer_with_bos])
+def test_rows_that_somebody_packed_stay_as_they_are(tmp_path: Path, length: int, per_document: int, tokenizer) -> None:
+    """Of the context's length, of several, or with the last position's target at their end."""
+    ids = torch.randint(2, 62, (100, length), generator=torch.Generator().manual_seed(0))
+    lines = [json.dumps({"input_ids": row}) for row in ids.tolist()]
+    (tmp_path / "train.jsonl").write_text("\n".join(lines))
+    stream = TokenStream(DatasetSpec(str(tmp_path), "input_ids", True, val_split="train"), tokenizer(), "train", 2, 8)
+    expected = ids[:, : 8 * per_document].reshape(-1, 8).tolist()
+    assert sorted(torch.cat(list(stream)).tolist()) == sorted(expected)
+
+
+def test_documents_that_bring_their_separators_get_no_second_one(tmp_path: Path) -> None:
+    (tmp_path / "train.jsonl").write_text('{"input_ids": [0, 5, 6, 7, 0]}\n{"input_ids": [0]}\n{"input_ids": []}\n' * 2)
+    stream = TokenStream(
+        DatasetSpec(str(tmp_path), "input_ids", True, val_split="train"), word_tokenizer(), "train", 1, 12
+    )
+    assert sorted(next(stream).flatten().tolist()) == [0] * 6 + [5, 5, 6, 6, 7, 7]
+
+
+def test_a_split_is_a_word_of_a_files_name_and_hidden_files_are_no_text(tmp_path: Path) -> None:
+    files = {
+        "val": ("val.jsonl", "pile-val-0.jsonl", "more/Val_1.jsonl"),
+        "train": ("train.jsonl", "train-00000-of-00002.jsonl"),
+        "": ("retrieval.jsonl", "constrained.jsonl", ".val.jsonl", ".cache/huggingface/val.jsonl", "val.jsonl.lock"),
+    }
+    for word, names in enumerate(files.values()):
+        for name in names:
+            (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+            (tmp_path / name).write_text(json.dumps({"text": f"w{word}"}) + "\n")
+    spec = DatasetSpec(str(tmp_path), val_split="val")
+    assert list(documents(spec, "val", 0)) == ["w0"] * 3 and list(documents(spec, "train", 0)) == ["w1"] * 2
+    hidden = text_fingerprint(spec)
+    (tmp_path / ".cache" / "huggingface" / "val.jsonl").write_text("changed")
+    assert text_fingerprint(spec) == hidden
+    (tmp_path / "val.jsonl").write_text(json.dumps({"text": "w0 w0"}) + "\n")
+    assert text_fingerprint(spec) != hidden
+
+
+def test_a_file_of_no_split_is_all_there_is_only_where_no_split_is_named(tmp_path: Path) -> None:
+    (tmp_path / "text.txt").write_text("\n".join(f"w{i % 60} w{i // 60}" for i in range(400)))
+    for path in (tmp_path, tmp_path / "text.txt"):
+        train, val = (list(documents(DatasetSpec(str(path)), split, 0)) for split in ("train", "val"))  # type: ignore[arg-type]
+        assert train and val and not set(train) & set(val) and len(train) + len(val) == 400
+        with pytest.raises(ValueError, match="holds no file of split 'val'"):
+            next(documents(DatasetSpec(str(path), val_split="val"), "val", 0))
+
+
+WRONG_TEXTS = {
+    "null": ('{"text": "w1"}\n{"text": null}', {}, "row 1: column 'text' holds null, not a text"),
+    "number": ('{"text": 5}', {}, "row 0: column 'text' holds int, not a text"),
+    "missing in one row": ('{"text": "w1"}\n{"other": "w1"}', {}, "row 1: column 'text' holds null"),
+    "column": ('{"content": "w1"}', {}, "has no column 'text': its DatasetSpec must name one of 'content'"),
+    "text as ids": (
+        '{"text": "w1"}',
+        {"tokenised": True},
+        "holds str, not a list of token ids, as tokenised=True says",
+    ),
+    "ids as text": ('{"text": [5, 6]}', {}, "holds a list of int, not a text, as tokenised=False says"),
+    "nested": ('{"text": [[5, 6], [7, 8]]}', {"tokenised": True}, "holds a list of list, not a list of token ids"),
+    "floats": ('{"text": [1.5]}', {"tokenised": True}, "holds a list of float"),
+    "truths": ('{"text": [true]}', {"tokenised": True}, "holds a list of bool"),
+    "id beyond": (
+        '{"text": [700, 1, 2]}',
+        {"tokenised": True},
+        "gives token 700, which the model's vocabulary of 62 does",
+    ),
+    "id below": (
+        '{"text": [-7, 1, 2]}',
+        {"tokenised": True},
+        "gives token -7, which the model's vocabulary of 62 does",
+    ),
+    "truncated": ('{"text": "w1"}\n{"text": "w', {}, "cannot be read .*: is a file of it empty or damaged"),
+    "empty": ("", {}, "cannot be read .*: is a file of it empty or damaged"),
+}
+
+
+@pytest.mark.parametrize("name", WRONG_TEXTS)
+def test_a_wrong_text_is_named_in_one_line(tmp_path: Path, name: str) -> None:
+    content, spec, message = WRONG_TEXTS[name]
+    (tmp_path / "train.jsonl").write_text(content)
+    with pytest.raises(ValueError, match=rf"^dataset '{tmp_path}'[^\n]*{message}[^\n]*$"):
+        next(TokenStream(DatasetSpec(str(tmp_path), val_split="train", **spec), word_tokenizer(), "train", 1, 2))
+
+
+def test_damaged_files_of_other_kinds_are_refused_in_one_line(tmp_path: Path) -> None:
+    for name, content in (("train.parquet", b""), ("train.parquet", b"PAR1"), ("train.txt", b"\xe9")):
+        (tmp_path / name).write_bytes(content)
+        with pytest.raises(ValueError, match=r"^dataset [^\n]* cannot be read [^\n]*$"):
+            next(documents(DatasetSpec(str(tmp_path), val_split="train"), "train", 0))
+        (tmp_path / name).unlink()
+    for name in ("train.txt", "train.jsonl"):
+        (tmp_path / name).write_text('{"text": "w1"}\n')
+    with pytest.raises(ValueError, match=r"holds files of split 'train' of several kinds \(json, text\): leave one"):
+        next(documents(DatasetSpec(str(tmp_path), val_split="train"), "train", 0))
+
+
+def test_a_byte_order_mark_is_no_part_of_a_text(tmp_path: Path) -> None:
+    (tmp_path / "train.txt").write_bytes(b"\xef\xbb\xbfw1\nw2\n")
+    assert list(documents(DatasetSpec(str(tmp_path), val_split="train"), "train", 0)) == ["w1", "w2"]
+
+
+def test_a_tokenizers_own_tokens_are_checked_too(tmp_path: Path) -> None:
+    (tmp_path / "train.jsonl").write_text('{"text": "w1 w2"}\n')
+    spec, tokenizer = DatasetSpec(str(tmp_path), val_split="train"), word_tokenizer()
+    tokenizer.eos_token = None
+    with pytest.raises(ValueError, match="^the tokenizer has no end-of-text token[^\n]*: set its eos_token$"):
+        next(TokenStream(spec, tokenizer, "train", 1, 2))
+    tokenizer.sep_token = "w9"
+    assert next(TokenStream(spec, tokenizer, "train", 1, 3)).tolist() == [[11, 3, 4]]
+    tokenizer.add_special_tokens({"eos_token": "<new>"})
+    with pytest.raises(ValueError, match="^the tokenizer gives token 62, which the model's vocabulary of 62 does not"):
+        next(TokenStream(spec, tokenizer, "train", 1, 2, vocab_size=62))
+
+
+def test_a_number_of_tokens_below_one_is_refused(tmp_path: Path) -> None:
+    stream = TokenStream(DatasetSpec(str(write_corpus(tmp_path, 40)), val_split="val"), word_tokenizer(), "val", 4, 16)
+    for n in (0, -5):
+        with pytest.raises(ValueError, match=rf"^{n} held-out tokens were asked for \(--tokens, --eval-tokens\)"):
+            take_tokens(stream, n)
 
 
 def test_an_empty_dataset_is_refused(tmp_path: Path) -> None:

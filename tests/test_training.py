@@ -4,6 +4,7 @@ import copy
 import dataclasses
 import itertools
 import json
+import math
 import os
 import signal
 import subprocess
@@ -13,17 +14,31 @@ from pathlib import Path
 
 import pytest
 import torch
+from small import make_small_target
 
 import checkpoints
 from activation_store import ActivationsStore, DataConfig
+from baselines import IdentityReplacement, ZeroReplacement, baselines
 from checkpoints import TrainingRecord, check_target, coder_name, held, load_checkpoint, save_checkpoint
 from clt import CrossLayerTranscoder
 from config import BatchTopK, CLTConfig, EncoderConfig, Gated, JumpReLU, Relu, SAEConfig, TopK, TrainConfig
+from evaluation import evaluate, held_out_tokens
+from pareto import markdown_table
 from patching import capture
 from sae import build_sae
 from sparse_ops import to_dense
-from target_models import TargetModel
-from training import annealed_k, default_learning_rate, group_step, schedule, start_run, train_encoder, train_group
+from target_models import Loaded, TargetModel, make_target
+from training import (
+    Progress,
+    annealed_k,
+    default_learning_rate,
+    group_step,
+    run_training,
+    schedule,
+    start_run,
+    train_encoder,
+    train_group,
+)
 from transcoder import build_transcoder
 
 DATA = DataConfig(layers=(0, 1), batch_tokens=32, buffer_tokens=256, model_batch=4)
@@ -113,6 +128,84 @@ def test_a_batch_larger_than_the_buffer_or_than_the_training_is_refused(
             coders()[0], small_target, data=DATA, config=dataclasses.replace(TRAIN, tokens=31), folder=tmp_path
         )
     assert not list(tmp_path.rglob("metrics.jsonl"))
+
+
+@pytest.mark.parametrize("factor", [2.0**5, 2.0**24])
+def test_activations_beyond_fp16_are_kept_exactly(small_target: TargetModel, factor: float) -> None:
+    """A model within its range is served as ever; the same model with outputs 2²⁴ times as large, 2²⁴ times that."""
+    plain = list(itertools.islice(ActivationsStore(small_target, DATA), 20))
+    with torch.no_grad():
+        small_target.model.h[1].mlp.down_proj.weight.mul_(factor)
+    store, other = ActivationsStore(small_target, DATA), ActivationsStore(small_target, DATA)
+    assert store.scaled == (factor > 2.0**12)
+    for a, b in zip(plain, itertools.islice(store, 20)):
+        assert torch.equal(a.inputs, b.inputs) and torch.equal(a.targets[0], b.targets[0])
+        assert torch.equal(a.targets[1] * factor, b.targets[1])
+    other.load_state_dict(copy.deepcopy(store.state_dict()))
+    assert torch.equal(next(other).targets, next(store).targets)
+    same = ActivationsStore(make_small_target(Path(small_target.data.path)), DATA).stats.y_variance
+    torch.testing.assert_close(
+        ActivationsStore(small_target, DATA).stats.y_variance, same * torch.tensor([1, factor**2])
+    )
+
+
+def test_an_activation_that_is_not_finite_is_named(small_target: TargetModel) -> None:
+    with torch.no_grad():
+        small_target.model.h[1].mlp.down_proj.weight[0, 0] = torch.inf
+    with pytest.raises(ValueError, match="^layer 1 of 'small' writes or is given NaN or infinity$"):
+        ActivationsStore(small_target, DATA)
+
+
+def test_an_activation_that_outgrows_the_first_forwards_is_named(small_target: TargetModel) -> None:
+    store, last = ActivationsStore(small_target, DATA), small_target.model.h[1].mlp.down_proj
+    with torch.no_grad():
+        last.weight.mul_(1e6)
+    with pytest.raises(ValueError, match="^an activation of layer 1 of 'small' is not finite, or over 16 times"):
+        list(store)
+
+
+@pytest.mark.parametrize("bias", [0.0, 3.0])
+def test_a_layer_that_writes_a_constant_is_named_in_training_and_has_no_fvu(
+    small_target: TargetModel, tmp_path: Path, bias: float
+) -> None:
+    model = small_target.model
+    with torch.no_grad():
+        model.h[1].mlp.down_proj.weight.zero_()
+    model.h[1].mlp.down_proj.bias = torch.nn.Parameter(torch.full((16,), bias), requires_grad=False)
+    target = make_target("pruned", Loaded(model, small_target.tokenizer, 16, small_target.data), "cpu")
+    with pytest.raises(ValueError, match="^layer 1 of 'pruned' writes the same on every token: leave it out"):
+        train_group(coders(), target, data=DATA, config=TRAIN, folder=tmp_path)
+    replacements = [IdentityReplacement((0, 1)), ZeroReplacement((0, 1)), *baselines(target, (0, 1), (4,))]
+    measured = evaluate(target, replacements, held_out_tokens(target, 160))
+    for point in measured.points:
+        assert (point.fvu is None) == (1 in point.layers) and point.mse is not None and math.isfinite(point.mse)
+        assert (point.tail_max is None) == (1 in point.layers and bias == 0)
+    assert "nan" not in markdown_table(measured.points)
+
+
+def test_numbers_that_cannot_be_meant_are_refused_in_one_line(small_target: TargetModel, tmp_path: Path) -> None:
+    sizes = {"d_in": 16, "d_out": 16, "d_dict": 32}
+    for layers in ((2, 0), (0, 0), ()):
+        with pytest.raises(ValueError, match=r"^layers must ascend, each named once, but are \([^\n]*\)$"):
+            CLTConfig(layers=layers, rule=TopK(4), **sizes)
+    for rule in (TopK, BatchTopK):
+        for k in (0, -1):
+            with pytest.raises(ValueError, match=f"^k must be at least 1 active latent, but is {k}$"):
+                rule(k)
+    twice = [build_transcoder(EncoderConfig(layer=0, rule=TopK(4), **sizes), torch.Generator()) for _ in range(2)]
+    with pytest.raises(
+        ValueError, match="^small_transcoder_[^\n]* was asked for more than once: name every layer and k once$"
+    ):
+        train_group(twice, small_target, data=DATA, config=TRAIN, folder=tmp_path)
+    for tokens, d_dict in ((0, 32), (-5, 32), (100, 0)):
+        with pytest.raises(ValueError, match=f"^{tokens} training tokens, {d_dict} latents: ask for 1 or more"):
+            default_learning_rate(tokens, d_dict)
+    for wrong in ({"batch_tokens": 0}, {"batch_tokens": -32}, {"model_batch": 0}):
+        with pytest.raises(ValueError, match=r"^a batch of [^\n]*: choose 1 or more$"):
+            dataclasses.replace(DATA, **wrong)
+    for n in (0, -5):
+        with pytest.raises(ValueError, match=rf"^{n} held-out tokens were asked for \(--tokens, --eval-tokens\)"):
+            held_out_tokens(small_target, n)
 
 
 def test_a_layer_out_of_range_is_refused(small_target: TargetModel) -> None:
@@ -256,8 +349,8 @@ def test_a_killed_run_ends_bit_identical(small_target: TargetModel, tmp_path: Pa
     corpus, folder, tests = small_target.data.path, tmp_path / "killed", str(Path(__file__).parent)
     script = KILLED.format(tests=tests, corpus=corpus, folder=str(folder))
     script = script.replace("from training import train_group", "import training, time\n"
-        "save = training._save_state\ndef save_and_wait(*a, **k):\n    save(*a, **k)\n    time.sleep(60)\n"
-        "training._save_state = save_and_wait\nfrom training import train_group")  # fmt: skip
+        "save = training.save_tensors\ndef save_and_wait(*a, **k):\n    save(*a, **k)\n    time.sleep(60)\n"
+        "training.save_tensors = save_and_wait\nfrom training import train_group")  # fmt: skip
     process = subprocess.Popen([sys.executable, "-c", script], env=os.environ | {"PYTHONPATH": str(Path(tests).parent)})
     while not list(folder.glob("group_*.pt")):
         assert process.poll() is None, "the run to be killed ended by itself"
@@ -273,16 +366,53 @@ def test_a_killed_run_ends_bit_identical(small_target: TargetModel, tmp_path: Pa
     assert not list(folder.glob("group_*.pt"))
 
 
-def test_a_state_of_other_settings_is_refused(small_target: TargetModel, tmp_path: Path) -> None:
-    file = tmp_path / "group.pt"
-    from training import _resume, _save_state, start_run
+class Counts:
+    """The least that can be trained: it counts its steps, and is cut off before the step `ends`."""
 
-    store = ActivationsStore(small_target, DATA)
-    coder_runs = [start_run("a", coders()[0], store=store, config=TRAIN, folder=tmp_path)]
-    _save_state(coder_runs, store, settings=["these"], step=3, file=file)
-    assert _resume(coder_runs, store, settings=["these"], dead_after=100, file=file) == 3
+    names, settings = ["counter"], "these"
+
+    def __init__(self, ends: int = 99) -> None:
+        self.total, self.ends, self.log = 0, ends, list[str]()
+
+    def start(self) -> None:
+        self.log.append("start")
+
+    def step(self, step: int) -> torch.Tensor:
+        if step == self.ends:
+            raise KeyboardInterrupt
+        self.total += step
+        return torch.tensor([[float(self.total)]])
+
+    def read(self, readings: list[list[float]], progress: Progress) -> str:
+        self.log.append(f"{progress.step}: {readings[0][0]:g}")
+        return ""
+
+    def state_dict(self) -> dict[str, int]:
+        return {"total": self.total}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        self.total = state["total"]
+
+
+def test_an_interrupted_loop_goes_on_from_its_last_state(tmp_path: Path) -> None:
+    """Started once, read every third step, at every state and at the end, no step made twice in what is kept."""
+    file, every = tmp_path / "state.pt", {"metrics_every": 3, "checkpoint_every": 4}
+    cut, again = Counts(ends=7), Counts()
+    with pytest.raises(KeyboardInterrupt):
+        run_training(cut, 10, file=file, **every)
+    assert cut.log == ["start", "2: 3", "3: 6", "5: 15"]
+    seconds = run_training(again, 10, file=file, **every)
+    assert again.log == ["5: 15", "7: 28", "8: 36", "9: 45"] and again.total == sum(range(10))
+    assert seconds > torch.load(file)["seconds"] > 0 and torch.load(file)["step"] == 8
+
+
+def test_a_state_of_other_settings_is_refused(tmp_path: Path) -> None:
+    file, every = tmp_path / "state.pt", {"metrics_every": 1, "checkpoint_every": 1}
+    run_training(Counts(), 1, file=file, **every)
+    other = Counts()
+    other.settings = "those"
     with pytest.raises(ValueError, match="a run with other settings"):
-        _resume(coder_runs, store, settings=["those"], dead_after=100, file=file)
+        run_training(other, 2, file=file, **every)
 
 
 # --------------------------------------------------------------------------------------------------------- checkpoints

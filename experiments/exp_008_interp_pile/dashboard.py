@@ -26,7 +26,7 @@ from torch import Tensor
 from evaluation import held_out_tokens
 from logs import atomic_path, read_csv, write_settings
 from patching import patched
-from replacement import Replacement
+from replacement import Coded
 from sparse_ops import Codes, Layout
 from study import run_study
 from target_models import TargetModel, load_target
@@ -51,7 +51,7 @@ class Effect(NamedTuple):
 
 
 def write_vector(
-    replacement: Replacement, x: Float[Tensor, "1 d_in"], *, layer: int, latent: int, value: float
+    replacement: Coded, x: Float[Tensor, "1 d_in"], *, layer: int, latent: int, value: float
 ) -> Float[Tensor, "1 1 d_out"]:
     """What `latent` at `value` adds to the output of `layer`; x, any input, says width and device."""
     size = next(group.n_parts for group in replacement.part_groups(replacement.layers) if group.layer == layer)

@@ -32,7 +32,7 @@ from coder_replacements import CLTReplacement
 from evaluation import held_out_tokens
 from logs import read_csv, write_settings
 from patching import Captured, capture
-from replacement import Pass, Replacement
+from replacement import Coded, Pass
 from spd_replacement import SPDReplacement, spd_sweep
 from study import run_study
 from target_models import TargetModel, load_target
@@ -59,7 +59,7 @@ class Result(NamedTuple):
     active: float  # mean number of active parts per MLP output, as measured
 
 
-def open_pass(replacement: Replacement, clean: Captured, layer: int) -> Pass:
+def open_pass(replacement: Coded | SPDReplacement, clean: Captured, layer: int) -> Pass:
     """A pass over single tokens; `clean` spans all layers. Only the codes of `layer` follow its input."""
     if isinstance(
         replacement, SPDReplacement
@@ -74,7 +74,7 @@ def open_pass(replacement: Replacement, clean: Captured, layer: int) -> Pass:
 
 
 def measure(
-    target: TargetModel, methods: dict[str, Replacement], tokens: Int[Tensor, "sample seq"], *, layer: int
+    target: TargetModel, methods: dict[str, Coded | SPDReplacement], tokens: Int[Tensor, "sample seq"], *, layer: int
 ) -> list[Result]:
     """Every method and its null on these tokens."""
     clean = Captured(*(kept[:, :, -1:].clone().float() for kept in capture(target, tokens, range(target.n_layers))))
@@ -90,7 +90,7 @@ def measure(
     for name, replacement in methods.items():
         passes: list[Pass] = []
 
-        def make(replacement: Replacement = replacement, passes: list[Pass] = passes) -> MLP:
+        def make(replacement: Coded | SPDReplacement = replacement, passes: list[Pass] = passes) -> MLP:
             passes.append(open_pass(replacement, clean, layer))
             return lambda z: passes[-1](layer, z, y)
 

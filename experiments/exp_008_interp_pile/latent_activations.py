@@ -11,7 +11,7 @@ from methods_and_nulls import METHODS, InterpSettings, replacements
 from torch import Tensor
 
 from patching import capture
-from replacement import Replacement
+from replacement import Coded
 from target_models import TargetModel
 
 WIDTH = 16  # tokens of an example: texts are cut into disjoint windows
@@ -44,9 +44,7 @@ class Activations(NamedTuple):
 
 
 @torch.inference_mode()
-def collect(
-    target: TargetModel, replacement: Replacement, tokens: Int[Tensor, "sequence seq"], *, layer: int
-) -> Activations:
+def collect(target: TargetModel, replacement: Coded, tokens: Int[Tensor, "sequence seq"], *, layer: int) -> Activations:
     """Where each latent of one layer is active, on clean inputs; |h| for neurons."""
     latents, places, values, seq = [], [], [], tokens.shape[1]
     for start in range(0, len(tokens), 16):

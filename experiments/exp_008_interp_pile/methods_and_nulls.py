@@ -20,7 +20,7 @@ from checkpoints import checkpoint_folder
 from coder_replacements import as_replacement
 from config import BatchTopK
 from recipes import clt_configs, train_coders, transcoder_configs
-from replacement import Replacement
+from replacement import Coded
 from study import CoderStudySettings
 from target_models import TargetModel, weights_fingerprint
 
@@ -57,9 +57,7 @@ def randomised(target: TargetModel, seed: int) -> TargetModel:
     return dataclasses.replace(target, name=name, model=model, fingerprint=fingerprint)
 
 
-def replacements(
-    s: InterpSettings, target: TargetModel, names: Sequence[str]
-) -> dict[str, tuple[TargetModel, Replacement]]:
+def replacements(s: InterpSettings, target: TargetModel, names: Sequence[str]) -> dict[str, tuple[TargetModel, Coded]]:
     """Method → (the target it belongs to, its replacement); missing coders are trained with the usual recipe."""
     rule, found, folder = [BatchTopK(s.k)], {}, checkpoint_folder(s.target)
     for name in names:

@@ -19,17 +19,17 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from jaxtyping import Bool
+from jaxtyping import Bool, Float
 from tail_figure import Component, draw, write_components
 from torch import Tensor
 
-from checkpoints import find_spd
 from evaluation import evaluate, held_out_tokens
 from logs import write_settings
 from pareto import write_points
 from patching import Captured, capture
 from replacement import Origin
-from spd_replacement import SPDPass, SPDReplacement
+from spd_replacement import CleanImportances, SPDReplacement
+from spd_runs import find_spd
 from study import StudySettings, run_study
 from target_models import load_target
 
@@ -49,33 +49,33 @@ PRESETS = (
 )
 
 
-class Gates:
-    """Importance logits of a clean pass, computed once for all cuts of a decomposition."""
+class OneCleanPass(SPDReplacement):
+    """A decomposition that remembers the gates of the last clean pass it saw: all cuts of it read the same."""
 
-    def __init__(self, spd: SPDReplacement) -> None:
-        self.spd, self.inputs, self.z = spd, torch.zeros(0, device=spd.target.device), dict[str, Tensor]()
+    seen: tuple[Captured, CleanImportances] | None = None
 
-    def __call__(self, captured: Captured) -> dict[str, Tensor]:
-        if not torch.equal(captured.inputs, self.inputs):
-            self.inputs, self.z = captured.inputs, self.spd.frozen(captured).z or {}
-        return self.z
+    def clean_importances(self, captured: Captured) -> CleanImportances:
+        if self.seen is None or not torch.equal(captured.inputs, self.seen[0].inputs):
+            self.seen = captured, super().clean_importances(captured)
+        return self.seen[1]
 
 
 class Cut(SPDReplacement):
-    """The decomposition without the components outside `kept`: n of every matrix."""
+    """The decomposition `whole` without the components outside `kept`; `always`: what is kept works on every token."""
 
     def __init__(
-        self, gates: Gates, kept: dict[str, Bool[Tensor, "component"]], *, n: int, always: bool, delta: bool, order: str
-    ) -> None:
-        spd = gates.spd
-        super().__init__(spd.target, spd.model, delta=delta, origin=spd.origin)
-        self.gates, self.kept, self.k, self.always = gates, kept, n, always
+        self, whole: OneCleanPass, kept: dict[str, Bool[Tensor, "component"]], n: int, *, always: bool, delta: bool,
+        order: str = "",
+    ) -> None:  # fmt: skip
+        super().__init__(whole.target, whole.model, delta=delta, origin=whole.origin)
         self.method = f"spd-{'open' if always else 'gated'}{'-delta' if delta else ''}{order}"
+        self.whole, self.kept, self.k, self.always = whole, kept, n, always
 
-    def frozen(self, captured: Captured) -> SPDPass:
-        inf, z = float("inf"), self.gates(captured)
-        working = {path: torch.full_like(own, inf) if self.always else own for path, own in z.items()}
-        return SPDPass(self, {path: torch.where(self.kept[path], own, -inf) for path, own in working.items()})
+    def clean_importances(self, captured: Captured) -> CleanImportances:
+        return self.whole.clean_importances(captured)
+
+    def on(self, path: str, z: Float[Tensor, "batch seq component"]) -> Bool[Tensor, "batch seq component"]:
+        return self.kept[path].expand(z.shape) if self.always else self.kept[path] & super().on(path, z)
 
 
 @torch.inference_mode()
@@ -83,7 +83,7 @@ def rank(spd: SPDReplacement, tokens: Tensor) -> tuple[list[Component], dict[str
     """Every component, and each matrix's components from the most to the least important."""
     mean = {path: torch.zeros(2, n, device=tokens.device) for path, n in spd.model.sizes.items()}
     for part in tokens.split(16):
-        for path, z in (spd.frozen(capture(spd.target, part, spd.reads)).z or {}).items():
+        for path, z in spd.clean_importances(capture(spd.target, part, spd.reads)).z.items():
             g = spd.model.lower(z[:, 1:]).flatten(0, 1)
             mean[path] += torch.stack([g.sum(0), (g > 0).sum(0)]) / (tokens.numel() - len(tokens))
     components, order = [], {}
@@ -101,8 +101,8 @@ def main(s: Settings) -> None:
     origin = Origin(record.seed, record.train_tokens, record.train_seconds, record.name)
     held_out = held_out_tokens(target, s.rank_tokens + s.eval_tokens)
     n_rank = s.rank_tokens // target.context
-    gates = Gates(SPDReplacement(target, model, origin=origin))
-    components, ranked = rank(gates.spd, held_out[:n_rank])
+    whole = OneCleanPass(target, model, origin=origin)
+    components, ranked = rank(whole, held_out[:n_rank])
     generator = torch.Generator().manual_seed(s.seed)
     shuffled = {path: order[torch.randperm(len(order), generator=generator)] for path, order in ranked.items()}
 
@@ -110,16 +110,12 @@ def main(s: Settings) -> None:
         return {path: torch.zeros_like(o, dtype=torch.bool).index_fill(0, o[:n], True) for path, o in order.items()}
 
     cuts = [
-        Cut(gates, keep(ranked, n), n=n, always=always, delta=delta, order="")
-        for always in (False, True)
-        for delta in (False, True)
-        for n in s.kept
-    ]
-    cuts += [
-        Cut(gates, keep(shuffled, n), n=n, always=True, delta=True, order="-random")
-        for n in s.kept
-        if n < max(map(len, ranked.values()))
-    ]
+        Cut(whole, keep(ranked, n), n, always=always, delta=delta)
+        for always in (False, True) for delta in (False, True) for n in s.kept
+    ]  # fmt: skip
+    for n in s.kept:
+        if n < max(map(len, ranked.values())):
+            cuts.append(Cut(whole, keep(shuffled, n), n, always=True, delta=True, order="-random"))
     measured = evaluate(target, cuts, held_out[n_rank:], ("frozen",))
     s.output.mkdir(parents=True, exist_ok=True)
     write_points(s.output / "points.csv", measured.points)

@@ -14,12 +14,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from baselines import baselines
-from checkpoints import checkpoint_folder, find_spd
+from checkpoints import checkpoint_folder
 from coder_replacements import as_replacements
 from config import BatchTopK
 from evaluation import evaluate, held_out_tokens
 from recipes import clt_configs, sae_configs, train_coders, transcoder_configs
 from spd_replacement import spd_replacements
+from spd_runs import find_spd
 from study import CoderStudySettings, run_study, write_report
 from target_models import load_target
 

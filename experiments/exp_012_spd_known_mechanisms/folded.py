@@ -53,7 +53,7 @@ class FoldedDecomposition(ComponentModel):
     def importance_logit(self, path: str, x: Tensor) -> Float[Tensor, "stack batch component"]:
         if path.endswith("mlp_out"):
             return super().importance_logit(path, x)
-        gate, layer = self._ci_fns[path.replace(".", "-")], int(path.split(".")[1])
+        gate, layer = self.importances.gate(path), int(path.split(".")[1])
         if gate.kind == "mlp":
             h = self._read(f"V{layer}", self.components[path].V, x, {}, layer)
             return gate(h, h)

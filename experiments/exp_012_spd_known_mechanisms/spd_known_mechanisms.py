@@ -66,7 +66,7 @@ class Settings:
     toys: tuple[str, ...] = tuple(RECIPES)  # in this order; a toy already in points.csv is skipped
     seeds: int = 3  # side by side
     scale: float = 1.0  # steps are multiplied by this
-    compile_gates: bool = True  # needs a C++ compiler; about twice as fast
+    compile_gates: bool = True  # where there is a C++ compiler; about twice as fast
     seed: int = 0
     output: Path = Path(__file__).parent / "output"
 
@@ -83,7 +83,7 @@ def decompose(name: str, toy: Toy, s: Settings) -> None:
     decomposition = ComponentModel if toy.kind == "tms" else FoldedDecomposition
     model = decomposition(target, config, torch.Generator().manual_seed(s.seed + 1))
     if s.compile_gates and recipe.gate.kind == "mlp":
-        model.compile_gates()
+        model.importances.compile_gates()
     steps = round(recipe.steps * s.scale)
     train = SPDTrainConfig(
         steps=steps, lr=recipe.lr, recon=recipe.recon, minimality=recipe.minimality, p=(recipe.p, recipe.p),

@@ -25,11 +25,11 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from tqdm import trange
 
-from checkpoints import find_spd, load_spd
-from config import GateConfig, Recon, SPDConfig, SPDTrainConfig
+from config import GateConfig, Recon, SPDTrainConfig
 from devices import bf16_is_fast
 from logs import atomic_path, read_csv, write_csv, write_settings
 from spd_model import ComponentModel
+from spd_runs import find_spd, load_decomposition
 from spd_training import SPDTrainer
 from study import StudySettings, run_study
 from target_models import TargetModel, load_target
@@ -83,15 +83,14 @@ def masks(model: ComponentModel, tokens: Int[Tensor, "sequence seq"]) -> Tensor:
 def with_gate(own: ComponentModel, target: TargetModel, s: Settings, *, causal: bool) -> ComponentModel:
     """The same components, a transformer gate trained to serve them."""
     gate = GateConfig(kind="global_shared_transformer", hidden=(256,), d_model=128, blocks=2, heads=4, causal=causal)
-    config = SPDConfig(components=own.config.components, gate=gate)
-    model = ComponentModel(target.model, config, torch.Generator().manual_seed(s.seed))
-    model._components.load_state_dict(own._components.state_dict())
+    model = own.with_gate(gate, torch.Generator().manual_seed(s.seed))
     recipe = SPDTrainConfig(
         steps=s.gate_steps, lr=1e-3, recon=(Recon(coefficient=1.0),), minimality=5e-4, distance="kl", p=(2.0, 0.4),
         warmup=0.05, final=0.1,
     )  # fmt: skip
     trainer = SPDTrainer(model, recipe, autocast=bf16_is_fast(target.device))
-    model._components.requires_grad_(False)
+    for components in model.components.values():
+        components.requires_grad_(False)
     stream = TokenStream(target.data, target.tokenizer, "train", 4, target.context, s.seed)
     for _ in trange(s.gate_steps, desc="causal gate" if causal else "bidirectional gate", mininterval=2.0):
         trainer.step(next(stream))
@@ -100,7 +99,7 @@ def with_gate(own: ComponentModel, target: TargetModel, s: Settings, *, causal: 
 
 def main(s: Settings) -> None:
     target = load_target(s.target, s.device)
-    own, _ = find_spd(target, ()) if s.checkpoint is None else load_spd(s.checkpoint, target)
+    own, _ = find_spd(target, ()) if s.checkpoint is None else load_decomposition(s.checkpoint, target)
     tokens = take_tokens(TokenStream(target.data, target.tokenizer, "val", 16, target.context), s.eval_tokens)
     tokens = tokens[torch.randperm(len(tokens), generator=torch.Generator().manual_seed(s.seed))]
     nexts, current = tokens[:, 1:].flatten(), tokens[:, :-1].flatten()
