@@ -64,7 +64,7 @@ CODERS = [
         f"{STEP}[skip-batchtopk]",
     ),
     Mutation(
-        "AuxK: dead latents never listed", "training.py", "        run.coder.refresh_dead(config.dead_after)\n", "", LISTED,
+        "AuxK: dead latents never listed", "training.py", "            run.coder.refresh_dead(self.config.dead_after)\n            dead = ", "            dead = ", LISTED,
     ),
     Mutation("silence not counted", "training.py", "    coder.update_statistics(codes)\n", "", f"{STEP}[sae-topk]"),
     Mutation("Gated: the gates' decoder learns", "coder.py", "with frozen(self):", "if True:", f"{STEP}[transcoder-gated]"),
@@ -89,7 +89,7 @@ CODERS = [
     Mutation("no step", "training.py", "    optimiser.step()\n", "", f"{STEP}[transcoder-relu]"),
     Mutation("Adam's betas not those asked for", "training.py", "betas=config.betas, ", "", f"{STEP}[transcoder-relu]"),
     Mutation("rate given, not used", "training.py", 'group["lr"] = lr\n', "pass\n", f"{STEP}[transcoder-relu]"),
-    Mutation("rate not scheduled", "training.py", "lr=config.lr * schedule(step, steps, config)", "lr=config.lr", RATES),
+    Mutation("rate not scheduled", "training.py", "lr=config.lr * schedule(step, self.steps, config)", "lr=config.lr", RATES),
     Mutation("k not annealed", "training.py", "run.coder.set_k(annealed_k(", "(annealed_k(", RATES),
     Mutation("not calibrated", "training.py", "    _side_by_side(calibrate, runs, store.target.device)\n", "", LATER),
     Mutation(
@@ -111,7 +111,7 @@ DECOMPOSITIONS = [
     Mutation("subset routed as all", "spd_training.py", 'if term.routing == "subset":', "if False:", f"{SPD}[all]"),
     Mutation("deployed masks of importances", "spd_training.py", "torch.where(g > 0, 1.0, g)", "g", f"{SPD}[all]"),
     Mutation(
-        "persistent sources stand still", "spd_training.py", "adversary.ascend(objective(adversary.sources()))", "pass",
+        "persistent sources stand still", "spd_training.py", "adversary.ascend(objective(adversary.sources()).sum())", "pass",
         f"{SPD}[all]",
     ),
     Mutation("PGD does not ascend", "spd_masks.py", "        if step < steps:\n", "        if False:\n", f"{SPD}[all]"),
@@ -129,7 +129,7 @@ DECOMPOSITIONS = [
     Mutation(
         "p not annealed", "spd_training.py", "annealed_p(c.p, c.p_between, self.steps_done / c.steps)", "c.p[0]", SPD_RATES,
     ),
-    Mutation("no warm-up", "spd_training.py", "        trainer.warm_up()\n", "        pass\n", SPD_RATES),
+    Mutation("no warm-up", "spd_training.py", "        self.start = trainer.warm_up\n", "        self.start = lambda: None\n", SPD_RATES),
     Mutation(
         "warm-up without decay", "spd_training.py", ", weight_decay=self.config.faithful_decay", ", weight_decay=0.0",
         "test_spd_step.py::test_warm_up_is_faithfulness_alone_with_decay",
@@ -143,7 +143,7 @@ RULER = [
         "dead constant 0", "metrics.py", "return replacement.dead()", "return 0.0",
         "test_training_step.py::test_latents_silent_at_the_end_of_training_are_the_tables_dead",
     ),
-    Mutation("FVU without the mean", "metrics.py", " - (self._total[i] / self.n).square().sum())", ")", DEFINITION),
+    Mutation("FVU without the mean", "metrics.py", "self.size(layer) - mean.square().sum().item()", "self.size(layer)", DEFINITION),
     Mutation("bits without values", "metrics.py", " + VALUE_BITS * sum(l0.values())", "", PERFECT),
     Mutation("CE recovered of the whole CE", "metrics.py", "/ (most - least) if", "/ most if", PERFECT),
     Mutation(

@@ -97,7 +97,7 @@ def test_a_run_of_an_unproven_target_is_measured_on_the_users_word(
     model, _ = load_spd(checkpoints["spd"], small_target)
     run = str(write_run(tmp_path / "run", model.state_dict(), model.config.gate))
     asked = [run, "--tokens", "320", "--protocols", "frozen", "--points", str(tmp_path / "points.csv")]
-    with pytest.raises(SystemExit, match=r"^[^\n]*cannot prove[^\n]*--unproven-target[^\n]*$"):
+    with pytest.raises(ValueError, match=r"^[^\n]*cannot prove[^\n]*--unproven-target[^\n]*$"):
         measure.command_line(asked)
     measure.command_line([*asked, "--unproven-target"])
     assert "cannot prove" in capsys.readouterr().err and read_points(tmp_path / "points.csv")[0].method == "spd"

@@ -186,11 +186,13 @@ def test_a_layer_that_writes_a_constant_is_named_in_training_and_has_no_fvu(
 def test_numbers_that_cannot_be_meant_are_refused_in_one_line(small_target: TargetModel, tmp_path: Path) -> None:
     sizes = {"d_in": 16, "d_out": 16, "d_dict": 32}
     for layers in ((2, 0), (0, 0), ()):
-        with pytest.raises(ValueError, match=r"^layers must ascend, each named once, but are \([^\n]*\)$"):
+        with pytest.raises(
+            ValueError, match=r"^layers \([^\n]*\) of a cross-layer transcoder must ascend, each named once$"
+        ):
             CLTConfig(layers=layers, rule=TopK(4), **sizes)
     for rule in (TopK, BatchTopK):
         for k in (0, -1):
-            with pytest.raises(ValueError, match=f"^k must be at least 1 active latent, but is {k}$"):
+            with pytest.raises(ValueError, match=f"^k={k}: a token needs at least one active latent$"):
                 rule(k)
     twice = [build_transcoder(EncoderConfig(layer=0, rule=TopK(4), **sizes), torch.Generator()) for _ in range(2)]
     with pytest.raises(
