@@ -231,8 +231,16 @@ def read_saelens(folder: Path, given: Place) -> list[Dictionary]:
             b_enc = b_enc + shift
             magnitude = magnitude and magnitude._replace(b=magnitude.b + magnitude.r.exp() * shift)
     part = FoldedLayer(W_enc, b_enc, W_dec, t["b_dec"], t.get("W_skip"), theta, magnitude)
-    named = tuple(hook for hook in (read, written) if hook)
+    named = named_hooks(given, read, written)
     return [Dictionary(folder.resolve().name, read_text(source, meta, "model_name"), build(config, [part]), named)]
+
+
+def named_hooks(given: Place, *hooks: str) -> tuple[str, ...]:
+    """Those that a file names, at the given layer; none where the site is given, which is the user's word."""
+    if given.site is not None:
+        return ()
+    block = r"\g<0>" if given.layer is None else f"blocks.{given.layer}"
+    return tuple(dict.fromkeys(re.sub(r"^blocks\.\d+", block, hook) for hook in hooks if hook))
 
 
 def by_decoder_norm(

@@ -5,17 +5,20 @@ from pathlib import Path
 
 import pytest
 import torch
+import transformers as tf
 from run_layouts import LAYOUTS, write_run
-from small import D, clt, make_small_target, transcoders, write_corpus
+from small import D, clt, make_small_target, transcoders, word_tokenizer, write_corpus
 
 import measure
 import spd_runs
 from checkpoints import TrainingRecord, load_spd, save_checkpoint
-from config import BatchTopK, EncoderConfig, GateConfig, SPDConfig, TopK
-from interop import export
+from config import BatchTopK, EncoderConfig, GateConfig, SAEConfig, SPDConfig, TopK
+from interop import export, import_
 from pareto import read_layers, read_points
+from sae import build_sae
 from spd_model import ComponentModel
-from target_models import TargetModel
+from target_models import Loaded, TargetModel, make_target
+from token_stream import DatasetSpec
 from transcoder import build_transcoder
 
 
@@ -166,6 +169,34 @@ def test_a_foreign_folder_without_its_format_is_said_in_one_line(
     with pytest.raises(ValueError, match=r"name its --format|not a configuration|no JSON") as refusal:
         measure.main((str(tmp_path / "trainer_0"),), tokens=320, points=tmp_path / "points.csv")
     assert "\n" not in str(refusal.value)
+
+
+def random_target(kind: type[tf.PretrainedConfig]) -> TargetModel:
+    sizes = {"vocab_size": 62, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "head_dim": 8}
+    torch.manual_seed(0)
+    model = tf.AutoModelForCausalLM.from_config(
+        kind(**sizes, num_key_value_heads=1, intermediate_size=24, pad_token_id=0)
+    )
+    with torch.no_grad():
+        for p in model.float().eval().parameters():
+            p.add_(0.1 * torch.randn_like(p))
+    return make_target(kind.__name__, Loaded(model, word_tokenizer(), 16, DatasetSpec("python")), "cpu")
+
+
+def test_a_hook_that_is_another_tensor_on_this_target_is_refused(tmp_path: Path) -> None:
+    """TransformerLens reads hook_mlp_out behind Gemma 2's norm; the same file fits a Llama, and its imported form too."""
+    coder = build_sae(SAEConfig(layer=1, site="mlp_out", d_in=16, d_dict=32, rule=TopK(4)), torch.Generator())
+    save_checkpoint(tmp_path / "own", coder, TrainingRecord.imported("n", "t"))
+    export("saelens", (str(tmp_path / "own"),), tmp_path / "saelens")
+    import_("saelens", str(tmp_path / "saelens"), tmp_path / "back")
+    llama, gemma2 = random_target(tf.LlamaConfig), random_target(tf.Gemma2Config)
+    for reference, form in ((str(tmp_path / "saelens"), "saelens"), (str(tmp_path / "back"), "")):
+        assert len(measure._load(reference, llama, form, None, None)) == 1
+        with pytest.raises(
+            ValueError, match="'blocks.1.hook_mlp_out' of 'Gemma2Config' holds what comes behind a norm"
+        ) as line:
+            measure._load(reference, gemma2, form, None, None)
+        assert "\n" not in str(line.value)
 
 
 def test_what_does_not_fit_is_refused_in_one_line(
