@@ -391,7 +391,7 @@ def test_resumed_training_ends_bit_identical(tmp_path, monkeypatch) -> None:  # 
 def test_minimality_and_reconstruction_fall_in_training() -> None:
     """Both fall, from gates that stand half open; without its term, minimality would rise."""
     model = toy_model()
-    for gate in model.gates.values():
+    for gate in (model.importances.gate(path) for path in model.paths):
         nn.init.constant_(gate.layers[-1].b, 0.5)
     config = SPDTrainConfig(steps=60, lr=1e-2, recon=(Recon(coefficient=1.0),), minimality=0.01, p=(1.0, 1.0))
     trainer = SPDTrainer(model, config, False)

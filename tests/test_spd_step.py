@@ -59,7 +59,7 @@ def component_model() -> ComponentModel:
     config = SPDConfig(components=tuple(COMPONENTS.items()), gate=GateConfig(kind="mlp", hidden=(4,)), alpha=ALPHA)
     model = ComponentModel(Target(), config, torch.Generator().manual_seed(0))
     with torch.no_grad():  # importances below 0, within and above 1
-        for gate in model.gates.values():
+        for gate in (model.importances.gate(path) for path in model.paths):
             gate.layers[2].W.mul_(2)
             gate.layers[2].b.fill_(0.4)
     return model
