@@ -1,8 +1,8 @@
 """Dictionaries in the field's formats, both ways.
 
-    python -m interop import FORMAT SRC DEST            foreign dictionaries become checkpoints, for measure.py
-    python -m interop export FORMAT CHECKPOINT… DEST    checkpoints become files that another library's own loader opens
-    python -m interop upload FOLDER REPO_ID             either goes to the Hugging Face hub, with a model card
+    python interop.py import FORMAT SRC DEST            foreign dictionaries become checkpoints, for measure.py
+    python interop.py export FORMAT CHECKPOINT… DEST    checkpoints become files that another library's own loader opens
+    python interop.py upload FOLDER REPO_ID             either goes to the Hugging Face hub, with a model card
 
 Nothing is written before everything is read and found right.
 """
