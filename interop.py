@@ -7,7 +7,8 @@
 Nothing is written before everything is read and found right.
 """
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import yaml
@@ -33,23 +34,35 @@ def export_files(name: str, dictionaries: Sequence[Dictionary]) -> Files:
     return files | {"README.md": model_card(name, dictionaries)}
 
 
-def write_files(folder: Path, files: Files) -> None:
-    """Each file to a temporary name, then renamed; raises ValueError where something is already there."""
-    if folder.exists() and any(folder.iterdir()):
+@contextlib.contextmanager
+def new_folder(folder: Path) -> Iterator[Path]:
+    """A temporary folder that takes the name of `folder` once all is in it, so that a killed writer leaves none of that name.
+
+    Raises ValueError where something is already there, or where nothing can take the name, as that of a mounted disk.
+    """
+    if folder.is_mount():
+        raise ValueError(f"{folder} is a disk of its own: name a folder in it")
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise ValueError(f"{folder} is not empty: choose another destination")
-    for name, value in files.items():
-        path = folder / name
-        match path.suffix:
-            case ".pt":
-                save_tensors(path, {key: tensor.contiguous() for key, tensor in value.items()})
-            case ".safetensors":
-                with atomic_path(path) as temporary:
-                    save_file({key: tensor.contiguous() for key, tensor in value.items()}, temporary)
-            case ".json":
-                write_json(path, value)
-            case _:
-                with atomic_path(path) as temporary:
-                    temporary.write_text(value if isinstance(value, str) else yaml.safe_dump(value, sort_keys=False))
+    with atomic_path(folder.resolve()) as temporary:
+        yield temporary
+
+
+def write_files(folder: Path, files: Files) -> None:
+    """All files in a folder that is new, or empty; raises ValueError where something is already there."""
+    with new_folder(folder) as temporary:
+        for name, value in files.items():
+            path = temporary / name
+            path.parent.mkdir(parents=True, exist_ok=True)
+            match path.suffix:
+                case ".pt":
+                    save_tensors(path, {key: tensor.contiguous() for key, tensor in value.items()})
+                case ".safetensors":
+                    save_file({key: tensor.contiguous() for key, tensor in value.items()}, path)
+                case ".json":
+                    write_json(path, value)
+                case _:
+                    path.write_text(value if isinstance(value, str) else yaml.safe_dump(value, sort_keys=False))
 
 
 def model_card(format_name: str, dictionaries: Sequence[Dictionary]) -> str:
@@ -91,12 +104,11 @@ def import_(
         target: The target it belongs to, as measure.py's --target.
     """
     found = import_dictionaries(format, source, Place(layer, site))
-    if destination.exists() and any(destination.iterdir()):
-        raise ValueError(f"{destination} is not empty: choose another destination")
-    for name, model, coder, hooks in found:
-        folder = destination if len(found) == 1 else destination / name
-        save_checkpoint(folder, coder, TrainingRecord.imported(name, target or model, hooks))
-        print(folder)
+    with new_folder(destination) as temporary:
+        for name, model, coder, hooks in found:
+            folder = temporary if len(found) == 1 else temporary / name
+            save_checkpoint(folder, coder, TrainingRecord.imported(name, target or model, hooks))
+    print("\n".join(str(destination if len(found) == 1 else destination / entry.name) for entry in found))
 
 
 def export(format: str, checkpoints: tuple[str, ...], destination: Path) -> None:
