@@ -22,7 +22,7 @@ from evaluation import evaluate, held_out_tokens
 from recipes import SPDRecipe, clt_configs, train_coders, train_decomposition, transcoder_configs
 from spd_replacement import spd_replacements
 from spd_runs import find_spd
-from study import CoderStudySettings, run_study, write_report
+from study import CoderStudySettings, check_fits, run_study, write_report
 from target_models import load_target
 
 
@@ -51,6 +51,7 @@ produced."""
 
 def main(s: Settings) -> None:
     target = load_target(s.target, s.device)
+    check_fits(s, target)
     configs = [
         *transcoder_configs(target, layers=s.layers, rules=[BatchTopK(k) for k in s.transcoder_k], d_dict=s.d_dict),
         *clt_configs(target, layers=s.layers, rules=[BatchTopK(k) for k in s.clt_k], d_dict=s.d_dict),

@@ -73,6 +73,8 @@ def train_coders(
     configs: Sequence[CoderConfig], target: TargetModel, *, tokens: int, batch: int, seed: int, folder: Path
 ) -> list[Checkpoint]:
     """Train what is not yet in `folder`, all on one stream over all the layers, with the project's default recipe."""
+    if not configs:
+        raise ValueError("no coder was asked for: name at least one layer and one k")
     layers = tuple(sorted({layer for config in configs for layer in config.layers}))
     data = DataConfig(layers=layers, batch_tokens=batch, seed=seed)
     dead_after = min(10_000_000, tokens // 5)  # the field's number where the run is long enough for it

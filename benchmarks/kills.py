@@ -124,10 +124,9 @@ def train_an_spd(made: Material, folder: Path) -> None:
 
 def read_checkpoints(made: Material, folder: Path) -> Readable:
     """Every coder whose folder is finished."""
-    found = [config.parent for config in folder.rglob(CONFIG)]
-    return {
-        str(f.relative_to(folder)): digest(load_checkpoint(str(f), "cpu").coder.state_dict().items()) for f in found
-    }
+    found = [config.parent for config in folder.rglob(CONFIG) if not hidden(config.relative_to(folder))]
+    states = {str(f.relative_to(folder)): load_checkpoint(str(f), "cpu").coder.state_dict() for f in found}
+    return {name: digest(state.items()) for name, state in states.items()}
 
 
 def read_decompositions(made: Material, folder: Path) -> Readable:
@@ -158,7 +157,7 @@ def list_the_corpus(made: Material, folder: Path) -> None:
 
 
 def read_lists(made: Material, folder: Path) -> Readable:
-    return {f.name: hashlib.sha256(f.read_bytes()).hexdigest()[:16] for f in folder.rglob("*.json")}
+    return {f.name: hashlib.sha256(f.read_bytes()).hexdigest()[:16] for f in folder.glob("corpus/[!.]*.json")}
 
 
 def exports(format: str, kind: str) -> Job:

@@ -153,6 +153,62 @@ def test_a_target_without_sizes_is_refused_in_one_line(call: Callable[[str, list
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_a_number_that_cannot_be_meant_is_refused_before_anything_is_loaded(
+    script: str, call: Callable[[str, list[str]], None], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(target_models, "load_target", None)
+    arguments = SCRIPTS[script][0]
+    options = [
+        option for option in arguments if option.startswith("--") and option not in ("--target", "--retrain-spd")
+    ]
+    assert "--eval-tokens" in options
+    for option in options:
+        for value, least in (("0", 1), ("-5", 1)) if option != "--layers" else (("-1", 0),):
+            with pytest.raises(ValueError, match=f"^{option} {value} cannot be meant: ask for {least} or more$"):
+                call(script, [*arguments, option, value, "--output", str(tmp_path)])
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("script", "option", "message"),
+    [
+        ("exp_003_train_clt_pile/train_clt_pile.py", ["--layers", "0", "9"], r"layer \[9\] is not among"),
+        ("exp_004_train_spd_gpt2/train_spd_gpt2.py", ["--layers", "9"], r"layer \[9\] is not among"),
+        ("exp_005_pareto_gpt2/pareto_gpt2.py", ["--layer", "9"], r"layer \[9\] is not among"),
+        ("exp_005_pareto_gpt2/pareto_gpt2.py", ["--l0", "2", "999"], "--l0 999 is more than the 512 neurons"),
+        ("exp_007_pareto_pile_all_layers/pareto_pile_all_layers.py", ["--layers", "9"], r"layer \[9\] is not among"),
+        ("exp_010_train_transcoder_pile_sweep/train_transcoder_pile_sweep.py", ["--layers", "9"], r"layer \[9\] is not"),
+        ("exp_011_pareto_trained_all_layers/pareto_trained_all_layers.py", ["--neurons", "999"], "--neurons 999 is more"),
+        ("exp_014_sae_sites/sae_sites.py", ["--layers", "4"], r"layer \[4\] is not among"),
+        ("../main.py", ["--layers", "0", "9"], r"layer \[9\] is not among"),
+        ("../main.py", ["--neuron-k", "999"], "--neuron-k 999 is more than the 512 neurons in a layer of 'small'"),
+        ("../main.py", ["--transcoder-k", "--clt-k"], "no coder was asked for"),
+    ],
+)  # fmt: skip
+def test_what_the_target_has_not_is_refused_before_anything_is_trained(
+    script: str, option: list[str], message: str, call: Callable[[str, list[str]], None], tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    for training in ("train_group", "train_spd"):
+        monkeypatch.setattr(recipes, training, None)
+    with pytest.raises(ValueError, match=f"^{message}[^\n]*$"):
+        call(script, ["--target", "tiny", *option, "--output", str(tmp_path)])
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_layer_that_is_examined_must_be_trained(target: TargetModel) -> None:
+    @dataclasses.dataclass(frozen=True, kw_only=True)
+    class Settings(study.CoderStudySettings):
+        layer: int
+        layers: tuple[int, ...]
+
+    fits = Settings(target="tiny", output=Path("output"), layer=3, layers=(2, 3))
+    study.check_fits(fits, target)
+    with pytest.raises(ValueError, match="^--layer 1 is none of --layers 2 3: name it there too$"):
+        study.check_fits(dataclasses.replace(fits, layer=1), target)
+
+
 def test_a_single_preset_serves_every_target(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "argv", ["script", "--target=hf:org/name"])
     only = study.StudySettings(target="tiny", output=Path("output"))

@@ -18,7 +18,7 @@ from coder_replacements import as_replacements
 from config import BatchTopK
 from evaluation import evaluate, held_out_tokens
 from recipes import clt_configs, train_coders
-from study import CoderStudySettings, run_study, write_report
+from study import CoderStudySettings, check_fits, run_study, write_report
 from target_models import load_target
 
 
@@ -38,6 +38,7 @@ PRESETS = (
 
 def main(s: Settings) -> None:
     target = load_target(s.target, s.device)
+    check_fits(s, target)
     configs = clt_configs(target, layers=s.layers, rules=[BatchTopK(k) for k in s.top_k], d_dict=s.d_dict)
     trained = train_coders(
         configs, target, tokens=s.tokens, batch=s.batch, seed=s.seed, folder=checkpoint_folder(s.target)

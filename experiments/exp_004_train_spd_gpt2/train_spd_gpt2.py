@@ -21,7 +21,7 @@ from checkpoints import checkpoint_folder, save_checkpoint
 from evaluation import evaluate, held_out_tokens
 from recipes import SPDRecipe, train_decomposition
 from spd_replacement import spd_replacements
-from study import StudySettings, run_study, write_report
+from study import StudySettings, check_fits, run_study, write_report
 from target_models import load_target
 
 
@@ -50,6 +50,7 @@ PRESETS = (
 
 def main(s: Settings) -> None:
     target = load_target(s.target, s.device)
+    check_fits(s, target)
     recipe = SPDRecipe(
         components=s.components, gate_hidden=s.gate_hidden, steps=s.steps, batch=s.batch, lr=s.lr,
         minimality=s.minimality, seed=s.seed,

@@ -19,7 +19,7 @@ from config import BatchTopK
 from evaluation import evaluate, held_out_tokens
 from recipes import train_coders, transcoder_configs
 from spd_replacement import spd_sweep
-from study import CoderStudySettings, run_study, write_report
+from study import CoderStudySettings, check_fits, run_study, write_report
 from target_models import load_target
 
 
@@ -42,6 +42,8 @@ PRESETS = (
 
 def main(s: Settings) -> None:
     target = load_target(s.target, s.device)
+    check_fits(s, target)
+    sweep = spd_sweep(target, (s.layer,), s.l0, each_matrix=True)  # before the training: there may be none
     configs = transcoder_configs(target, layers=(s.layer,), rules=[BatchTopK(s.trained_k)], d_dict=s.d_dict)
     trained = train_coders(
         configs, target, tokens=s.tokens, batch=s.batch, seed=s.seed, folder=checkpoint_folder(s.target)
@@ -49,7 +51,7 @@ def main(s: Settings) -> None:
     replacements = [
         as_replacement(trained),
         *(as_replacement(trained, top_k=k) for k in s.l0),
-        *spd_sweep(target, (s.layer,), s.l0, each_matrix=True),
+        *sweep,
         *baselines(target, (s.layer,), neurons=s.l0),
     ]
     measured = evaluate(target, replacements, held_out_tokens(target, s.eval_tokens), ("single",))

@@ -19,7 +19,7 @@ from config import BatchTopK
 from evaluation import evaluate, held_out_tokens
 from recipes import clt_configs, train_coders, transcoder_configs
 from spd_replacement import spd_sweep
-from study import CoderStudySettings, run_study, write_report
+from study import CoderStudySettings, check_fits, run_study, write_report
 from target_models import load_target
 
 
@@ -40,6 +40,8 @@ PRESETS = (
 
 def main(s: Settings) -> None:
     target = load_target(s.target, s.device)
+    check_fits(s, target)
+    sweep = spd_sweep(target, s.layers, s.l0)  # before the training: there may be none
     kinds = [
         build(target, layers=s.layers, rules=[BatchTopK(s.trained_k)], d_dict=s.d_dict)
         for build in (transcoder_configs, clt_configs)
@@ -48,7 +50,7 @@ def main(s: Settings) -> None:
     trained = [train_coders(kind, target, tokens=s.tokens, batch=s.batch, seed=s.seed, folder=folder) for kind in kinds]
     replacements = [
         *(as_replacement(coders, top_k=k) for coders in trained for k in s.l0),
-        *spd_sweep(target, s.layers, s.l0),
+        *sweep,
         *baselines(target, s.layers, neurons=s.l0),
     ]
     measured = evaluate(target, replacements, held_out_tokens(target, s.eval_tokens), ("frozen", "free"))

@@ -21,7 +21,7 @@ from evaluation import evaluate, held_out_tokens
 from recipes import clt_configs, sae_configs, train_coders, transcoder_configs
 from spd_replacement import spd_replacements
 from spd_runs import find_spd
-from study import CoderStudySettings, run_study, write_report
+from study import CoderStudySettings, check_fits, run_study, write_report
 from target_models import load_target
 
 HERE = Path(__file__).parent
@@ -54,6 +54,8 @@ PRESETS = (
 
 def main(s: Settings) -> None:
     target = load_target(s.target, s.device)
+    check_fits(s, target)
+    spd = spd_replacements(target, find_spd(target, s.layers), s.layers) if s.spd else []  # there may be none
     kinds = ((transcoder_configs, s.top_k), (clt_configs, s.clt_top_k), (sae_configs, s.sae_top_k))
     configs = [
         config
@@ -65,7 +67,7 @@ def main(s: Settings) -> None:
     )
     replacements = [
         *as_replacements(trained),
-        *(spd_replacements(target, find_spd(target, s.layers), s.layers) if s.spd else []),
+        *spd,
         *baselines(target, s.layers, s.neurons),
     ]
     measured = evaluate(target, replacements, held_out_tokens(target, s.eval_tokens), ("frozen", "free"))

@@ -19,7 +19,7 @@ from coder_replacements import as_replacements
 from config import BatchTopK, Site
 from evaluation import Measurement, evaluate, held_out_tokens
 from recipes import sae_configs, train_coders
-from study import CoderStudySettings, run_study, write_report
+from study import CoderStudySettings, check_fits, run_study, write_report
 from target_models import at_site, load_target
 
 
@@ -45,6 +45,7 @@ affine map is fitted to MLPs alone: at the other sites what is read is what is w
 
 def main(s: Settings) -> None:
     target, folder = load_target(s.target, s.device), checkpoint_folder(s.target)
+    check_fits(s, target)
     measured = Measurement([], [])
     for site in s.sites:
         view = at_site(target, site)
