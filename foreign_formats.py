@@ -31,14 +31,15 @@ class Format(NamedTuple):
     weights: str  # pattern of the files that lie beside it
     read: Callable[[Path, Place], list[Dictionary]]  # of one folder that holds the marker
     write: Callable[[Sequence[Dictionary]], Files] | None  # None: import only
+    names_hooks: bool = False  # whether what is written names TransformerLens' hook points
 
 
 FORMATS: dict[str, Format] = {
     "upstream": Format(CONFIG, ENCODER, read_upstream, write_upstream),
-    "saelens": Format("cfg.json", "sae_weights.safetensors", read_saelens, write_saelens),
+    "saelens": Format("cfg.json", "sae_weights.safetensors", read_saelens, write_saelens, names_hooks=True),
     "sparsify": Format("cfg.json", "sae.safetensors", read_sparsify, write_sparsify),
     "dictionary_learning": Format("config.json", "ae.pt", read_dictionary_learning, write_dictionary_learning),
-    "circuit-tracer": Format("config.yaml", "*.safetensors", read_circuit_tracer, write_circuit_tracer),
+    "circuit-tracer": Format("config.yaml", "*.safetensors", read_circuit_tracer, write_circuit_tracer, True),
     "crosslayer-coding": Format("cfg.json", "*.safetensors", read_crosslayer_coding, None),
 }
 

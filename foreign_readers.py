@@ -37,6 +37,7 @@ from foreign_files import (
     check_transcoder_hooks,
     find_layer,
     find_place,
+    named_hooks,
     read_blob,
     read_layer,
     read_tensors,
@@ -231,16 +232,9 @@ def read_saelens(folder: Path, given: Place) -> list[Dictionary]:
             b_enc = b_enc + shift
             magnitude = magnitude and magnitude._replace(b=magnitude.b + magnitude.r.exp() * shift)
     part = FoldedLayer(W_enc, b_enc, W_dec, t["b_dec"], t.get("W_skip"), theta, magnitude)
-    named = named_hooks(given, read, written)
+    is_the_users_word = given.site is not None and not is_transcoder
+    named = () if is_the_users_word else named_hooks(given, read, written)
     return [Dictionary(folder.resolve().name, read_text(source, meta, "model_name"), build(config, [part]), named)]
-
-
-def named_hooks(given: Place, *hooks: str) -> tuple[str, ...]:
-    """Those that a file names, at the given layer; none where the site is given, which is the user's word."""
-    if given.site is not None:
-        return ()
-    block = r"\g<0>" if given.layer is None else f"blocks.{given.layer}"
-    return tuple(dict.fromkeys(re.sub(r"^blocks\.\d+", block, hook) for hook in hooks if hook))
 
 
 def by_decoder_norm(
@@ -457,7 +451,6 @@ def read_crosslayer_coding(folder: Path, given: Place) -> list[Dictionary]:
     blob = understood(source, read_blob(source), CROSSLAYER_CODING_KEYS)
     remedy = "its top-k spans all layers: convert it to jumprelu there"
     kind = require_one_of(source, blob, "activation_fn", allowed=("relu", "jumprelu"), remedy=remedy)
-    check_templates(source, blob)
     found = sorted([*folder.glob("clt_checkpoint_*.safetensors"), *folder.glob("model.safetensors")])
     if len(found) != 1:
         raise ValueError(f"{folder} holds {len(found)} checkpoints: keep the one to read beside cfg.json")
@@ -484,16 +477,21 @@ def read_crosslayer_coding(folder: Path, given: Place) -> list[Dictionary]:
     ]
     rule = JUMPRELU if kind == "jumprelu" else RELU
     config = CLTConfig(layers=tuple(range(n)), d_in=d, d_out=d, d_dict=f, rule=rule)
-    return [Dictionary(folder.resolve().name, read_text(source, blob, "model_name"), build(config, parts))]
+    named = tuple(template.replace("{}", str(i)) for i in range(n) for template in check_templates(source, blob))
+    return [Dictionary(folder.resolve().name, read_text(source, blob, "model_name"), build(config, parts), named)]
 
 
-def check_templates(source: Path, blob: dict[str, Any]) -> None:
-    """Raises ValueError where it was trained on other tensors than MLPs' own; module paths go before hook points' names."""
+def check_templates(source: Path, blob: dict[str, Any]) -> tuple[str, ...]:
+    """The hook points that it names, of layer {}; module paths go before them.
+
+    Raises ValueError where it was trained on other tensors than MLPs' own.
+    """
     paths = [read_text(source, blob, f"mlp_{side}_template") for side in ("input", "output")]
     if any(paths):
         if not (re.search(r"(^|[._])mlp\.input$", paths[0]) and re.search(r"(^|[._])mlp\.output$", paths[1])):
             raise ValueError(f"{source} reads {paths[0]!r} and writes {paths[1]!r}: only CLTs of MLPs fit")
-        return
+        return ()
     read, written = (read_text(source, blob, f"tl_{side}_template") for side in ("input", "output"))
     if read or written:
         check_transcoder_hooks(source, read, written, prefix=r"blocks\.(\{\})\.")
+    return tuple(filter(None, (read, written)))

@@ -8,6 +8,7 @@ Rows are added to a points.csv and its layers.csv; the table goes to standard ou
 """
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -17,7 +18,7 @@ from checkpoints import Checkpoint, TrainingRecord, check_target, load_checkpoin
 from coder_replacements import as_replacements
 from config import Site
 from evaluation import PROTOCOLS, Measurement, Protocol, evaluate, held_out_tokens
-from foreign_files import Place, same_site
+from foreign_files import Place, fitted
 from foreign_formats import import_dictionaries
 from logs import errors_in_one_line
 from pareto import markdown_table, read_layers, read_points, row_key, write_layers, write_points
@@ -42,17 +43,12 @@ def _load(reference: str, target: TargetModel, form: str, layer: int | None, sit
         loaded = [load_checkpoint(reference, str(target.device))]
     for checkpoint in loaded:
         check_target(checkpoint, target)
-        for hook in checkpoint.record.hooks:
-            if same_site(target, hook) is not None:
-                raise ValueError(
-                    f"{reference} names {hook!r}, which lacks the gain of what the MLPs read: fold it in first"
-                )
         config = checkpoint.coder.config
         if outside := [i for i in config.layers if not 0 <= i < target.n_layers]:
             raise ValueError(f"{reference} is for layer {outside[0]}: {target.name!r} has {target.n_layers} from 0 on")
         if {config.d_in, config.d_out} != {target.d_model}:
             raise ValueError(f"{reference} reads {config.d_in} dimensions: {target.name!r} has {target.d_model}")
-    return loaded
+    return [replace(c, coder=fitted(c.coder, c.record.hooks, target).to(target.device)) for c in loaded]
 
 
 def main(

@@ -40,7 +40,7 @@ import python_corpus
 from activation_store import DataConfig
 from checkpoints import CONFIG, TrainingRecord, load_checkpoint, load_spd, save_checkpoint
 from config import BatchTopK, CLTConfig, EncoderConfig, Gated, JumpReLU, Relu, SAEConfig, TopK, TrainConfig
-from foreign_files import Place
+from foreign_files import Place, hook_points
 from foreign_formats import import_dictionaries
 from interop import export, import_
 from llama_simple_mlp import LlamaSimpleMLP, LlamaSimpleMLPConfig, initialise
@@ -223,7 +223,8 @@ def material(folder: Path) -> Material:
         for layer, path in enumerate(coders[kind]):
             sizes = {"layer": layer, "d_in": 256, "d_dict": 4096, "rule": rule}
             config = SAEConfig(site="resid", **sizes) if kind == "sae" else EncoderConfig(d_out=256, **sizes)
-            save_checkpoint(Path(path), new_coder(config, 0), TrainingRecord.imported(Path(path).name, "random"))
+            record = TrainingRecord.imported(Path(path).name, "random", hook_points(config))
+            save_checkpoint(Path(path), new_coder(config, 0), record)
     export("saelens", coders["transcoder"], folder / "saelens")
     return Material(target, coders, folder / "saelens", python_corpus.environment_files()[:400])
 

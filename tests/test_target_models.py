@@ -10,11 +10,12 @@ import pytest
 import torch
 import transformers as tf
 import yaml
-from small import make_small_target, word_tokenizer
+from small import make_small_target, transcoders, word_tokenizer
 from torch import nn
 
+from config import Relu
 from devices import bf16_is_fast
-from foreign_files import same_site
+from foreign_files import fitted, same_site
 from patching import capture, kept_streams, patched, resumed
 from target_models import (
     ATTENTIONS,
@@ -188,6 +189,9 @@ def test_a_hook_counts_as_ours_where_transformer_lens_holds_our_tensor(
             scale = same_site(target, hook)
             torch.testing.assert_close(scale.gain * cache[hook] + scale.bias, own, atol=1e-4, rtol=1e-4)
             assert not torch.allclose(cache[hook], own, atol=0.01)
+            theirs = transcoders([1], Relu(0.0), skip=True)[0]
+            y_hat = fitted(theirs, [hook], target)(own[0]).y_hat
+            torch.testing.assert_close(y_hat, theirs(cache[hook][0]).y_hat, atol=1e-3, rtol=1e-3)
         else:
             assert torch.equal(cache[hook], own) and same_site(target, hook) is None
     with pytest.raises(ValueError, match="is of layer 2"):
