@@ -66,7 +66,7 @@ def train(d_dict: int, folder: Path) -> None:
         *clt_configs(target, layers=layers, rules=[BatchTopK(8)], d_dict=d_dict),
     ]
     data = DataConfig(layers=layers, batch_tokens=1024, buffer_tokens=16_384)
-    config = TrainConfig(tokens=10**9, lr=1e-3, anneal=1e-4, dead_after=100_000, checkpoint_every=100)
+    config = TrainConfig(tokens=10**9, lr=1e-3, anneal=1e-4, dead_after=20_000, checkpoint_every=100)
     train_group([new_coder(c, 0) for c in configs], target, data=data, config=config, folder=folder)
 
 

@@ -106,6 +106,33 @@ def test_sparsify_transcoders_of_before_february_2025_subtracted_b_dec(tmp_path:
     assert coder.config.kind == "transcoder"
 
 
+def test_sparsify_files_of_before_multi_topk_are_autoencoders(tmp_path: Path) -> None:
+    """That key came in August 2024, the first transcoders in November; `signed` is older than both."""
+    folder = sparsify(tmp_path, coder := sae(TOPK))
+    edit_config(folder / "cfg.json", drop=("transcode", "skip_connection", "multi_topk", "activation"), signed=False)
+    back = assert_reads_as_restated("sparsify", folder, tmp_path / "back")
+    assert back.config.kind == "sae"
+    torch.testing.assert_close(ours(back), ours(coder), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("seed", ["", "seed0"])
+@pytest.mark.parametrize(
+    ("settings", "kind"), [({}, "sae"), ({"transcode": False}, "sae"), ({"transcode": True}, "transcoder")]
+)
+def test_a_sparsify_runs_own_settings_say_whether_its_old_files_transcode(
+    tmp_path: Path, settings: dict[str, bool], kind: str, seed: str
+) -> None:
+    """They all subtract b_dec from what they read."""
+    made = sparsify(tmp_path / "made", sae(TOPK) if kind == "sae" else transcoder(TOPK))
+    edit_config(made / "cfg.json", drop=("transcode", "skip_connection"))
+    folder = shutil.copytree(made, tmp_path / "run" / made.name / seed)
+    (tmp_path / "run" / "config.json").write_text(json.dumps({"sae": {"k": 3}, "batch_size": 8} | settings))
+    assert assert_reads_as_restated("sparsify", folder, tmp_path / "back").config.kind == kind
+    (tmp_path / "run" / "config.json").write_text('{"sae": {}, "transcode": "yes"}')
+    with pytest.raises(ValueError, match="config.json: transcode is 'yes': say true or false"):
+        imported("sparsify", folder, tmp_path / "again")
+
+
 def test_sparsify_counts_32_latents_per_dimension_where_nothing_else_is_said(tmp_path: Path) -> None:
     folder = sparsify(tmp_path, sae(TOPK))
     edit_config(folder / "cfg.json", drop=("num_latents", "expansion_factor"))
@@ -174,7 +201,7 @@ SETTINGS: list[tuple[str, Callable[[Path], Path], dict[str, Any], str]] = [
     ("saelens", lambda p: saelens(p, sae(RELU)), {"d_out": D + 1}, "an SAE rebuilds what it reads"),
     ("saelens", lambda p: saelens(p, sae(RELU)), {"gain": 2.0}, "unknown key 'gain'"),
     ("sparsify", lambda p: sparsify(p, sae(TOPK)), {"signed": True}, "top k by absolute value"),
-    ("sparsify", lambda p: sparsify(p, sae(TOPK)), {"transcode": None}, "too old to say whether it transcodes"),
+    ("sparsify", lambda p: sparsify(p, sae(TOPK)), {"transcode": None}, "does not say whether it transcodes"),
     ("sparsify", lambda p: sparsify(p, sae(TOPK)), {"transcode": True}, "transcodes resid of layer 1"),
     ("sparsify", lambda p: sparsify(p, sae(TOPK)), {"n_targets": 4}, "unknown key 'n_targets'"),
     ("circuit-tracer", circuit_tracer, {"feature_input_hook": None}, "only transcoders of the MLP's own input"),
