@@ -17,7 +17,7 @@ from collections.abc import Sequence
 from typing import Any, Literal, NamedTuple
 
 import torch
-from jaxtyping import Int
+from jaxtyping import Float, Int
 from torch import Tensor
 from tqdm import tqdm
 
@@ -43,6 +43,7 @@ class Measurement(NamedTuple):
     points: list[ParetoPoint]
     layers: list[LayerPoint]  # the detail behind them
     pairs: list[PairPoint]  # differences between them
+    differences: list[Float[Tensor, "sequence"]]  # of each point: its cross-entropy less the original's, nats
 
 
 class _Run(NamedTuple):
@@ -123,7 +124,7 @@ def evaluate(
             give_back_memory()
     draws, commit = document_draws(text.documents, RESAMPLES, seed), git_commit()
     pairs = pair_points([(row.identity(target), tallies[row.run]) for row in rows], draws)
-    measured = Measurement([], [], pairs)
+    measured = Measurement([], [], pairs, [tallies[row.run].ce - original.ce for row in rows])
     for row in rows:
         identity, tally = row.identity(target), tallies[row.run]
         free = [None if r is None else tallies[_Run(r, False, row.layers)] for r in (zero, mean)]

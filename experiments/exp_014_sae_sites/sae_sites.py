@@ -45,7 +45,7 @@ affine map is fitted to MLPs alone: at the other sites what is read is what is w
 
 def main(s: Settings) -> None:
     target, folder = load_target(s.target, s.device), checkpoint_folder(s.target)
-    measured = Measurement([], [], [])
+    measured = Measurement([], [], [], [])
     for site in s.sites:
         view = at_site(target, site)
         configs = sae_configs(view, layers=s.layers, rules=[BatchTopK(k) for k in s.top_k], d_dict=s.d_dict)
