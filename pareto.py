@@ -35,7 +35,6 @@ class ParetoPoint(Identity):
     """One row of points.csv: one method at one sparsity under one protocol. None (empty) where a column is void."""
 
     tokens: int  # predicted tokens
-    documents: int | None = column("documents", default=None)  # independent ones that the tokens were cut from
     l0: float | None = column("L0")  # active parts per module
     l0_p95: float | None = column("L0 p95")  # 95th percentile over tokens, mean over modules
     l0_per_mlp: float | None = column("active per MLP")  # active parts that one replaced MLP's output is made of
@@ -62,6 +61,7 @@ class ParetoPoint(Identity):
         "‖e‖/‖y‖ p99.9", default=None
     )  # 99.9th percentile over tokens, worst replaced layer
     tail_max: float | None = column("‖e‖/‖y‖ max", default=None)
+    documents: int | None = column("documents", default=None)  # independent ones that the tokens were cut from
 
 
 @dataclass(frozen=True, kw_only=True)
