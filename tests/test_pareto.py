@@ -106,8 +106,8 @@ def test_a_column_with_a_default_may_be_absent_and_columns_stand_in_any_order(tm
     file = tmp_path / "points.csv"
     write_points(file, [point()])
     rows = [line.split(",") for line in file.read_text().splitlines()]
-    file.write_text("\n".join(",".join(reversed(row[:-2])) for row in rows) + "\n")
-    assert read_points(file) == [point(tail_p999=None, tail_max=None)]
+    file.write_text("\n".join(",".join(reversed(row[:-3])) for row in rows) + "\n")
+    assert read_points(file) == [point(tail_p999=None, tail_max=None, documents=None)]
 
 
 @given(st.lists(st.tuples(st.integers(1, 6), st.integers(1, 6)), min_size=1, max_size=12))
