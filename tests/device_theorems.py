@@ -164,7 +164,7 @@ def stepped(
     readings = []
     for batch in itertools.islice(store, 4):
         readings.append(group_step([run], batch, config=TRAIN, lr=1e-3))
-        run.coder.refresh_dead(1)
+        run.coder.count_dead(1)
         assert run.coder.n_dead >= SILENT * len(run.coder.encoders)
     return readings, run
 
@@ -190,7 +190,7 @@ def test_a_step_never_waits_for_the_device(
     store = ActivationsStore(target, DATA)
     run = enrolled(target, kind, rule, tmp_path, store)
     group_step([run], next(store), config=TRAIN, lr=1e-3)
-    run.coder.refresh_dead(1)
+    run.coder.count_dead(1)
     group_step([run], next(store), config=TRAIN, lr=1e-3)
     with waiting() as waits:
         group_step([run], next(store), config=TRAIN, lr=1e-3)
