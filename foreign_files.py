@@ -160,6 +160,7 @@ class Place(NamedTuple):
 
     layer: int | None = None
     site: Site | None = None
+    alone: bool = True  # False: one of several, whose layer must not be another than its file says
 
 
 class NoSite(ValueError):
@@ -176,10 +177,14 @@ SITE_PATTERNS: tuple[tuple[str, Site, int], ...] = (  # hook point or module pat
 
 def find_layer(source: Path, hook: str, given: Place, said: int | None = None) -> int:
     """The layer's number in a hook point or module path, or the one that the file says, unless it is given."""
-    if given.layer is not None:
-        return given.layer
     number = re.search(r"(?<![^\W_])\d+(?![^\W_])", hook)
     found = {said} - {None} | ({int(number.group())} if number else set())
+    if given.layer is not None:
+        if other := set() if given.alone else found - {given.layer}:
+            raise ValueError(
+                f"--layer {given.layer} was named, and {source} is of layer {other.pop()}: leave --layer out"
+            )
+        return given.layer
     if not found:
         raise ValueError(f"{source} does not say which layer it belongs to: name it with --layer")
     if len(found) > 1:

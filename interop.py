@@ -38,9 +38,13 @@ def is_named(checkpoint: Checkpoint) -> bool:
 
 def export_files(name: str, dictionaries: Sequence[Dictionary]) -> Files:
     """The files another library reads, with a model card; a lone dictionary needs no folder of its own."""
-    write = format_named(name).write
+    write, names = format_named(name).write, [entry.name for entry in dictionaries]
     if write is None:
         raise ValueError(f"{name} is read, not written: choose another format")
+    if not names:
+        raise ValueError("name at least one checkpoint to export")
+    if twice := {own for own in names if names.count(own) > 1}:
+        raise ValueError(f"several dictionaries are called {twice.pop()!r}, each needs a folder: export them apart")
     files = write(dictionaries)
     folders = {path.rpartition("/")[0] for path in files}
     if folders == {dictionaries[0].name}:

@@ -377,6 +377,24 @@ def test_sparsify_seeds_lie_beneath_their_hookpoint_and_the_embedding_is_passed_
     assert load_checkpoint(str(tmp_path / "back" / "layers.10.mlp" / "seed0"), "cpu").coder.config.layers == (10,)
 
 
+def test_a_layer_or_site_that_the_files_know_better_is_refused(tmp_path: Path) -> None:
+    """It would put every layer of a set in one place; of a lone dictionary it overrules what the file says."""
+    one, two = (
+        exported("saelens", tmp_path / "one", sae(RELU)),
+        exported("saelens", tmp_path / "two", sae(RELU), sae(RELU, 2)),
+    )
+    sets = circuit_tracer(tmp_path / "three")
+    (entry,) = import_dictionaries("saelens", str(one), Place(layer=5))
+    assert entry.coder.config.layers == (5,)
+    for form, source, given, says in (
+        ("saelens", two, Place(layer=2), "--layer 2 was named, and [^\n]* is of layer 1: leave --layer out"),
+        ("circuit-tracer", sets, Place(layer=1), "--layer 1 was named, and layer_0 is of layer 0: leave --layer out"),
+        ("circuit-tracer", sets, Place(site="resid"), "--site resid was named, and layer_0 is a transcoder of mlp_out"),
+    ):
+        with pytest.raises(ValueError, match=f"^{says}$"):
+            import_dictionaries(form, str(source), given)
+
+
 def test_sweeps_and_releases_lie_at_any_depth(tmp_path: Path) -> None:
     folder, run = trainer(tmp_path, sae(TOPK)), tmp_path / "run"
     for place in ("resid_post_layer_1/trainer_0", "resid_post_layer_1/trainer_1", ".cache/trainer_0"):

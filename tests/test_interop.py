@@ -465,6 +465,15 @@ def test_of_several_dictionaries_all_are_written_or_none(
     assert len(calls) == 3 and not (tmp_path / "back").exists() and not (tmp_path / "again" / "sparsify").exists()
 
 
+def test_what_is_exported_is_something_and_has_names_of_its_own(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="^name at least one checkpoint to export$"):
+        interop.export("saelens", (), tmp_path / "none")
+    same = [save(tmp_path / str(i), transcoder(TopK(3), layer=i)) for i in range(2)]
+    with pytest.raises(ValueError, match="^several dictionaries are called 'coder', each needs a folder"):
+        interop.export("upstream", tuple(same), tmp_path / "same")
+    assert not (tmp_path / "none").exists() and not (tmp_path / "same").exists()
+
+
 def test_a_transcoder_without_a_layer_asks_for_it(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="--layer"):
         imported("upstream", upstream_folder(tmp_path / "made"), tmp_path / "back")

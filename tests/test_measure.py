@@ -277,6 +277,28 @@ def test_what_does_not_fit_is_refused_in_one_line(
     assert not (tmp_path / "points.csv").exists()
 
 
+def test_what_cannot_be_meant_is_refused_before_anything_is_loaded(
+    checkpoints: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(measure, "load_target", None)
+    (tmp_path / "other.csv").write_text("a,b\n1,2\n")
+    plt = checkpoints["plt0"]
+    for names, options, says in (
+        ((plt, plt), {}, "was named 2 times"), ((plt,), {"layer": 1}, "--layer and --site are of foreign dictionaries"),
+        ((plt,), {"site": "resid"}, "--layer and --site are of foreign dictionaries"),
+        ((plt,), {"top_k": (4, 0)}, "--top-k 0: a token needs"), ((plt,), {"points": tmp_path}, "is a folder: name a file in it"),
+        ((plt,), {"points": tmp_path / "other.csv"}, "column 'a' of a ParetoPoint is unknown"),
+    ):  # fmt: skip
+        with pytest.raises(ValueError, match=says):
+            measure.main(names, **{"points": tmp_path / "points.csv"} | options)
+
+
+def test_a_protocol_named_twice_is_measured_once(checkpoints: dict[str, str], tmp_path: Path) -> None:
+    points = tmp_path / "points.csv"
+    measure.main((checkpoints["plt0"],), tokens=320, protocols=("free", "free"), points=points)
+    assert [p.method for p in read_points(points)] == ["transcoder", "affine", "identity", "zero", "mean"]
+
+
 def test_the_command_line_says_one_line_and_fails() -> None:
     with pytest.raises(ValueError, match=r"^unknown target 'nonesuch': use one of [^\n]*$"):
         measure.command_line(["nowhere", "--target", "nonesuch"])

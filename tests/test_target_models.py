@@ -234,6 +234,25 @@ def test_a_block_that_uses_its_mlp_otherwise_is_refused(small_target: TargetMode
         make_target("broken", Loaded(small_target.model, word_tokenizer(), 16, DatasetSpec("python")), "cpu")
 
 
+@pytest.mark.parametrize(
+    ("runs", "says"), [(2, "runs its 2 blocks more than once each"), (0.5, "ran 1 of its 2 blocks")]
+)
+def test_a_model_that_does_not_run_its_blocks_once_each_is_refused(
+    small_target: TargetModel, runs: float, says: str
+) -> None:
+    model = small_target.model
+
+    def forward(tokens: torch.Tensor) -> tuple[torch.Tensor, None]:
+        h = model.wte(tokens)
+        for block in (*model.h, *model.h) if runs == 2 else model.h[:1]:
+            h = block(h)
+        return model.lm_head(model.ln_f(h)), None
+
+    model.forward = forward
+    with pytest.raises(ValueError, match=f"^the model {says}[^\n]*: its layout is not supported$"):
+        make_target("looped", Loaded(model, word_tokenizer(), 16, DatasetSpec("python")), "cpu")
+
+
 def test_two_weights_exchanged_change_the_fingerprint_and_threads_do_not(small_target: TargetModel) -> None:
     model, weight = small_target.model, small_target.model.h[1].mlp.c_fc.weight
     before, threads = weights_fingerprint(model), torch.get_num_threads()
@@ -444,6 +463,9 @@ def test_blocks_of_an_unknown_layout_are_refused_in_one_line(tmp_path: Path) -> 
 def test_bad_names_are_refused_in_one_line() -> None:
     with pytest.raises(ValueError, match="unknown target 'nothing'.*tiny"):
         load_target("nothing", "cpu")
+    for device in ("banana", "cpu:3", "cuda:first", ""):
+        with pytest.raises(ValueError, match=f"^unknown device '{device}': use cpu, cuda or cuda:NUMBER$"):
+            load_target("tiny", device)
     if not torch.cuda.is_available():
         with pytest.raises(ValueError, match="no CUDA device.*--device cpu"):
             load_target("tiny", "cuda")
