@@ -58,7 +58,7 @@ from sparse_ops import Layout
 from spd_training import SPDTrainer, train_spd
 from target_models import ASSETS, Loaded, TargetModel, load_target, load_tokenizer, make_target
 from token_stream import DatasetSpec, TokenStream
-from training import dead_after, default_learning_rate, train_group
+from training import dead_after, train_group
 
 HERE = Path(__file__).parent
 ROW = 2**12  # tokens that are written at a time
@@ -259,7 +259,6 @@ def training(bench: Bench) -> None:
             data = replace(data, buffer_tokens=256, model_batch=4) if bench.mini else data
             train = TrainConfig(
                 tokens=tokens,
-                lr=default_learning_rate(tokens, size.d_dict),
                 dead_after=dead_after(tokens),
                 calibration_tokens=size.batch,
             )

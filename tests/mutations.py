@@ -90,7 +90,7 @@ CODERS = [
     Mutation("no step", "training.py", "    optimiser.step()\n", "", f"{STEP}[transcoder-relu]"),
     Mutation("Adam's betas not those asked for", "training.py", "betas=config.betas, ", "", f"{STEP}[transcoder-relu]"),
     Mutation("rate given, not used", "training.py", 'group["lr"] = lr\n', "pass\n", f"{STEP}[transcoder-relu]"),
-    Mutation("rate not scheduled", "training.py", "lr=config.lr * schedule(step, self.steps, config)", "lr=config.lr", RATES),
+    Mutation("rate not scheduled", "training.py", "factor=schedule(step, self.steps, config)", "factor=1.0", RATES),
     Mutation("k not annealed", "training.py", "run.coder.set_k(annealed_k(", "(annealed_k(", RATES),
     Mutation("not calibrated", "training.py", "    _side_by_side(calibrate, runs, store.target.device)\n", "", LATER),
     Mutation(
