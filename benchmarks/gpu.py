@@ -373,13 +373,13 @@ def prepare(folder: Path, n_tokens: int, text: DatasetSpec, tokenizer: PreTraine
     """train.npy, and val.npy of a twentieth: the packed streams of a text, two bytes a token."""
     folder.mkdir(parents=True, exist_ok=True)
     assert len(tokenizer) <= 2**16, f"{len(tokenizer)} tokens do not fit into two bytes"
-    for split, n in (("train", n_tokens), ("val", n_tokens // 20)):
+    for name, split, n in (("train", "train", n_tokens), ("val", "test", n_tokens // 20)):
         stream, pieces = TokenStream(text, tokenizer, split, 1, ROW), []  # type: ignore[arg-type]
-        with tqdm(total=n, desc=split, unit="token", unit_scale=True) as bar:
+        with tqdm(total=n, desc=name, unit="token", unit_scale=True) as bar:
             for row in itertools.islice(stream, -(-n // ROW)):
                 pieces.append(row[0].numpy().astype(np.uint16))
                 bar.update(ROW)
-        with atomic_path(folder / f"{split}.npy") as temporary, temporary.open("wb") as file:
+        with atomic_path(folder / f"{name}.npy") as temporary, temporary.open("wb") as file:
             np.save(file, np.concatenate(pieces))
     print(f"{folder}: " + ", ".join(f"{file.name} {file.stat().st_size:,} bytes" for file in folder.glob("*.npy")))
 

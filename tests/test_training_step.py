@@ -31,6 +31,7 @@ from replacement import Origin
 from sae import build_sae
 from sparse_ops import to_dense
 from target_models import TargetModel
+from token_stream import each_by_itself
 from training import CoderRun, start_run, train_encoder, train_group, training_step
 from transcoder import build_transcoder
 
@@ -347,5 +348,5 @@ def test_latents_silent_at_the_end_of_training_are_the_tables_dead() -> None:
     for coder, silent in zip(coders, (8, 24)):
         coder.encoder.tokens_since_fired[:silent] = 1_000_000
     replacement = TranscoderReplacement(coders, origin=Origin(train_tokens=2_000_000))
-    (point,) = evaluate(make_tiny(2), [replacement], some_tokens(), ["free"]).points
+    (point,) = evaluate(make_tiny(2), [replacement], each_by_itself(some_tokens()), ["free"]).points
     assert point.dead == pytest.approx((8 + 24) / (2 * F))
