@@ -7,6 +7,7 @@ all latents: the same function of a token. A format that cannot say what a coder
 from collections.abc import Sequence
 
 import torch
+from einops import rearrange
 
 from checkpoints import CONFIG, ENCODER
 from config import (
@@ -80,11 +81,11 @@ def write_upstream(dictionaries: Sequence[Dictionary]) -> Files:
         state: Tensors = {}
         for i, part in enumerate(parts):
             at = f".{i}" if is_clt else ""
-            W_dec = part.W_dec.view(f, n - i, -1).transpose(0, 1) if is_clt else part.W_dec
+            by_target = rearrange(part.W_dec, "d_dict (target d_out) -> target d_dict d_out", target=n - i)
             state |= {
                 f"W_enc{at}": part.W_enc.T,
                 f"b_enc{at}": part.b_enc,
-                f"W_dec{at}": W_dec,
+                f"W_dec{at}": by_target if is_clt else part.W_dec,
                 f"b_dec{at}": part.b_dec,
             }
             state |= {} if part.theta is None else {upstream_log_threshold(at): log_threshold(part.theta)}
@@ -201,8 +202,8 @@ def write_circuit_tracer(dictionaries: Sequence[Dictionary]) -> Files:
             at, theta = (f"_{i}", f"threshold_{i}") if is_clt else ("", "activation_function.threshold")
             state = {f"W_enc{at}": part.W_enc, f"b_enc{at}": part.b_enc, f"b_dec{at}": part.b_dec}
             state |= without_none({theta: part.theta, "W_skip": part.W_skip})
-            shape = (len(part.W_dec), -1, entry.coder.config.d_out) if is_clt else part.W_dec.shape
-            W_dec = {f"W_dec{at}": part.W_dec.view(shape)}
+            by_target, d_out = "d_dict (target d_out) -> d_dict target d_out", entry.coder.config.d_out
+            W_dec = {f"W_dec{at}": rearrange(part.W_dec, by_target, d_out=d_out) if is_clt else part.W_dec}
             named = {f"W_enc_{i}": state, f"W_dec_{i}": W_dec} if is_clt else {f"layer_{i}": state | W_dec}
             files |= {f"{name}.safetensors": tensors for name, tensors in named.items()}
     kind = "cross_layer_transcoder" if is_clt else "transcoder_set"
