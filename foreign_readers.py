@@ -477,9 +477,7 @@ def read_crosslayer_coding(folder: Path, given: Place) -> list[Dictionary]:
         FoldedLayer(
             t[encoder.format(i, "weight")],
             t[encoder.format(i, "bias_param")],
-            rearrange(
-                [t[decoder.format(i, j, "weight")] for j in range(i, n)], "target d_out d_dict -> d_dict (target d_out)"
-            ),
+            torch.cat([t[decoder.format(i, j, "weight")].T for j in range(i, n)], dim=1),
             torch.stack([t.get(decoder.format(j, i, "bias_param"), torch.zeros(d)) for j in range(i + 1)]).sum(0),
             theta=t["theta_manager.log_threshold"][i].exp() if kind == "jumprelu" else None,
         )
