@@ -8,7 +8,7 @@ from pathlib import Path
 
 from evaluation import Measurement
 from logs import errors_in_one_line, write_settings
-from pareto import ParetoPoint, markdown_table, read_points, write_layers, write_points
+from pareto import ParetoPoint, markdown_table, read_points, write_layers, write_pairs, write_points
 from pareto_figure import draw
 
 SUMMARY = ("method", "k", "l0", "ce_degradation", "active_params")
@@ -43,10 +43,11 @@ class Report:
     text: str
 
     def write(self, s: StudySettings, measured: Measurement) -> None:
-        """points.csv, layers.csv and settings.json, then what is drawn from them; prints a short table."""
+        """points.csv, layers.csv, pairs.csv and settings.json, then what is drawn from them; prints a short table."""
         s.output.mkdir(parents=True, exist_ok=True)
         write_points(s.output / "points.csv", measured.points)
         write_layers(s.output / "layers.csv", measured.layers)
+        write_pairs(s.output / "pairs.csv", measured.pairs)
         write_settings(s.output, s, s.device)
         self.redraw(s.output)
 
