@@ -53,7 +53,7 @@ def run_of(kind: str, rule: Rule, d_dict: int = F) -> CoderRun:
     stats = coder.stats_of(ActivationStats(x.mean(1), x_scale, y.mean(1), y_scale, variance, 4096), rows)
     coder.initialise(stats)
     optimiser = torch.optim.Adam(coder.parameters(), lr=0.0, fused=True)
-    return CoderRun("", coder.train(), rows, coder.variance(stats), optimiser, None)  # type: ignore[arg-type]
+    return CoderRun("", coder.train(), rows, coder.variance(stats), optimiser, None, 1e-2)  # type: ignore[arg-type]
 
 
 @torch.no_grad()
