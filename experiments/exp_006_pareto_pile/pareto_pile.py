@@ -34,7 +34,7 @@ class Settings(CoderStudySettings):
 
 PRESETS = (
     Settings(),
-    Settings(target="tiny", layer=3, d_dict=1536, tokens=1_000_000, batch=2048, eval_tokens=102_400, device="cpu"),
+    Settings(target="tiny", layer=3, d_dict=1536, tokens=1_000_000, batch=2048, eval_tokens=61_440, device="cpu"),
 )
 REPORT = Report("One MLP of the primary target", __doc__)
 

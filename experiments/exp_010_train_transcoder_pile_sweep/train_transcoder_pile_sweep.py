@@ -37,7 +37,7 @@ class Settings(CoderStudySettings):
 PRESETS = (
     Settings(),
     Settings(
-        target="tiny", d_dict=1536, tokens=1_000_000, batch=2048, eval_tokens=102_400, devices=("cpu",), device="cpu"
+        target="tiny", d_dict=1536, tokens=1_000_000, batch=2048, eval_tokens=61_440, devices=("cpu",), device="cpu"
     ),
 )
 

@@ -42,7 +42,7 @@ class Settings(CoderStudySettings):
 PRESETS = (
     Settings(),
     Settings(
-        target="tiny", clt_top_k=(8, 16), d_dict=1536, tokens=1_000_000, batch=2048, eval_tokens=102_400, device="cpu"
+        target="tiny", clt_top_k=(8, 16), d_dict=1536, tokens=1_000_000, batch=2048, eval_tokens=61_440, device="cpu"
     ),
     Settings(
         target="smollm2", layers=(8, 9, 10), top_k=(16, 32, 64), clt_top_k=(32,), sae_top_k=(32,), neurons=(64, 256),
