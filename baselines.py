@@ -1,33 +1,35 @@
 """Baselines that need no dictionary: an MLP's own neurons, its best affine map, and mean, zero or no ablation.
 
-    neurons    ŷ = Σ_{k largest |h_j| ‖W_out j‖} h_j W_out j + b
+    neurons    ŷ = Σ_{k largest |h_j| ‖W_out j‖} h_j W_out j + b;   neurons-joint: k on average, by one threshold (joint.py)
     affine     ŷ = W x + b,   argmin Σ‖W x + b − y‖² over training tokens
     mean       ŷ = E y over training tokens;   zero   ŷ = 0;   identity   ŷ = y
 
 x is the MLP's input, y its output and h its hidden activation, of one token.
 """
 
+import copy
 import functools
 import itertools
 from abc import abstractmethod
-from collections.abc import Callable, Iterable, Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import NamedTuple, Self
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 from activation_store import ActivationsStore, DataConfig
+from joint import jointly
 from patching import Captured
-from replacement import UNKNOWN, Coded, CodedPass, Origin, PartGroup, Pass, Replacement, by_token
-from sparse_ops import Codes, Layout, decode
+from replacement import UNKNOWN, Coded, CodedPass, Origin, PartGroup, Pass, Replacement, by_token, jointly_named
+from sparse_ops import Codes, decode, from_dense
 from target_models import TargetModel
 
 BASELINE_TOKENS = 131_072  # training tokens that fit the affine maps and the means
 
 
 class NeuronsReplacement(Coded):
-    """The MLP's own neurons: of each token, the k that contribute most, |h| · ‖W_out‖."""
+    """The MLP's own neurons: of each token, the k that contribute most, |h| · ‖W_out‖, or all whose |h| exceeds their `least`."""
 
     part_name = "neurons"
 
@@ -35,6 +37,7 @@ class NeuronsReplacement(Coded):
         if not 1 <= k <= target.d_mlp:
             raise ValueError(f"k={k} neurons: {target.name} has {target.d_mlp} in a layer, choose 1 to that")
         self.method, self.layers, self.k, self.target = "neurons", tuple(layers), k, target
+        self.least: Mapping[int, Float[Tensor, "neuron"]] | None = None
         self.W_out = {layer: target.down_weight(layer).T.float() for layer in self.layers}  # neuron, d_out
         origin = torch.zeros(1, target.d_model, device=target.device, dtype=next(target.model.parameters()).dtype)
         with torch.inference_mode():  # the MLP's output bias, told without knowing its architecture
@@ -45,9 +48,21 @@ class NeuronsReplacement(Coded):
 
     def encode(self, layer: int, x: Tensor, y: Tensor) -> Codes:
         h = self.target.hidden(layer, x.to(self.target.down_weight(layer).dtype)).float()
-        cols = (h.abs() * self.W_out[layer].norm(dim=1)).topk(self.k, dim=1).indices.sort(dim=1).values
-        rows = torch.arange(len(h), device=h.device).repeat_interleave(self.k, output_size=len(h) * self.k)
-        return Codes(h.gather(1, cols).flatten(), Layout(rows, cols.flatten(), *h.shape))
+        active = self._largest(layer, h) if self.least is None else h.abs() > self.least[layer]
+        return from_dense(torch.where(active, h, 0.0), active)
+
+    def _largest(self, layer: int, h: Float[Tensor, "token neuron"]) -> Bool[Tensor, "token neuron"]:
+        """The k of each token that contribute most."""
+        largest = (h.abs() * self.W_out[layer].norm(dim=1)).topk(self.k, dim=1).indices
+        return torch.zeros_like(h, dtype=torch.bool).scatter(1, largest, True)
+
+    def with_least(self, least: Mapping[int, Float[Tensor, "neuron"]]) -> Self:
+        view = copy.copy(self)
+        view.method, view.least = jointly_named(self.method), least
+        return view
+
+    def sizes(self, layer: int, weights: Mapping[int, float]) -> Float[Tensor, "neuron"]:
+        return weights[layer] ** 0.5 * self.W_out[layer].norm(dim=1)
 
     def write(self, pass_: CodedPass, layer: int, x: Tensor, y: Tensor) -> Tensor:
         return decode(pass_.encode(layer, x, y), self.W_out[layer]) + self.bias[layer]
@@ -173,7 +188,8 @@ class MeanReplacement(_Baseline):
 
 
 def baselines(target: TargetModel, layers: Sequence[int], neurons: Sequence[int]) -> list[Replacement]:
-    """Neurons at each k, the least-squares affine map, and identity, zero and mean ablation; the last three at any site."""
+    """Neurons at each k, an equal one in every layer and by one threshold over all layers; the least-squares affine map; and
+    identity, zero and mean ablation, the last three at any site."""
     data = DataConfig(layers=tuple(layers), batch_tokens=8192, buffer_tokens=16_384, model_batch=32)
     store = ActivationsStore(target, data)
     batches = itertools.islice(store, max(1, BASELINE_TOKENS // data.batch_tokens))
@@ -181,4 +197,5 @@ def baselines(target: TargetModel, layers: Sequence[int], neurons: Sequence[int]
     ablations = [IdentityReplacement(layers), ZeroReplacement(layers), MeanReplacement(layers, maps.y_mean)]
     if target.site != "mlp_out":  # x is y there: nothing to map, and no neurons
         return ablations
-    return [*(NeuronsReplacement(target, layers, k) for k in neurons), AffineReplacement(layers, maps), *ablations]
+    equal = [NeuronsReplacement(target, layers, k) for k in neurons]
+    return [*equal, *jointly(target, equal), AffineReplacement(layers, maps), *ablations]

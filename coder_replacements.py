@@ -10,9 +10,12 @@ sparsity rule.
 
 import copy
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import chain
+from typing import Any, Self
 
+import torch
+from jaxtyping import Float
 from torch import Tensor
 
 from checkpoints import Checkpoint
@@ -20,7 +23,7 @@ from clt import CrossLayerTranscoder
 from coder import Coder, LayerCoder
 from config import CLTConfig, CoderConfig, EncoderConfig, SAEConfig
 from logs import REPOSITORY
-from replacement import UNKNOWN, Coded, CodedPass, Origin, PartGroup, method_name
+from replacement import UNKNOWN, Coded, CodedPass, Origin, PartGroup, jointly_named, method_name
 from sae import BaseAutoencoder
 from sparse_ops import Codes
 from sparsity import SparseEncoder
@@ -32,11 +35,16 @@ def deployed[K: Coder](coder: K, top_k: int | None) -> K:
 
     The view's codes are then the top_k largest positive pre-activations of each token, whatever the threshold.
     """
+    return _view(coder, lambda _, encoder: encoder if top_k is None else encoder.with_top_k(top_k))
+
+
+def _view[K: Coder](coder: K, swapped: Callable[[int, SparseEncoder[Any]], SparseEncoder[Any]]) -> K:
+    """The coder in eval mode, sharing its tensors, with swapped(i, encoder) in place of the encoder of its i-th layer."""
     shared = {id(t): t for t in chain(coder.parameters(), coder.buffers())}
     view = copy.deepcopy(coder, shared).eval()
     encoders = [(path, module) for path, module in view.named_modules() if isinstance(module, SparseEncoder)]
-    for path, encoder in encoders if top_k is not None else ():
-        view.set_submodule(path, encoder.with_top_k(top_k))
+    for i, (path, encoder) in enumerate(encoders):
+        view.set_submodule(path, swapped(i, encoder))
     return view
 
 
@@ -62,6 +70,16 @@ def by_layer[K: LayerCoder](coders: Iterable[K]) -> dict[int, K]:
 
 class _PerLayer[K: LayerCoder](Coded):
     """One coder per layer."""
+
+    def with_least(self, least: Mapping[int, Float[Tensor, "part"]]) -> Self:
+        view = copy.copy(self)
+        view.method = jointly_named(self.method)
+        view.coders = {i: _view(own, lambda _, e, i=i: e.with_least(least[i])) for i, own in self.coders.items()}
+        return view
+
+    def sizes(self, layer: int, weights: Mapping[int, float]) -> Float[Tensor, "part"]:
+        coder = self.coders[layer]
+        return (weights[layer] ** 0.5 * coder.W_dec.norm(dim=1) / coder.y_scale).detach()
 
     def __init__(self, method: str, coders: Iterable[K], top_k: int | None, variant: str, origin: Origin) -> None:
         originals = by_layer(coders)
@@ -141,6 +159,18 @@ class CLTReplacement(Coded):
         self.k = _common_k([coder], top_k)
         self.origin = origin
         self.coder = deployed(coder, top_k)
+
+    def with_least(self, least: Mapping[int, Float[Tensor, "part"]]) -> Self:
+        view = copy.copy(self)
+        view.method = jointly_named(self.method)
+        view.coder = _view(self.coder, lambda i, encoder: encoder.with_least(least[self.layers[i]]))
+        return view
+
+    def sizes(self, layer: int, weights: Mapping[int, float]) -> Float[Tensor, "part"]:
+        coder, i = self.coder, self.layers.index(layer)
+        written = coder.W_dec[i].view(coder.config.d_dict, -1, coder.config.d_out) / coder.y_scale[i:, None]
+        each = torch.tensor([weights[target] for target in self.layers[i:]], device=written.device)
+        return (written.square().sum(-1) @ each).sqrt().detach()
 
     def gate_parameters(self, layers: Sequence[int]) -> int:
         """Of every layer that writes to one of `layers`."""

@@ -217,7 +217,14 @@ def point(
         commit=commit,
         tail_p999=_or_void(max, [e.tail_p999 for e in errors]),
         tail_max=_or_void(max, [e.tail_max for e in errors]),
+        l0_by_layer=_by_layer(l0) if sparse else None,
     )
+
+
+def _by_layer(l0: dict[tuple[int, str], float]) -> tuple[float, ...]:
+    """The mean over each layer's part groups."""
+    layers = dict.fromkeys(layer for layer, _ in l0)
+    return tuple(average([value for (own, _), value in l0.items() if own == layer]) for layer in layers)
 
 
 def _bits(l0: dict[tuple[int, str], float], firing: dict[tuple[int, str], Float[Tensor, "part"]]) -> float:

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import UnionType
-from typing import Any, get_args, get_type_hints
+from typing import Any, get_args, get_origin, get_type_hints
 
 from logs import read_csv, write_csv
 
@@ -61,6 +61,7 @@ class ParetoPoint(Identity):
         "‖e‖/‖y‖ p99.9", default=None
     )  # 99.9th percentile over tokens, worst replaced layer
     tail_max: float | None = column("‖e‖/‖y‖ max", default=None)
+    l0_by_layer: tuple[float, ...] | None = column("L0 by layer", default=None)  # mean over a layer's modules
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -92,8 +93,8 @@ def _parser(hint: Any) -> Callable[[str], Any]:
     if isinstance(hint, UnionType):
         inner = _parser(next(arg for arg in get_args(hint) if arg is not type(None)))
         return lambda text: None if text == "" else inner(text)
-    if hint == tuple[int, ...]:
-        return lambda text: tuple(int(part) for part in text.split())
+    if get_origin(hint) is tuple:
+        return lambda text: tuple(get_args(hint)[0](part) for part in text.split())
     return hint  # type: ignore[no-any-return]
 
 
@@ -141,7 +142,7 @@ def read_layers(path: Path) -> list[LayerPoint]:
 
 # ------------------------------------------------------------------------------------------------------------ table
 
-TABLE = ("method", "k", "protocol", "layers", "l0", "l0_per_mlp", "active_params", "bits_per_token", "ce_degradation",
+TABLE = ("method", "k", "protocol", "layers", "l0", "l0_by_layer", "l0_per_mlp", "active_params", "bits_per_token", "ce_degradation",
          "ce_recovered_mean", "kl", "fvu", "dead", "train_tokens", "gate_params")  # fmt: skip
 HEADINGS = {f.name: f.metadata["heading"] for f in dataclasses.fields(ParetoPoint) if f.metadata}
 
@@ -165,4 +166,6 @@ def _cell(point: ParetoPoint, column: str) -> str:
         return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.1f}" if abs(value) >= 10 else f"{value:.3f}"
     if isinstance(value, int):
         return f"{value:,}" if abs(value) >= 10_000 else str(value)
+    if column == "l0_by_layer" and value is not None:
+        return " ".join(f"{part:.1f}" for part in value)
     return _text(value)

@@ -30,7 +30,7 @@ STYLES = {
     "sae": Style("#CC79A7", "D", (0, (1.5, 1.2))),
     "neurons": Style("#333333", "P", (0, (3, 1.5, 1, 1.5, 1, 1.5))),
 }
-FILLS = {"": "full", "topk": "none", "skip": "bottom", "delta": "left", "c_fc-topk": "top", "down_proj-topk": "bottom"}
+FILLS = {"": "full", "topk": "none", "joint": "top", "skip": "bottom", "delta": "left", "c_fc-topk": "top", "down_proj-topk": "bottom"}
 BASELINES = ("affine", "mean", "zero")  # horizontal lines; identity is ΔCE = 0, below any log axis
 AXES = {
     "l0": "active parts per module",

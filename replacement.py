@@ -17,7 +17,7 @@ The first position of a sequence is left to the model by `replaced_logits`: code
 import functools
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from typing import ClassVar, NamedTuple
+from typing import ClassVar, NamedTuple, Self
 
 import torch
 from jaxtyping import Float, Int
@@ -143,6 +143,14 @@ class Coded(Replacement):
     ) -> Float[Tensor, "token d_out"]:
         """What stands in place of y, from the codes that `pass_.encode` gives."""
 
+    @abstractmethod
+    def with_least(self, least: Mapping[int, Float[Tensor, "part"]]) -> Self:
+        """The same, but that a part is active where its value's size exceeds its own `least[layer]`, whatever was asked for."""
+
+    @abstractmethod
+    def sizes(self, layer: int, weights: Mapping[int, float]) -> Float[Tensor, "part"]:
+        """√(Σ_j weights[j] ‖w_j‖²) of each part of `layer`, where w_j is what a unit of it writes to layer j."""
+
     def begin(self) -> "CodedPass":
         """A pass whose codes follow the running stream: all that `free` needs."""
         return CodedPass(self, None)
@@ -220,3 +228,8 @@ def replaced_logits(
 def method_name(method: str, top_k: int | None, variant: str) -> str:
     """The method, its variant, and -topk where the sparsity is not the trained one."""
     return "-".join(filter(None, [method, variant, "topk" if top_k is not None else ""]))
+
+
+def jointly_named(method: str) -> str:
+    """The name of a method where one threshold over all layers says what is active."""
+    return f"{method.removesuffix('-topk')}-joint"

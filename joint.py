@@ -1,0 +1,118 @@
+"""One threshold over all layers in place of a number of parts for each: what is active where it matters most.
+
+    part i of layer l is active   ⟺   |a_i| s_i > θ,      s_i² = Σ_j λ_j ‖what a unit of it writes to layer j‖²
+    λ_j = KL(original ‖ MLP j alone replaced) / E‖y_j − ŷ_j‖²
+
+Where errors are small and have nothing to do with each other, a model that loses e_j of what its MLP j writes loses
+Σ_j λ_j E‖e_j‖² nats. Of all parts on a token, one that is left out adds (a_i s_i)² to that, whatever its layer: so those are
+left out that add least, and layers and tokens share a mean k as they need it. λ is measured with the replacement's own
+errors at an equal k in every layer; λ and θ are set on text that is neither measured nor trained on.
+"""
+
+from collections.abc import Iterable, Mapping, Sequence
+from itertools import islice
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+from tqdm import tqdm
+
+from devices import give_back_memory
+from losses import Original, sequence_losses
+from patching import Captured, MLPFunction, patched
+from replacement import Coded, replaced_logits
+from sparse_ops import Codes
+from target_models import TargetModel
+from token_stream import TokenStream
+
+TUNING_TOKENS = 8192
+LOGITS = 2**24  # of a batch: bounds the memory of large vocabularies
+
+
+def tuning_batches(target: TargetModel) -> list[Int[Tensor, "batch seq"]]:
+    """Text that thresholds are set on."""
+    batch = max(1, min(16, LOGITS // (target.context * target.vocab_size)))
+    stream = TokenStream(target.data, target.tokenizer, "train", batch, target.context, vocab_size=target.vocab_size)
+    return [rows.to(target.device) for rows in islice(stream, max(1, TUNING_TOKENS // (batch * target.context)))]
+
+
+@torch.inference_mode()
+def jointly(
+    target: TargetModel, replacements: Sequence[Coded], batches: Sequence[Int[Tensor, "batch seq"]] | None = None
+) -> list[Coded]:
+    """Each replacement that has a k, with one threshold over all its layers under which k parts of a layer are active on average.
+
+    `batches` of tokens (None: of the target's tuning text) decide the layers' weights and the threshold.
+    """
+    batches = tuning_batches(target) if batches is None else batches
+    counted = [replacement for replacement in replacements if replacement.k is not None]
+    shown = tqdm(counted, desc="thresholds over layers", unit="method", mininterval=1.0)
+    return [_jointly(target, replacement, batches) for replacement in shown]
+
+
+def _jointly(target: TargetModel, replacement: Coded, batches: Sequence[Int[Tensor, "batch seq"]]) -> Coded:
+    weights = layer_weights(target, replacement, batches)
+    sizes = {layer: replacement.sizes(layer, weights) for layer in replacement.layers}
+    theta = threshold(target, replacement, sizes, batches)
+    return replacement.with_least({layer: theta / size for layer, size in sizes.items()})
+
+
+def layer_weights(
+    target: TargetModel, replacement: Coded, batches: Iterable[Int[Tensor, "batch seq"]]
+) -> dict[int, float]:
+    """λ of each layer: nats by which the output moves for each unit of squared error in what its MLP writes."""
+    kl, squared = dict.fromkeys(replacement.layers, 0.0), dict.fromkeys(replacement.layers, 0.0)
+    for tokens in batches:
+        logits, captured = clean_pass(target, tokens, replacement.layers)
+        original, pass_ = Original.of(logits, tokens), replacement.frozen(captured)
+
+        def observe(layer: int, y_hat: Tensor, captured: Captured = captured) -> None:
+            y = captured.outputs[replacement.layers.index(layer)]
+            squared[layer] += (y_hat - y)[:, 1:].float().square().sum(dtype=torch.float64).item()
+
+        for layer in replacement.layers:
+            q = replaced_logits(target, tokens, pass_, [layer], observe)
+            kl[layer] += sequence_losses(original, q, tokens)[1].sum().item() * (tokens.shape[1] - 1)
+        give_back_memory()
+    return {layer: max(kl[layer], 0.0) / max(squared[layer], 1e-30) for layer in replacement.layers}
+
+
+def clean_pass(
+    target: TargetModel, tokens: Int[Tensor, "batch seq"], layers: Sequence[int]
+) -> tuple[Float[Tensor, "batch seq vocab"], Captured]:
+    """Logits of the original model, and what the MLPs of `layers` were given and wrote."""
+    seen: dict[int, tuple[Tensor, Tensor]] = {}
+
+    def keep(layer: int) -> MLPFunction:
+        def note(x: Tensor, y: Tensor) -> Tensor:
+            seen[layer] = (x, y)
+            return y
+
+        return note
+
+    with patched(target, {layer: keep(layer) for layer in layers}):
+        logits = target.logits(tokens)
+    return logits, Captured(*(torch.stack([seen[layer][side] for layer in layers]) for side in range(2)))
+
+
+def threshold(
+    target: TargetModel, replacement: Coded, sizes: Mapping[int, Float[Tensor, "part"]],
+    batches: Iterable[Int[Tensor, "batch seq"]],
+) -> Float[Tensor, ""]:  # fmt: skip
+    """θ that the scores |a| s of k parts per token and layer exceed; first positions are left out."""
+    everything = replacement.with_least({layer: torch.zeros_like(size) for layer, size in sizes.items()})
+    n, largest = 0, []
+    for tokens in batches:
+        pass_ = everything.frozen(clean_pass(target, tokens, replacement.layers)[1])
+        scores = torch.cat([_counted(pass_.encode(i), tokens.shape[1], size) for i, size in sizes.items()])
+        wanted = replacement.k * len(sizes) * len(tokens) * (tokens.shape[1] - 1)
+        largest.append(scores.topk(min(2 * wanted, len(scores))).values)  # a batch may hold more than its share
+        n += wanted
+        give_back_memory()
+    found = torch.cat(largest)
+    return found.topk(min(n, len(found))).values[-1]
+
+
+def _counted(codes: Codes, seq: int, size: Float[Tensor, "part"]) -> Float[Tensor, "active"]:
+    """|a| s of the entries that are not of a sequence's first position."""
+    return (codes.values.abs() * size[codes.cols])[codes.rows % seq != 0]
