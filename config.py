@@ -184,7 +184,7 @@ class TrainConfig:
     decay: float = 0.2  # fraction of the steps, at the end, in which it falls linearly to zero
     anneal: float = 0.1  # fraction of the steps in which k falls from 4k to k
     max_grad_norm: float = 1.0  # each coder's gradient is clipped to this norm
-    aux: float = 1 / 32  # coefficient of the AuxK loss
+    aux: float = 1.0  # coefficient of the AuxK loss; at 1 a dead latent is taught as hard as a live one
     dead_after: int = 10_000_000  # a latent is dead after being silent for this many tokens
     betas: tuple[float, float] = (0.9, 0.999)
     metrics_every: int = 20  # steps between readings of the metrics (each reading synchronises the device once)

@@ -10,7 +10,6 @@ errors at an equal k in every layer; λ and θ are set on text that is neither m
 """
 
 from collections.abc import Iterable, Mapping, Sequence
-from itertools import islice
 
 import torch
 from jaxtyping import Float, Int
@@ -23,17 +22,17 @@ from patching import Captured, MLPFunction, patched
 from replacement import Coded, replaced_logits
 from sparse_ops import Codes
 from target_models import TargetModel
-from token_stream import TokenStream
+from token_stream import TokenStream, held_out_text
 
-TUNING_TOKENS = 8192
+TUNING_TOKENS = 8192  # or as many as there are
 LOGITS = 2**24  # of a batch: bounds the memory of large vocabularies
 
 
 def tuning_batches(target: TargetModel) -> list[Int[Tensor, "batch seq"]]:
     """Text that thresholds are set on."""
-    batch = max(1, min(16, LOGITS // (target.context * target.vocab_size)))
-    stream = TokenStream(target.data, target.tokenizer, "train", batch, target.context, vocab_size=target.vocab_size)
-    return [rows.to(target.device) for rows in islice(stream, max(1, TUNING_TOKENS // (batch * target.context)))]
+    stream = TokenStream(target.data, target.tokenizer, "tuning", 1, target.context, vocab_size=target.vocab_size)
+    tokens = held_out_text(stream, TUNING_TOKENS, or_fewer=True).tokens.to(target.device)
+    return list(tokens.split(max(1, min(16, LOGITS // (target.context * target.vocab_size)))))
 
 
 @torch.inference_mode()

@@ -9,11 +9,13 @@ from torch import Tensor
 
 from baselines import NeuronsReplacement, baselines
 from coder_replacements import CLTReplacement, SAEReplacement, TranscoderReplacement
+from config import JumpReLU
 from evaluation import evaluate
 from joint import jointly, layer_weights, threshold
 from replacement import Coded, CodedPass
 from sparse_ops import from_dense, to_dense
 from target_models import TargetModel
+from token_stream import each_by_itself
 
 LAYERS = (0, 1, 2)
 
@@ -40,15 +42,13 @@ def test_every_method_with_a_k_has_its_joint_form_with_that_k_on_average() -> No
     for replacement in with_k(target):
         (joint,) = jointly(target, [replacement], tokens.split(4))
         assert joint.method == f"{replacement.method.removesuffix('-topk')}-joint" and joint.k == replacement.k
-        point = evaluate(target, [joint], tokens, ["frozen"]).points[0]
+        point = evaluate(target, [joint], each_by_itself(tokens), ["frozen"]).points[0]
         assert point.l0 == pytest.approx(replacement.k, abs=0.02), replacement.method
         assert len(set(point.l0_by_layer)) > 1, replacement.method
 
 
 def test_a_replacement_without_a_k_has_no_joint_form() -> None:
     target = make_tiny()
-    from config import JumpReLU
-
     assert jointly(target, [TranscoderReplacement(transcoders(LAYERS, JumpReLU(0.1)))], [some_tokens()]) == []
 
 
@@ -100,14 +100,15 @@ def test_a_layers_weight_is_what_its_error_costs_alone() -> None:
     for replacement in with_k(target):
         with torch.inference_mode():
             weights = layer_weights(target, replacement, tokens.split(4))
-        for point in evaluate(target, [replacement], tokens, ["single"]).points:
+        for point in evaluate(target, [replacement], each_by_itself(tokens), ["single"]).points:
             assert weights[point.layers[0]] == pytest.approx(point.kl / (point.mse * D), rel=1e-3), replacement.method
 
 
 def test_a_layer_that_matters_more_gets_more_and_the_model_keeps_more() -> None:
     target, tokens = unequal(make_tiny()), some_tokens(16)
     equal = NeuronsReplacement(target, LAYERS, 8)
-    measured = evaluate(target, [equal, *jointly(target, [equal], tokens.split(8))], tokens, ["frozen", "free"])
+    both = [equal, *jointly(target, [equal], tokens.split(8))]
+    measured = evaluate(target, both, each_by_itself(tokens), ["frozen", "free"])
     uniform, joint = measured.points[:2], measured.points[2:]
     for before, after in zip(uniform, joint):
         assert after.kl < 0.7 * before.kl, f"{before.kl=} {after.kl=}"
@@ -119,7 +120,7 @@ def test_a_layer_whose_output_nobody_feels_gets_nothing() -> None:
     with torch.no_grad():
         target.model.h[1].mlp.down_proj.weight.zero_()
     joint = jointly(target, [NeuronsReplacement(target, LAYERS, 5)], [tokens])
-    point = evaluate(target, joint, tokens, ["frozen"]).points[0]
+    point = evaluate(target, joint, each_by_itself(tokens), ["frozen"]).points[0]
     assert point.l0_by_layer[1] == 0 and point.l0 == pytest.approx(5, abs=0.02)
 
 
@@ -140,7 +141,7 @@ def test_a_joint_form_shares_its_tensors_and_leaves_the_first_alone() -> None:
 
 
 def _rows(target: TargetModel, replacement: Coded, tokens: Tensor) -> Sequence[object]:
-    return evaluate(target, [replacement], tokens, ["free"]).points
+    return evaluate(target, [replacement], each_by_itself(tokens), ["free"]).points
 
 
 def test_all_methods_of_the_ruler_are_tried_here() -> None:
