@@ -1,17 +1,21 @@
-"""Theorems about one threshold over all layers, on small random models."""
+"""Theorems about parts shared out over layers, on small random models."""
 
+import itertools
 from collections.abc import Sequence
 
 import pytest
 import torch
-from small import D, all_methods, clean, clt, make_tiny, saes, some_tokens, transcoders
+from hypothesis import given
+from hypothesis import strategies as st
+from small import SEQ, D, all_methods, clean, clt, make_tiny, saes, some_tokens, transcoders
 from torch import Tensor
 
+from allocation import allocated, alone, by_layer, joint_threshold, jointly
 from baselines import NeuronsReplacement, baselines
-from coder_replacements import CLTReplacement, SAEReplacement, TranscoderReplacement
-from config import JumpReLU
+from checkpoints import Checkpoint, TrainingRecord
+from coder_replacements import CLTReplacement, SAEReplacement, TranscoderReplacement, as_replacements
+from config import BatchTopK, JumpReLU
 from evaluation import evaluate
-from joint import jointly, layer_weights, threshold
 from replacement import Coded, CodedPass
 from sparse_ops import from_dense, to_dense
 from target_models import TargetModel
@@ -54,7 +58,7 @@ def test_a_replacement_without_a_k_has_no_joint_form() -> None:
 
 def test_a_size_is_the_norm_of_what_a_unit_of_the_part_writes() -> None:
     """Over all the layers that it writes to, each with its weight."""
-    target, weights, tokens = make_tiny(), {0: 0.3, 1: 2.0, 2: 5.0}, 4
+    target, weights = make_tiny(), {0: 0.3, 1: 2.0, 2: 5.0}
     for replacement in with_k(target):
         for source in LAYERS:
             squared: Tensor | float = 0.0
@@ -81,8 +85,8 @@ def test_what_is_kept_are_the_largest_scores_of_all_layers_and_tokens() -> None:
     target, tokens, k = make_tiny(), some_tokens(6), 4
     replacement, weights = NeuronsReplacement(target, LAYERS, k), {0: 0.5, 1: 2.0, 2: 1.0}
     sizes = {layer: replacement.sizes(layer, weights) for layer in LAYERS}
+    theta = joint_threshold(target, replacement, sizes, tokens.split(2))
     with torch.inference_mode():
-        theta = threshold(target, replacement, sizes, tokens.split(2))
         x = clean(target, tokens, LAYERS).inputs[:, :, 1:].flatten(1, 2)
         contributions = [
             (target.hidden(i, x[i])[:, :, None] * target.down_weight(i).T).norm(dim=2) * weights[i] ** 0.5 for i in LAYERS
@@ -94,14 +98,48 @@ def test_what_is_kept_are_the_largest_scores_of_all_layers_and_tokens() -> None:
     assert scores[active].min() > scores[~active].max()
 
 
-def test_a_layers_weight_is_what_its_error_costs_alone() -> None:
-    """The table's KL of the layer alone over its squared error."""
+def test_what_a_layer_costs_alone_is_what_the_ruler_says() -> None:
+    """KL per counted token, and squared error."""
     target, tokens = make_tiny(), some_tokens(6)
     for replacement in with_k(target):
-        with torch.inference_mode():
-            weights = layer_weights(target, replacement, tokens.split(4))
+        costs = alone(target, replacement, tokens.split(4))
         for point in evaluate(target, [replacement], each_by_itself(tokens), ["single"]).points:
-            assert weights[point.layers[0]] == pytest.approx(point.kl / (point.mse * D), rel=1e-3), replacement.method
+            kl, squared = costs[point.layers[0]]
+            assert kl == pytest.approx(point.kl * SEQ / (SEQ - 1), rel=1e-4), replacement.method
+            assert squared == pytest.approx(point.mse * D, rel=1e-4), replacement.method
+
+
+costs = st.lists(st.dictionaries(st.integers(1, 9), st.floats(0, 10), min_size=1, max_size=4), min_size=1, max_size=4)
+
+
+@given(costs, st.integers(0, 40))
+def test_the_allocation_is_the_best_of_all_that_fit(options: list[dict[int, float]], total: int) -> None:
+    least = sum(min(own) for own in options)
+    total = max(total, least)
+    found = allocated(dict(enumerate(options)), total)
+    fitting = [ks for ks in itertools.product(*options) if sum(ks) <= total]
+    cheapest = min(sum(own[k] for own, k in zip(options, ks)) for ks in fitting)
+    assert sum(own[found[i]] for i, own in enumerate(options)) == pytest.approx(cheapest)
+    assert sum(found.values()) <= total
+
+
+def test_coders_of_several_k_are_recombined_by_layer() -> None:
+    """For each k between the least and the largest, natively trained coders of that mean k or less."""
+    target, tokens = unequal(make_tiny()), some_tokens(8)
+    record = TrainingRecord.imported("a coder", "random")
+    found = [
+        Checkpoint(coder, record, f"{k} of {coder.config.layer}")
+        for k in (2, 4, 8, 16) for coder in transcoders(LAYERS, BatchTopK(k))
+    ]  # fmt: skip
+    mixed = by_layer(target, found, [tokens])
+    assert [(m.method, m.k) for m in mixed] == [("transcoder-by_layer", 4), ("transcoder-by_layer", 8)]
+    points = evaluate(target, [*as_replacements(found), *mixed], each_by_itself(tokens), ["single"]).points
+    alone = {(p.method, p.k): 0.0 for p in points}
+    for p in points:
+        alone[p.method, p.k] += p.kl
+    for m in mixed:
+        assert sum(coder.k for coder in m.coders.values()) <= len(LAYERS) * m.k
+        assert alone[m.method, m.k] <= alone["transcoder", m.k]
 
 
 def test_a_layer_that_matters_more_gets_more_and_the_model_keeps_more() -> None:
