@@ -1,6 +1,6 @@
 """Baselines that need no dictionary: an MLP's own neurons, its best affine map, and mean, zero or no ablation.
 
-    neurons    ŷ = Σ_{k largest |h_j| ‖W_out j‖} h_j W_out j + b;   neurons-joint: k on average, by one threshold (joint.py)
+    neurons    ŷ = Σ_{k largest |h_j| ‖W_out j‖} h_j W_out j + b;   neurons-joint: k on average, by one threshold (allocation.py)
     affine     ŷ = W x + b,   argmin Σ‖W x + b − y‖² over training tokens
     mean       ŷ = E y over training tokens;   zero   ŷ = 0;   identity   ŷ = y
 
@@ -19,11 +19,11 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from activation_store import ActivationsStore, DataConfig
-from joint import jointly
+from allocation import jointly
 from patching import Captured
 from replacement import UNKNOWN, Coded, CodedPass, Origin, PartGroup, Pass, Replacement, by_token, jointly_named
 from sparse_ops import Codes, decode, from_dense
-from target_models import TargetModel
+from target_models import TargetModel, mlp_matrices, writer_parameters
 
 BASELINE_TOKENS = 131_072  # training tokens that fit the affine maps and the means
 
@@ -47,14 +47,21 @@ class NeuronsReplacement(Coded):
             }
 
     def encode(self, layer: int, x: Tensor, y: Tensor) -> Codes:
-        h = self.target.hidden(layer, x.to(self.target.down_weight(layer).dtype)).float()
+        h = self._hidden(layer, x)
         active = self._largest(layer, h) if self.least is None else h.abs() > self.least[layer]
         return from_dense(torch.where(active, h, 0.0), active)
+
+    def _hidden(self, layer: int, x: Float[Tensor, "token d_in"]) -> Float[Tensor, "token neuron"]:
+        return self.target.hidden(layer, x.to(self.target.down_weight(layer).dtype)).float()
 
     def _largest(self, layer: int, h: Float[Tensor, "token neuron"]) -> Bool[Tensor, "token neuron"]:
         """The k of each token that contribute most."""
         largest = (h.abs() * self.W_out[layer].norm(dim=1)).topk(self.k, dim=1).indices
         return torch.zeros_like(h, dtype=torch.bool).scatter(1, largest, True)
+
+    def values_at(self, layer: int, x: Tensor, y: Tensor, active: Codes) -> Codes:
+        h = self._hidden(layer, x)[active.rows, active.cols]
+        return active._replace(values=torch.where(active.values != 0, h, 0.0))
 
     def with_least(self, least: Mapping[int, Float[Tensor, "neuron"]]) -> Self:
         view = copy.copy(self)
@@ -68,8 +75,14 @@ class NeuronsReplacement(Coded):
         return decode(pass_.encode(layer, x, y), self.W_out[layer]) + self.bias[layer]
 
     def part_groups(self, layers: Sequence[int]) -> list[PartGroup]:
-        t = self.target
-        return [PartGroup(layer, "neurons", t.d_mlp, 1, 2 * t.d_model) for layer in layers]
+        """A neuron's parameters are its row or column of every matrix of its MLP: two, or three of a gated one."""
+        n = self.target.d_mlp
+        return [PartGroup(i, "neurons", n, 1, writer_parameters(self.target, i) // n) for i in layers]
+
+    def gate_parameters(self, layers: Sequence[int]) -> int:
+        """All that computes h, by which neurons are chosen: W_in, of a gated MLP W_gate too, and their biases."""
+        inner = [path for layer in layers for path in mlp_matrices(self.target, layer)[:-1]]
+        return sum(p.numel() for path in inner for p in self.target.model.get_submodule(path).parameters())
 
 
 class AffineMap(NamedTuple):
@@ -101,9 +114,10 @@ def fit_affine(
 
 
 class _Baseline(Replacement):
-    """What an MLP writes, replaced by a function of the running stream alone: no parts, nothing to decide."""
+    """What an MLP writes, replaced by a function of what it reads or writes: no parts, nothing to decide."""
 
     follows_stream = False
+    decides = False
     site = None
 
     def __init__(self, layers: Sequence[int]) -> None:
@@ -116,10 +130,13 @@ class _Baseline(Replacement):
         """What stands in place of y, the MLP's output at its input x."""
 
     def begin(self) -> "_BaselinePass":
-        """The one pass it knows, whatever the protocol."""
-        return _BaselinePass(self)
+        """A pass that reads the running stream."""
+        return _BaselinePass(self, None)
 
     def frozen(self, captured: Captured) -> "_BaselinePass":
+        return _BaselinePass(self, captured)
+
+    def gated(self, captured: Captured) -> "_BaselinePass":
         return self.begin()
 
     def free(self, captured: Captured, run: Callable[[Pass], object]) -> "_BaselinePass":
@@ -129,9 +146,15 @@ class _Baseline(Replacement):
 class _BaselinePass(Pass):
     replacement: _Baseline
 
+    def __init__(self, replacement: _Baseline, clean: Captured | None) -> None:
+        super().__init__(replacement)
+        self.clean = clean
+
     def __call__(
         self, layer: int, x: Float[Tensor, "batch seq d_in"], y: Float[Tensor, "batch own d_out"]
     ) -> Float[Tensor, "batch seq d_out"]:
+        if self.clean is not None:
+            x, y = (kept[self.replacement.reads.index(layer)] for kept in self.clean)
         return by_token(functools.partial(self.replacement.write, layer), x, y)
 
 
@@ -139,6 +162,7 @@ class AffineReplacement(_Baseline):
     """The least-squares affine map of each MLP: what a skip connection must beat."""
 
     method = "affine"
+    follows_stream = True
 
     def __init__(self, layers: Sequence[int], maps: AffineMap, origin: Origin = UNKNOWN) -> None:
         super().__init__(layers)
@@ -157,7 +181,6 @@ class IdentityReplacement(_Baseline):
     """The MLP itself."""
 
     method = "identity"
-
     reads_y = True
 
     def write(self, layer: int, x: Tensor, y: Tensor) -> Tensor:

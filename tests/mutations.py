@@ -144,7 +144,7 @@ PERFECT = "test_evaluation.py::test_a_perfect_decomposition_lands_exactly_on_eve
 DEFINITION = "test_evaluation.py::test_the_ruler_equals_its_definition_for_every_method_and_protocol[64]"
 RULER = [
     Mutation(
-        "dead constant 0", "metrics.py", "return replacement.dead()", "return 0.0",
+        "dead constant 0", "metrics.py", "return tally.replacement.dead(tally.layers)", "return 0.0",
         "test_training_step.py::test_latents_silent_at_the_end_of_training_are_the_tables_dead",
     ),
     Mutation(

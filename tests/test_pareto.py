@@ -41,7 +41,9 @@ def point(
 
 def test_columns_are_those_of_the_plan_and_the_tail_after_them(tmp_path: Path) -> None:
     write_points(tmp_path / "points.csv", [])
-    assert (tmp_path / "points.csv").read_text() == DESIGN.replace(" ", "") + ",tail_p999,tail_max,documents,l0_by_layer\n"
+    assert (tmp_path / "points.csv").read_text() == DESIGN.replace(
+        " ", ""
+    ) + ",tail_p999,tail_max,documents,l0_by_layer\n"
     assert read_points(tmp_path / "points.csv") == []
 
 
