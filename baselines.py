@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import NamedTuple, Self
 
 import torch
+from einops import einsum
 from jaxtyping import Bool, Float
 from torch import Tensor
 
@@ -107,10 +108,11 @@ def fit_affine(
     if n == 0:
         raise ValueError("fit_affine got no activations: give it at least one batch of training tokens")
     x_mean, y_mean = x_sum / n, y_sum / n
-    cov_xx = xx / n - x_mean[:, :, None] * x_mean[:, None, :]
-    cov_xy = xy / n - x_mean[:, :, None] * y_mean[:, None, :]
+    cov_xx = xx / n - einsum(x_mean, x_mean, "layer a, layer b -> layer a b")
+    cov_xy = xy / n - einsum(x_mean, y_mean, "layer d_in, layer d_out -> layer d_in d_out")
     weight = (torch.linalg.pinv(cov_xx.cpu(), rtol=1e-10, hermitian=True).to(xy.device) @ cov_xy).mT
-    return AffineMap(weight.float(), (y_mean - (weight @ x_mean[:, :, None])[..., 0]).float(), y_mean.float())
+    mapped = einsum(weight, x_mean, "layer d_out d_in, layer d_in -> layer d_out")
+    return AffineMap(weight.float(), (y_mean - mapped).float(), y_mean.float())
 
 
 class _Baseline(Replacement):

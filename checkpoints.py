@@ -29,9 +29,9 @@ from config import (
     EncoderConfig,
     SAEConfig,
     SPDConfig,
-    TrainConfig,
     from_fields,
     from_json,
+    full_kind,
     to_json,
 )
 from logs import atomic_path, cache_folder, download_artifact, load_tensors, write_json
@@ -88,17 +88,18 @@ def coder_name(target: str, config: CoderConfig, seed: int) -> str:
 
     A rule is named by its first value, a whole number k of active latents or a coefficient c.
     """
-    kind = "-".join(filter(None, [config.kind, config.variant]))
     layers = "-".join(str(layer) for layer in config.layers)
     first = dataclasses.astuple(config.rule)[0]
     sparsity = f"k{first}" if isinstance(first, int) else f"c{first:g}"
     safe = target.replace("/", "--").replace(":", "-")
-    return f"{safe}_{kind}_{type(config.rule).__name__.lower()}_L{layers}_{sparsity}_d{config.d_dict}_s{seed}"
+    return (
+        f"{safe}_{full_kind(config)}_{type(config.rule).__name__.lower()}_L{layers}_{sparsity}_d{config.d_dict}_s{seed}"
+    )
 
 
-def run_name(target: str, config: CoderConfig, train: TrainConfig) -> str:
+def run_name(target: str, config: CoderConfig, *, seed: int, tokens: int, lr: float) -> str:
     """E.g. `tiny_transcoder_batchtopk_L2_k16_d1536_s0_n1000000_lr0.00411`: a trial has a name of its own beside the real run."""
-    return f"{coder_name(target, config, train.seed)}_n{train.tokens}_lr{train.lr:.3g}"
+    return f"{coder_name(target, config, seed)}_n{tokens}_lr{lr:.3g}"
 
 
 def save_checkpoint(folder: Path, model: Coder | ComponentModel, record: TrainingRecord) -> None:

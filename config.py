@@ -174,12 +174,17 @@ class CLTConfig:
 CoderConfig = SAEConfig | EncoderConfig | CLTConfig
 
 
+def full_kind(config: CoderConfig) -> str:
+    """E.g. `transcoder-skip`: the kind of coder and what tells it from the plain one."""
+    return "-".join(filter(None, [config.kind, config.variant]))
+
+
 @dataclass(frozen=True, kw_only=True)
 class TrainConfig:
     """How a group of coders is trained; one value serves every coder of the group."""
 
     tokens: int  # training tokens seen by every coder
-    lr: float  # peak learning rate of Adam
+    lr: float | None = None  # peak learning rate of Adam; None: what `default_learning_rate` says of each coder
     warmup: float = 0.05  # fraction of the steps with a rising learning rate
     decay: float = 0.2  # fraction of the steps, at the end, in which it falls linearly to zero
     anneal: float = 0.1  # fraction of the steps in which k falls from 4k to k

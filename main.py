@@ -22,7 +22,7 @@ from evaluation import PROTOCOLS, evaluate, held_out
 from recipes import SPDRecipe, clt_configs, train_coders, train_decomposition, transcoder_configs
 from spd_replacement import spd_replacements
 from spd_runs import find_spd
-from study import CoderStudySettings, run_study, write_report
+from study import CoderStudySettings, Report, check_fits, run_study
 from target_models import load_target
 
 
@@ -47,10 +47,12 @@ class Settings(CoderStudySettings):
 TEXT = """Every row is one method under one protocol, on held-out text. `single`: one layer replaced. `frozen`: all layers
 replaced, each reads the clean stream. `gates`: all layers replaced, a clean pass decides what is active, and what is active
 reads the stream. `free`: all layers replaced, everything reads the stream that the replacements produced."""
+REPORT = Report("The main job", TEXT)
 
 
 def main(s: Settings) -> None:
     target = load_target(s.target, s.device)
+    check_fits(s, target)
     configs = [
         *transcoder_configs(target, layers=s.layers, rules=[BatchTopK(k) for k in s.transcoder_k], d_dict=s.d_dict),
         *clt_configs(target, layers=s.layers, rules=[BatchTopK(k) for k in s.clt_k], d_dict=s.d_dict),
@@ -64,8 +66,8 @@ def main(s: Settings) -> None:
     elif s.target == "tiny":
         replacements += spd_replacements(target, find_spd(target, s.layers), s.layers, deltas=(False,))
     measured = evaluate(target, replacements, held_out(target, s.eval_tokens), PROTOCOLS)
-    write_report(s, measured, "The main job", TEXT)
+    REPORT.write(s, measured)
 
 
 if __name__ == "__main__":
-    run_study(main, [Settings()], __doc__)
+    run_study(main, [Settings()], __doc__, redraw=REPORT.redraw)

@@ -31,7 +31,7 @@ from spd_model import ComponentModel
 from spd_training import train_spd
 from target_models import TargetModel, mlp_matrices
 from token_stream import TokenStream
-from training import dead_after, default_learning_rate, train_group
+from training import dead_after, train_group
 
 
 def new_coder(config: CoderConfig, seed: int) -> Coder:
@@ -73,10 +73,11 @@ def train_coders(
     configs: Sequence[CoderConfig], target: TargetModel, *, tokens: int, batch: int, seed: int, folder: Path
 ) -> list[Checkpoint]:
     """Train what is not yet in `folder`, all on one stream over all the layers, with the project's default recipe."""
+    if not configs:
+        raise ValueError("no coder was asked for: name at least one layer and one k")
     layers = tuple(sorted({layer for config in configs for layer in config.layers}))
     data = DataConfig(layers=layers, batch_tokens=batch, seed=seed)
-    lr = default_learning_rate(tokens, configs[0].d_dict)
-    train = TrainConfig(tokens=tokens, lr=lr, dead_after=dead_after(tokens), seed=seed)
+    train = TrainConfig(tokens=tokens, dead_after=dead_after(tokens), seed=seed)
     return train_group([new_coder(config, seed) for config in configs], target, data=data, config=train, folder=folder)
 
 

@@ -21,6 +21,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import ClassVar, NamedTuple, Self
 
 import torch
+from einops import rearrange
 from jaxtyping import Float, Int
 from torch import Tensor
 
@@ -205,7 +206,7 @@ class CodedPass(Pass):
         """The codes of `layer`; x and y, which `read` gave, go unread where a clean pass is given."""
         if layer not in self.codes:
             if self.clean is not None:
-                x, y = (kept.flatten(0, 1).float() for kept in self._at(self.clean, layer))
+                x, y = (rearrange(kept, "batch seq d -> (batch seq) d").float() for kept in self._at(self.clean, layer))
             assert x is not None and y is not None, f"layer {layer} is read before the running stream came by"
             self.keep(layer, self.replacement.encode(layer, x, y))
         return self.codes[layer]
@@ -239,8 +240,8 @@ def by_token(
     y: Float[Tensor, "batch own d_out"],
 ) -> Float[Tensor, "batch seq d_out"]:
     """`write` of all tokens of a batch as rows, in float32."""
-    written = write(x.flatten(0, 1).float(), y.flatten(0, 1).float())
-    return written.view(*x.shape[:-1], -1).to(y.dtype)
+    written = write(*(rearrange(given, "batch seq d -> (batch seq) d").float() for given in (x, y)))
+    return rearrange(written, "(batch seq) d_out -> batch seq d_out", batch=len(x)).to(y.dtype)
 
 
 Observer = Callable[[int, Float[Tensor, "batch seq d_out"]], None]

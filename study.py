@@ -3,15 +3,18 @@
 import argparse
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
+from typing import Any
 
+from activation_store import check_layers
 from evaluation import Measurement
 from logs import errors_in_one_line, write_settings
 from pareto import ParetoPoint, markdown_table, read_points, write_layers, write_pairs, write_points
 from pareto_figure import draw
+from target_models import TargetModel
 
-FIGURE = "![Pareto curves](pareto.png)"  # in a report, the table follows it
+FROM_ZERO = ("layer", "layers", "gate_steps")  # whole numbers that may be 0; all others but a seed count something
 SUMMARY = ("method", "k", "l0", "ce_degradation", "active_params")
 
 
@@ -24,7 +27,7 @@ class StudySettings:
     device: str = "cuda"
     seed: int = 0
     output: Path
-    replot: bool = False  # draw the figure again from the tables in `output`, and stop
+    replot: bool = False  # draw figure and README again from the tables in `output`, and stop
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,23 +39,30 @@ class CoderStudySettings(StudySettings):
     batch: int = 4096  # tokens per training batch
 
 
-def write_report(s: StudySettings, measured: Measurement, title: str, text: str) -> None:
-    """points.csv, layers.csv, pairs.csv, pareto.png, settings.json and a README with figure and table; prints a short table."""
-    s.output.mkdir(parents=True, exist_ok=True)
-    write_points(s.output / "points.csv", measured.points)
-    write_layers(s.output / "layers.csv", measured.layers)
-    write_pairs(s.output / "pairs.csv", measured.pairs)
-    write_settings(s.output, s, s.device)
-    (s.output / "README.md").write_text(f"# {title}\n\n{text}\n\n{FIGURE}\n")
-    replot(s.output)
+@dataclass(frozen=True)
+class Report:
+    """What an experiment leaves in its output folder: tables, settings, and a README of title, text, figure and table."""
 
+    title: str
+    text: str
 
-def replot(folder: Path) -> None:
-    """Draw pareto.png and write the README's table from points.csv alone; prints a short table."""
-    points, readme = read_points(folder / "points.csv"), folder / "README.md"
-    draw(points, folder / "pareto.png")
-    readme.write_text(f"{readme.read_text().partition(FIGURE)[0]}{FIGURE}\n\n{markdown_table(points)}\n")
-    print(f"{summary(points)}\n\nAll {len(points)} rows, and the figure: {readme}")
+    def write(self, s: StudySettings, measured: Measurement) -> None:
+        """points.csv, layers.csv, pairs.csv and settings.json, then what is drawn from them; prints a short table."""
+        s.output.mkdir(parents=True, exist_ok=True)
+        write_points(s.output / "points.csv", measured.points)
+        write_layers(s.output / "layers.csv", measured.layers)
+        write_pairs(s.output / "pairs.csv", measured.pairs)
+        write_settings(s.output, s, s.device)
+        self.redraw(s.output)
+
+    def redraw(self, folder: Path) -> None:
+        """pareto.png and README.md from points.csv alone; what a notes.md there says of the run stands below the text."""
+        points, notes = read_points(folder / "points.csv"), folder / "notes.md"
+        draw(points, folder / "pareto.png")
+        said = [notes.read_text().strip()] if notes.exists() else []
+        parts = [f"# {self.title}", self.text.strip(), *said, "![Pareto curves](pareto.png)", markdown_table(points)]
+        (folder / "README.md").write_text("\n\n".join(parts) + "\n")
+        print(f"{summary(points)}\n\nAll {len(points)} rows, and the figure: {folder / 'README.md'}")
 
 
 def summary(points: Sequence[ParetoPoint]) -> str:
@@ -78,10 +88,38 @@ def settings_for[S: StudySettings](presets: Sequence[S], doc: str) -> S:
     return tyro.cli(type(default), default=default, description=doc)
 
 
+def check_counts(s: Any) -> None:
+    """Raises ValueError naming the first of a dataclass' settings that asks for fewer than one token, latent, step, …, or for
+    a layer below 0."""
+    for field in fields(s):
+        value = getattr(s, field.name)
+        least = 0 if field.name in FROM_ZERO else 1
+        numbers = value if isinstance(value, tuple) else (value,)
+        if field.name != "seed" and any(type(number) is int and number < least for number in numbers):
+            option = f"--{field.name.replace('_', '-')} {' '.join(map(str, numbers))}"
+            raise ValueError(f"{option} cannot be meant: ask for {least} or more")
+
+
+def check_fits(s: StudySettings, target: TargetModel) -> None:
+    """Raises ValueError where the settings ask for a layer or for more neurons than the target has: before any training."""
+    asked = {field.name: getattr(s, field.name) for field in fields(s)}
+    layers = asked.get("layers", ())
+    if "layer" in asked and layers and asked["layer"] not in layers:
+        raise ValueError(
+            f"--layer {asked['layer']} is none of --layers {' '.join(map(str, layers))}: name it there too"
+        )
+    check_layers(target, layers or (asked.get("layer", 0),))
+    for name in ("neurons", "neuron_k", "l0"):
+        if too_many := [k for k in asked.get(name, ()) if k > target.d_mlp]:
+            option = f"--{name.replace('_', '-')} {too_many[0]}"
+            raise ValueError(f"{option} is more than the {target.d_mlp} neurons in a layer of {target.name!r}")
+
+
 def run_study[S: StudySettings](
-    main: Callable[[S], None], presets: Sequence[S], doc: str, redraw: Callable[[Path], None] = replot
+    main: Callable[[S], None], presets: Sequence[S], doc: str, *, redraw: Callable[[Path], None]
 ) -> None:
     """An experiment's command line: `main` with the settings it was given, or `redraw` of its output with `--replot`."""
     errors_in_one_line()
     s = settings_for(presets, doc)
+    check_counts(s)
     return redraw(s.output) if s.replot else main(s)

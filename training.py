@@ -41,7 +41,7 @@ from checkpoints import (
     save_tensors,
 )
 from coder import Coder, codes_by_layer
-from config import TrainConfig, to_json
+from config import CoderConfig, TrainConfig, full_kind, to_json
 from devices import in_threads, keep_freed_memory
 from logs import Logger, git_commit
 from losses import auxk, fvu
@@ -50,17 +50,29 @@ from target_models import TargetModel
 ANNEAL_FROM = 4  # times k; the field starts at 10k, whose first steps cost more than all the others together
 
 
-def default_learning_rate(tokens: int, d_dict: int) -> float:
-    """Default peak learning rate of Adam: 2e-4 / √(d_dict / 2¹⁴) · max(1, 10⁸ / tokens)^0.4.
+SHORT, LONG = 3e6, 1e8  # tokens of a run
+RATE_FACTOR = {"sae": 43.0, "transcoder": 15.0, "transcoder-skip": 12.0, "clt": 10.0}  # of a short run
 
-    The first factor is the field's rule for runs of 10⁸ tokens and more (sparsify, dictionary_learning); the second
-    corrects it for short runs, in which it is several times too low: held-out FVU of BatchTopK transcoders of `tiny` (k 16,
-    1,536 latents, 3·10⁵ tokens, no AuxK, mean over layers) is .292, .247, .212 and .198 at 1e-3, 2e-3, 4e-3 and 8e-3; the
-    first factor alone is 6.5e-4, both are 6.7e-3 (benchmarks/learning_rate.py and its results).
+
+def default_learning_rate(tokens: int, coder: CoderConfig) -> float:
+    """Default peak learning rate of Adam: 2e-4 / √(d_dict / 2¹⁴) · c^t, c a factor of the kind of coder.
+
+        t = log(10⁸ / tokens) / log(10⁸ / 3·10⁶), at least 0 and at most 1
+
+    The first factor is the field's rule for runs of 10⁸ tokens and more (sparsify, dictionary_learning); for short runs it is
+    ten and more times too low. Swept by ΔCE on the tuning text (`tiny`, k 16, 1,536 latents; benchmarks/learning_rate.py):
+    from 3·10⁵ to 3·10⁶ tokens the best rate of a kind stays where it is, and an SAE's is four times a CLT's.
     """
-    if min(tokens, d_dict) < 1:
-        raise ValueError(f"{tokens} training tokens, {d_dict} latents: ask for 1 or more (--tokens, --d-dict)")
-    return 2e-4 / math.sqrt(d_dict / 2**14) * max(1.0, 1e8 / tokens) ** 0.4
+    if min(tokens, coder.d_dict) < 1:
+        raise ValueError(f"{tokens} training tokens, {coder.d_dict} latents: ask for 1 or more (--tokens, --d-dict)")
+    factor = RATE_FACTOR.get(full_kind(coder), RATE_FACTOR[coder.kind])
+    t = min(1.0, max(0.0, math.log(LONG / tokens) / math.log(LONG / SHORT)))
+    return 2e-4 / math.sqrt(coder.d_dict / 2**14) * factor**t
+
+
+def peak_rate(coder: Coder, config: TrainConfig) -> float:
+    """The rate a configuration gives, or the default of the coder's kind and of the run's length."""
+    return default_learning_rate(config.tokens, coder.config) if config.lr is None else config.lr
 
 
 def dead_after(tokens: int) -> int:
@@ -86,11 +98,11 @@ def annealed_k(k: int, step: int, *, steps: int, config: TrainConfig) -> int:
     return round(k * (ANNEAL_FROM - (ANNEAL_FROM - 1) * progress))
 
 
-def recipe(config: TrainConfig, data: DataConfig) -> str:
+def recipe(config: TrainConfig, data: DataConfig, *, lr: float) -> str:
     """Training settings that change the result, as text; two coders with equal recipes are interchangeable."""
     c = config
     return (
-        f"lr {c.lr:.6g}, warmup {c.warmup:g}, decay {c.decay:g}, anneal {ANNEAL_FROM}k over {c.anneal:g}, "
+        f"lr {lr:.6g}, warmup {c.warmup:g}, decay {c.decay:g}, anneal {ANNEAL_FROM}k over {c.anneal:g}, "
         f"clip {c.max_grad_norm:g}, aux {c.aux:g} after {c.dead_after}, betas {c.betas}, batch {data.batch_tokens}"
     )
 
@@ -105,6 +117,7 @@ class CoderRun:
     variance: Float[Tensor, "*layer"]  # E‖y − ȳ‖² of its targets
     optimiser: torch.optim.Adam
     logger: Logger
+    lr: float  # peak learning rate
     seconds: float = 0.0  # wall-clock seconds attributed to this coder
 
 
@@ -143,13 +156,13 @@ def _side_by_side[B](function: Callable[[CoderRun], B], runs: Sequence[CoderRun]
 
 
 def group_step(
-    runs: Sequence[CoderRun], batch: ActivationBatch, *, config: TrainConfig, lr: float
+    runs: Sequence[CoderRun], batch: ActivationBatch, *, config: TrainConfig, factor: float
 ) -> Float[Tensor, "run 3"]:
-    """`training_step` of every run, on a CPU side by side; the clock's time is divided among them."""
+    """`training_step` of every run at `factor` times its peak rate, on a CPU side by side; their seconds share the clock's."""
 
     def timed(run: CoderRun) -> tuple[Tensor, float]:
         begin = time.perf_counter()
-        return training_step(run, batch, config=config, lr=lr), time.perf_counter() - begin
+        return training_step(run, batch, config=config, lr=run.lr * factor), time.perf_counter() - begin
 
     began = time.perf_counter()
     readings, spent = zip(*_side_by_side(timed, runs, batch.inputs.device))
@@ -169,15 +182,21 @@ def train_group(
     Raises ValueError for settings that do not fit the state found, or where another process trains one of the coders in
     the same folder; RuntimeError when a loss is not finite.
     """
-    names = [run_name(target.name, coder.config, config) for coder in coders]
-    fingerprint, how = target.fingerprint, recipe(config, data)
+    names = [
+        run_name(target.name, coder.config, seed=config.seed, tokens=config.tokens, lr=peak_rate(coder, config))
+        for coder in coders
+    ]
+    fingerprint = target.fingerprint
     if twice := sorted({name for name in names if names.count(name) > 1}):
         raise ValueError(f"{', '.join(twice)} was asked for more than once: name every layer and k once")
 
     def untrained() -> list[tuple[str, Coder]]:
         return [
             (name, coder) for name, coder in zip(names, coders)
-            if not is_trained(folder / name, coder.config, train_tokens=config.tokens, fingerprint=fingerprint, recipe=how)
+            if not is_trained(
+                folder / name, coder.config, train_tokens=config.tokens, fingerprint=fingerprint,
+                recipe=recipe(config, data, lr=peak_rate(coder, config)),
+            )
         ]  # fmt: skip
 
     with held(folder / name for name, _ in untrained()):
@@ -286,7 +305,7 @@ def _train(
         record = TrainingRecord(
             name=run.name, target=target.name, target_fingerprint=target.fingerprint, train_tokens=config.tokens,
             train_seconds=run.seconds + max(overhead, 0.0), seed=config.seed, commit=git_commit(),
-            recipe=recipe(config, data),
+            recipe=recipe(config, data, lr=run.lr),
         )  # fmt: skip
         save_checkpoint(folder / run.name, run.coder, record)
         run.logger.close()
@@ -304,9 +323,10 @@ def start_run(name: str, coder: Coder, *, store: ActivationsStore, config: Train
     check_varies(store.target, coder.config.layers, stats)
     coder.to(store.target.device).train()
     coder.initialise(stats)
-    optimiser = torch.optim.Adam(coder.parameters(), lr=config.lr, betas=config.betas, fused=True)
+    lr = peak_rate(coder, config)
+    optimiser = torch.optim.Adam(coder.parameters(), lr=lr, betas=config.betas, fused=True)
     logger = Logger(name, folder / name, {"coder": to_json(coder.config), "train": to_json(config)})
-    return CoderRun(name, coder, rows, coder.variance(stats), optimiser, logger)
+    return CoderRun(name, coder, rows, coder.variance(stats), optimiser, logger, lr)
 
 
 class _Group:
@@ -329,7 +349,7 @@ class _Group:
         for run in self.runs:
             if run.coder.k is not None:
                 run.coder.set_k(annealed_k(run.coder.k, step, steps=self.steps, config=config))
-        return group_step(self.runs, batch, config=config, lr=config.lr * schedule(step, self.steps, config))
+        return group_step(self.runs, batch, config=config, factor=schedule(step, self.steps, config))
 
     def read(self, readings: list[list[float]], progress: Progress) -> str:
         speed = progress.pace * self.store.config.batch_tokens

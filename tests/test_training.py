@@ -45,6 +45,7 @@ DATA = DataConfig(layers=(0, 1), batch_tokens=32, buffer_tokens=256, model_batch
 TRAIN = TrainConfig(
     tokens=32 * 30, lr=3e-3, metrics_every=5, checkpoint_every=10, calibration_tokens=128, dead_after=200
 )
+FIRST_NAME = "small_transcoder_batchtopk_L0_k4_d48_s0_n960_lr0.003"
 
 
 def g(seed: int = 0) -> torch.Generator:
@@ -201,7 +202,7 @@ def test_numbers_that_cannot_be_meant_are_refused_in_one_line(small_target: Targ
         train_group(twice, small_target, data=DATA, config=TRAIN, folder=tmp_path)
     for tokens, d_dict in ((0, 32), (-5, 32), (100, 0)):
         with pytest.raises(ValueError, match=f"^{tokens} training tokens, {d_dict} latents: ask for 1 or more"):
-            default_learning_rate(tokens, d_dict)
+            default_learning_rate(tokens, a_transcoder(d_dict))
     for wrong in ({"batch_tokens": 0}, {"batch_tokens": -32}, {"model_batch": 0}):
         with pytest.raises(ValueError, match=r"^a batch of [^\n]*: choose 1 or more$"):
             dataclasses.replace(DATA, **wrong)
@@ -230,8 +231,28 @@ def test_k_anneals_from_four_k_to_k() -> None:
     assert ks[0] == 32 and ks[20:] == [8] * 80 and sorted(ks, reverse=True) == ks
 
 
+def a_transcoder(d_dict: int) -> EncoderConfig:
+    return EncoderConfig(layer=0, d_in=16, d_out=16, d_dict=d_dict, rule=TopK(1))
+
+
 def test_learning_rate_is_the_fields_rule_in_long_runs() -> None:
-    assert default_learning_rate(10**9, 2**14) == 2e-4 and default_learning_rate(10**6, 2**14) > 1e-3
+    for tokens in (10**8, 10**9):
+        assert default_learning_rate(tokens, a_transcoder(2**14)) == 2e-4
+    short, shorter, between = (default_learning_rate(n, a_transcoder(2**14)) for n in (3 * 10**6, 10**5, 17_320_508))
+    assert short == shorter == pytest.approx(15 * 2e-4) and between == pytest.approx((short * 2e-4) ** 0.5)
+
+
+def test_coders_of_one_group_step_at_their_kinds_rates_and_say_so(small_target: TargetModel, tmp_path: Path) -> None:
+    config = dataclasses.replace(TRAIN, lr=None, warmup=0.1, decay=0.2, checkpoint_every=29)
+    for checkpoint in train_group(coders(), small_target, data=DATA, config=config, folder=tmp_path / "whole"):
+        expected = default_learning_rate(config.tokens, checkpoint.coder.config)
+        assert f"lr {expected:.6g}, " in checkpoint.record.recipe
+    store = ActivationsStore(small_target, DATA)
+    runs = [start_run(str(i), coder, store=store, config=config, folder=tmp_path) for i, coder in enumerate(coders())]
+    group_step(runs, next(store), config=config, factor=0.25)
+    used = [run.optimiser.param_groups[0]["lr"] for run in runs]
+    assert used == [0.25 * default_learning_rate(config.tokens, run.coder.config) for run in runs]
+    assert len(set(used)) > 2, "SAE, transcoder and CLT have rates of their own"
 
 
 # ------------------------------------------------------------------------------------------------------------ training
@@ -283,7 +304,7 @@ def test_coders_side_by_side_step_as_one_after_another(small_target: TargetModel
             start_run(str(i), coder, store=store, config=TRAIN, folder=tmp_path) for i, coder in enumerate(coders())
         ]
         began = time.perf_counter()
-        readings = torch.stack([group_step(coder_runs, batch, config=TRAIN, lr=1e-3) for batch in batches])
+        readings = torch.stack([group_step(coder_runs, batch, config=TRAIN, factor=0.5) for batch in batches])
         clock = time.perf_counter() - began
         spent = sum(coder_run.seconds for coder_run in coder_runs)
         assert 0.5 * clock < spent <= clock and min(coder_run.seconds for coder_run in coder_runs) > 0
@@ -295,7 +316,7 @@ def test_coders_side_by_side_step_as_one_after_another(small_target: TargetModel
 
 def test_trained_coders_are_not_trained_again(small_target: TargetModel, tmp_path: Path, capsys: object) -> None:
     train_group(coders(), small_target, data=DATA, config=TRAIN, folder=tmp_path)
-    file = tmp_path / run_name("small", coders()[0].config, TRAIN) / "encoder.pt"
+    file = tmp_path / FIRST_NAME / "encoder.pt"
     before = file.stat().st_mtime_ns
     train_group(coders(), small_target, data=DATA, config=TRAIN, folder=tmp_path)
     assert file.stat().st_mtime_ns == before and "6 of 6 coders are already trained" in capsys.readouterr().out
@@ -552,7 +573,7 @@ def test_a_path_with_a_colon_is_a_path(tmp_path: Path, monkeypatch: pytest.Monke
 
 def test_a_second_training_in_one_folder_says_who_is_at_it(small_target: TargetModel, tmp_path: Path) -> None:
     """And a killed one is in nobody's way."""
-    name = run_name("small", coders()[0].config, TRAIN)
+    name = FIRST_NAME
     folder = str(tmp_path / "runs" / name)
     code = "import time; from pathlib import Path; from checkpoints import held\n"
     code += f"with held([Path({folder!r})]): print(1, flush=True); time.sleep(99)"
@@ -584,8 +605,7 @@ def test_a_full_disk_is_said_before_anything_is_written(tmp_path: Path, monkeypa
 
 
 def test_names_tell_coders_apart() -> None:
-    trainings = [
-        TRAIN, dataclasses.replace(TRAIN, seed=1), dataclasses.replace(TRAIN, tokens=64), dataclasses.replace(TRAIN, lr=2e-3)
-    ]  # fmt: skip
-    names = {run_name("hf:a/b", coder.config, train) for coder in coders() for train in trainings}
+    trainings = [{"seed": seed, "tokens": 32, "lr": lr} for seed in (0, 1) for lr in (1e-3, 2e-3)]
+    names = {run_name("hf:a/b", coder.config, **training) for coder in coders() for training in trainings}
+    assert run_name("small", coders()[0].config, seed=0, tokens=960, lr=3e-3) == FIRST_NAME
     assert len(names) == 24 and all("/" not in name and ":" not in name for name in names)

@@ -21,7 +21,7 @@ from config import BatchTopK
 from evaluation import evaluate, held_out
 from recipes import train_coders, transcoder_configs
 from spd_replacement import spd_sweep
-from study import CoderStudySettings, run_study, write_report
+from study import CoderStudySettings, Report, check_fits, run_study
 from target_models import load_target
 
 
@@ -38,12 +38,15 @@ class Settings(CoderStudySettings):
 
 PRESETS = (
     Settings(),
-    Settings(target="tiny", layer=2, d_dict=1536, tokens=1_000_000, batch=2048, eval_tokens=102_400, device="cpu"),
+    Settings(target="tiny", layer=2, d_dict=1536, tokens=1_000_000, batch=2048, eval_tokens=61_440, device="cpu"),
 )
+REPORT = Report("One MLP of GPT-2", __doc__)
 
 
 def main(s: Settings) -> None:
     target = load_target(s.target, s.device)
+    check_fits(s, target)
+    sweep = spd_sweep(target, (s.layer,), s.l0, each_matrix=True)  # before the training: there may be none
     configs = transcoder_configs(target, layers=(s.layer,), rules=[BatchTopK(s.trained_k)], d_dict=s.d_dict)
     trained = train_coders(
         configs, target, tokens=s.tokens, batch=s.batch, seed=s.seed, folder=checkpoint_folder(s.target)
@@ -53,12 +56,12 @@ def main(s: Settings) -> None:
         as_replacement(trained),
         *cut,
         *jointly(target, cut),
-        *spd_sweep(target, (s.layer,), s.l0, each_matrix=True),
+        *sweep,
         *baselines(target, (s.layer,), neurons=s.l0),
     ]
     measured = evaluate(target, replacements, held_out(target, s.eval_tokens), ("single",))
-    write_report(s, measured, "One MLP of GPT-2", __doc__)
+    REPORT.write(s, measured)
 
 
 if __name__ == "__main__":
-    run_study(main, PRESETS, __doc__)
+    run_study(main, PRESETS, __doc__, redraw=REPORT.redraw)

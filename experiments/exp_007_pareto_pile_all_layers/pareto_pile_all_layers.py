@@ -21,7 +21,7 @@ from config import BatchTopK
 from evaluation import evaluate, held_out
 from recipes import clt_configs, train_coders, transcoder_configs
 from spd_replacement import spd_sweep
-from study import CoderStudySettings, run_study, write_report
+from study import CoderStudySettings, Report, check_fits, run_study
 from target_models import load_target
 
 
@@ -36,12 +36,15 @@ class Settings(CoderStudySettings):
 
 PRESETS = (
     Settings(),
-    Settings(target="tiny", d_dict=1536, tokens=1_000_000, batch=2048, eval_tokens=102_400, device="cpu"),
+    Settings(target="tiny", d_dict=1536, tokens=1_000_000, batch=2048, eval_tokens=61_440, device="cpu"),
 )
+REPORT = Report("All MLPs replaced, L0 swept", __doc__)
 
 
 def main(s: Settings) -> None:
     target = load_target(s.target, s.device)
+    check_fits(s, target)
+    sweep = spd_sweep(target, s.layers, s.l0)  # before the training: there may be none
     kinds = [
         build(target, layers=s.layers, rules=[BatchTopK(s.trained_k)], d_dict=s.d_dict)
         for build in (transcoder_configs, clt_configs)
@@ -52,12 +55,12 @@ def main(s: Settings) -> None:
     replacements = [
         *cut,
         *jointly(target, cut),
-        *spd_sweep(target, s.layers, s.l0),
+        *sweep,
         *baselines(target, s.layers, neurons=s.l0),
     ]
     measured = evaluate(target, replacements, held_out(target, s.eval_tokens), ("frozen", "gates", "free"))
-    write_report(s, measured, "All MLPs replaced, L0 swept", __doc__)
+    REPORT.write(s, measured)
 
 
 if __name__ == "__main__":
-    run_study(main, PRESETS, __doc__)
+    run_study(main, PRESETS, __doc__, redraw=REPORT.redraw)

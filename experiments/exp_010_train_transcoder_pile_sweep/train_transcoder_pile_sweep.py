@@ -25,7 +25,7 @@ from coder_replacements import as_replacements
 from config import BatchTopK, Gated, JumpReLU, Relu, TopK
 from evaluation import evaluate, held_out
 from recipes import train_coders, transcoder_configs
-from study import CoderStudySettings, run_study, write_report
+from study import CoderStudySettings, Report, check_fits, run_study
 from target_models import TargetModel, load_target
 
 
@@ -45,7 +45,7 @@ class Settings(CoderStudySettings):
 PRESETS = (
     Settings(),
     Settings(
-        target="tiny", d_dict=1536, tokens=1_000_000, batch=2048, eval_tokens=102_400, devices=("cpu",), device="cpu"
+        target="tiny", d_dict=1536, tokens=1_000_000, batch=2048, eval_tokens=61_440, devices=("cpu",), device="cpu"
     ),
 )
 
@@ -66,9 +66,13 @@ def train_layer(s: Settings, layer: int, device: str) -> None:
     train(s, load_target(s.target, device), (layer,))
 
 
+REPORT = Report("Transcoders, k swept", __doc__)
+
+
 def main(s: Settings) -> None:
-    run_jobs([Job(f"layer {layer}", train_layer, (s, layer)) for layer in s.layers], s.devices)
     target = load_target(s.target, s.device)
+    check_fits(s, target)
+    run_jobs([Job(f"layer {layer}", train_layer, (s, layer)) for layer in s.layers], s.devices)
     trained = train(s, target, s.layers)  # all are there
     sweep = [c for c in trained if isinstance(c.coder.config.rule, BatchTopK) and not c.coder.config.skip]
     replacements = [
@@ -77,8 +81,8 @@ def main(s: Settings) -> None:
         *baselines(target, s.layers, neurons=(s.top_k[0], s.top_k[-1])),
     ]
     measured = evaluate(target, replacements, held_out(target, s.eval_tokens), ("single", "frozen", "free"))
-    write_report(s, measured, "Transcoders, k swept", __doc__)
+    REPORT.write(s, measured)
 
 
 if __name__ == "__main__":
-    run_study(main, PRESETS, __doc__)
+    run_study(main, PRESETS, __doc__, redraw=REPORT.redraw)

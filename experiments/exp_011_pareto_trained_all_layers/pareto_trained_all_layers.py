@@ -24,7 +24,7 @@ from evaluation import evaluate, held_out
 from recipes import clt_configs, sae_configs, train_coders, transcoder_configs
 from spd_replacement import spd_replacements
 from spd_runs import find_spd
-from study import CoderStudySettings, run_study, write_report
+from study import CoderStudySettings, Report, check_fits, run_study
 from target_models import load_target
 
 HERE = Path(__file__).parent
@@ -45,7 +45,7 @@ class Settings(CoderStudySettings):
 PRESETS = (
     Settings(),
     Settings(
-        target="tiny", clt_top_k=(8, 16), d_dict=1536, tokens=1_000_000, batch=2048, eval_tokens=102_400, device="cpu"
+        target="tiny", clt_top_k=(8, 16), d_dict=1536, tokens=1_000_000, batch=2048, eval_tokens=61_440, device="cpu"
     ),
     Settings(
         target="smollm2", layers=(8, 9, 10), top_k=(16, 32, 64), clt_top_k=(32,), sae_top_k=(32,), neurons=(64, 256),
@@ -53,10 +53,13 @@ PRESETS = (
         output=HERE / "output" / "smollm2",
     ),
 )  # fmt: skip
+REPORT = Report("Natively trained coders, all MLPs replaced", __doc__)
 
 
 def main(s: Settings) -> None:
     target = load_target(s.target, s.device)
+    check_fits(s, target)
+    spd = spd_replacements(target, find_spd(target, s.layers), s.layers) if s.spd else []  # there may be none
     kinds = ((transcoder_configs, s.top_k), (clt_configs, s.clt_top_k), (sae_configs, s.sae_top_k))
     configs = [
         config
@@ -71,12 +74,12 @@ def main(s: Settings) -> None:
         *as_replacements(trained),
         *by_layer(target, swept),
         *jointly(target, as_replacements(others)),
-        *(spd_replacements(target, find_spd(target, s.layers), s.layers) if s.spd else []),
+        *spd,
         *baselines(target, s.layers, s.neurons),
     ]
     measured = evaluate(target, replacements, held_out(target, s.eval_tokens), ("frozen", "gates", "free"))
-    write_report(s, measured, "Natively trained coders, all MLPs replaced", __doc__)
+    REPORT.write(s, measured)
 
 
 if __name__ == "__main__":
-    run_study(main, PRESETS, __doc__)
+    run_study(main, PRESETS, __doc__, redraw=REPORT.redraw)

@@ -24,6 +24,7 @@ from config import GateConfig, Recon, SPDConfig, SPDTrainConfig
 from logs import errors_in_one_line, read_csv, write_csv, write_settings
 from spd_model import ComponentModel
 from spd_training import train_spd
+from study import check_counts
 from toy_models import TOYS, Toy, ToyBatches, train_target
 
 COLUMNS = [
@@ -143,4 +144,6 @@ def main(s: Settings) -> None:
 
 if __name__ == "__main__":
     errors_in_one_line()
-    main(tyro.cli(Settings, description=__doc__))
+    settings = tyro.cli(Settings, description=__doc__)
+    check_counts(settings)
+    main(settings)
