@@ -104,8 +104,7 @@ def main(s: Settings) -> None:
         return probe(positions, x, given, classes=s.classes, steps=s.probe_steps, lr=s.probe_lr, seed=seed)
 
     frequent = torch.bincount(current, minlength=target.vocab_size).topk(min(1024, target.vocab_size)).indices
-    bigram = ce((current[kept, None] == frequent).to(torch.uint8))
-    seeds = range(s.seed, s.seed + s.probe_seeds)
+    bigram, seeds = ce((current[kept, None] == frequent).to(torch.uint8)), range(s.seed, s.seed + s.probe_seeds)
     model_ce = [ce(no_features(positions), known, seed) for seed in seeds]
     gates = {f"{own.config.gate.kind} (its own)": own}
     for causal in (True, False) if s.gate_steps else ():
@@ -119,8 +118,7 @@ def main(s: Settings) -> None:
         told = [alone - ce(x, known, seed) for alone, seed in zip(model_ce, seeds)]
         possible = worth(known, positions) if name.endswith("leak") else None
         scores = (ce(x), ce(x[shuffle]), bigram, model_ce[0], sum(told) / len(told), min(told), max(told), possible)
-        l0 = x.float().sum(1).mean().item() / len(own.paths)
-        steps = s.gate_steps if "transformer" in name else None
+        l0, steps = x.float().sum(1).mean().item() / len(own.paths), s.gate_steps if "transformer" in name else None
         rows.append([name, *(v if v is None else round(v, 4) for v in scores), round(l0, 2), s.eval_tokens,
                      len(texts[1].documents.unique()), s.classes, steps])  # fmt: skip
         print(dict(zip(COLUMNS, rows[-1])))
@@ -131,12 +129,15 @@ def main(s: Settings) -> None:
 
 def draw(folder: Path) -> None:
     rows = read_csv(folder / "points.csv")
-    told, least, largest = ([float(row[key]) for row in rows] for key in ("told", "told_least", "told_largest"))
+    told = "told" if "told" in rows[0] else "probe_ce"  # as in tables of before it was measured
+    low, middle, high = (
+        [float(row.get(key, row[told])) for row in rows] for key in ("told_least", told, "told_largest")
+    )
     figure, axis = plt.subplots(figsize=(6.5, 2.6), layout="tight")
-    spread = ([a - b for a, b in zip(told, least)], [b - a for a, b in zip(told, largest)])
-    axis.barh([row["gate"] for row in rows], told, xerr=spread, height=0.5)
-    axis.plot([float(row["possible"] or "nan") for row in rows], range(len(rows)), "|", markersize=30, color="0.3")
-    axis.set(xlabel="nats that masks add to what the model says of the next token")
+    spread = ([b - a for a, b in zip(low, middle)], [b - a for a, b in zip(middle, high)])
+    axis.barh([row["gate"] for row in rows], middle, xerr=spread, height=0.5)
+    axis.plot([float(row.get("possible") or "nan") for row in rows], range(len(rows)), "|", markersize=30, color="0.3")
+    axis.set(xlabel=f"{told.replace('_', ' ')} (nats)")
     with atomic_path(folder / "mask_leak.png") as temporary:
         figure.savefig(temporary, dpi=130, format="png")
     table = (COLUMNS, ["--"] * len(COLUMNS), *(row.values() for row in rows))
