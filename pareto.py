@@ -27,7 +27,7 @@ class Identity:
     layers: tuple[int, ...]  # layers replaced
     k: int | None  # parts per token and layer by construction
     seed: int | None
-    protocol: str  # single, frozen, free
+    protocol: str  # single, frozen, gates, free
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,7 +51,9 @@ class ParetoPoint(Identity):
     kl: float = column("KL")  # KL(original ‖ replaced), nats per position
     fvu: float | None = column("FVU")  # mean over replaced layers, against what the original wrote there
     mse: float | None = column("MSE")  # per coordinate, mean over replaced layers
-    dead: float | None  # share of parts silent for ≥ 1M tokens
+    dead: (
+        float | None
+    )  # share of parts silent on these tokens, if they are a million, else in the last tenth of training
     train_tokens: int | None = column("training tokens")
     gate_params: int | None = column("gate parameters")  # parameters that decide what is active
     train_seconds: float | None = column("training s")

@@ -142,6 +142,18 @@ def test_coders_of_several_k_are_recombined_by_layer() -> None:
         assert alone[m.method, m.k] <= alone["transcoder", m.k]
 
 
+def test_one_threshold_serves_all_layers_and_parts() -> None:
+    """A neuron's own is θ / (√λ ‖W_out‖), λ being what its layer costs alone for each unit of squared error."""
+    target, tokens = make_tiny(), some_tokens(8)
+    neurons = NeuronsReplacement(target, LAYERS, 5)
+    (joint,) = jointly(target, [neurons], [tokens])
+    costs = alone(target, neurons, [tokens])
+    theta = torch.stack(
+        [joint.least[i] * (costs[i].kl / costs[i].squared) ** 0.5 * target.down_weight(i).norm(dim=0) for i in LAYERS]
+    )
+    torch.testing.assert_close(theta, torch.full_like(theta, theta[0, 0].item()))
+
+
 def test_a_layer_that_matters_more_gets_more_and_the_model_keeps_more() -> None:
     target, tokens = unequal(make_tiny()), some_tokens(16)
     equal = NeuronsReplacement(target, LAYERS, 8)
