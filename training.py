@@ -32,11 +32,11 @@ from activation_store import ActivationBatch, ActivationsStore, DataConfig, chec
 from checkpoints import (
     Checkpoint,
     TrainingRecord,
-    coder_name,
     held,
     is_trained,
     load_checkpoint,
     load_tensors,
+    run_name,
     save_checkpoint,
     save_tensors,
 )
@@ -182,7 +182,10 @@ def train_group(
     Raises ValueError for settings that do not fit the state found, or where another process trains one of the coders in
     the same folder; RuntimeError when a loss is not finite.
     """
-    names = [coder_name(target.name, coder.config, config.seed) for coder in coders]
+    names = [
+        run_name(target.name, coder.config, seed=config.seed, tokens=config.tokens, lr=peak_rate(coder, config))
+        for coder in coders
+    ]
     fingerprint = target.fingerprint
     if twice := sorted({name for name in names if names.count(name) > 1}):
         raise ValueError(f"{', '.join(twice)} was asked for more than once: name every layer and k once")

@@ -1,8 +1,10 @@
 """Which method wins under which protocol and axis, and what did it cost? The headline: natively trained coders only.
 
 Transcoders, CLTs and SAEs at the k they were trained for (exp_010, exp_003), SPD at its own thresholds, neurons, and the
-baselines, all MLPs replaced at once. Panels by x-axis, rows by protocol; every method under every protocol; training
-tokens, gate parameters and training time stand in the table.
+baselines, all MLPs replaced at once. Coders and neurons stand there with an equal k in every layer, and better: transcoders of
+a sweep recombined (`by_layer`), CLTs, SAEs and neurons by one threshold over all layers (`joint`; allocation.py). Panels by
+x-axis, rows by protocol; every method under every protocol; training tokens, gate parameters and training time stand in the
+table.
 
     python experiments/exp_011_pareto_trained_all_layers/pareto_trained_all_layers.py                # pile: GPU, network
     python experiments/exp_011_pareto_trained_all_layers/pareto_trained_all_layers.py --target tiny  # offline
@@ -13,6 +15,7 @@ tokens, gate parameters and training time stand in the table.
 from dataclasses import dataclass
 from pathlib import Path
 
+from allocation import by_layer, jointly
 from baselines import baselines
 from checkpoints import checkpoint_folder
 from coder_replacements import as_replacements
@@ -66,12 +69,15 @@ def main(s: Settings) -> None:
     trained = train_coders(
         configs, target, tokens=s.tokens, batch=s.batch, seed=s.seed, folder=checkpoint_folder(s.target)
     )
+    swept, others = ([c for c in trained if (c.coder.config.kind == "transcoder") == is_so] for is_so in (True, False))
     replacements = [
         *as_replacements(trained),
+        *by_layer(target, swept),
+        *jointly(target, as_replacements(others)),
         *spd,
         *baselines(target, s.layers, s.neurons),
     ]
-    measured = evaluate(target, replacements, held_out(target, s.eval_tokens), ("frozen", "free"))
+    measured = evaluate(target, replacements, held_out(target, s.eval_tokens), ("frozen", "gates", "free"))
     REPORT.write(s, measured)
 
 
