@@ -39,7 +39,7 @@ class Settings(CoderStudySettings):
     clt_top_k: tuple[int, ...] = (8, 16, 64)  # of the CLTs, per layer
     sae_top_k: tuple[int, ...] = (16, 64)  # of the SAEs of MLP outputs
     neurons: tuple[int, ...] = (8, 32, 128, 512)
-    seeds: tuple[int, ...] = (0,)  # of the coders; `seed` is not used
+    n_seeds: int = 1  # trainings of every coder, with seeds from `seed` on
     spd: bool = True  # the target's decomposition (exp_004's) beside them
     output: Path = HERE / "output"
 
@@ -48,7 +48,7 @@ PRESETS = (
     Settings(),
     Settings(
         target="tiny", clt_top_k=(8, 16), d_dict=1536, tokens=1_000_000, batch=2048, eval_tokens=61_440, device="cpu",
-        seeds=(0, 1, 2),
+        n_seeds=3,
     ),
     Settings(
         target="smollm2", layers=(8, 9, 10), top_k=(16, 32, 64), clt_top_k=(32,), sae_top_k=(32,), neurons=(64, 256),
@@ -77,7 +77,7 @@ def main(s: Settings) -> None:
     target = load_target(s.target, s.device)
     check_fits(s, target)
     spd = spd_replacements(target, find_spd(target, s.layers), s.layers) if s.spd else []  # there may be none
-    coders = [replacement for seed in s.seeds for replacement in trained(s, target, seed)]
+    coders = [replacement for seed in range(s.seed, s.seed + s.n_seeds) for replacement in trained(s, target, seed)]
     replacements = [*coders, *spd, *baselines(target, s.layers, s.neurons)]
     measured = evaluate(target, replacements, held_out(target, s.eval_tokens), ("frozen", "gates", "free"))
     REPORT.write(s, measured)
