@@ -53,9 +53,16 @@ class Captured(NamedTuple):
     outputs: Float[Tensor, "layer batch seq d_out"]
 
 
-def _value(output: Tensor | tuple[Any, ...]) -> Tensor:
-    """What a module wrote; attention modules and some blocks return it first in a tuple."""
-    return output[0] if isinstance(output, tuple) else output
+def _value(output: Any) -> Tensor:
+    """What a module wrote; attention modules and some blocks return it first in a tuple, GPT-1's in a list."""
+    return output[0] if isinstance(output, tuple | list) else output
+
+
+def _with_value(output: Any, value: Tensor) -> Any:
+    """What a module returned, with another value in place of what it wrote."""
+    if isinstance(output, list):
+        return [value, *output[1:]]
+    return (value, *output[1:]) if isinstance(output, tuple) else value
 
 
 class _Enough(Exception):
@@ -132,7 +139,7 @@ def _patched_layer(
         y_hat = function(x.reshape(batch, seq, -1), given)
         y_hat = y_hat.clone() if y_hat is given else y_hat  # the block may add to it in place, the function may keep it
         y_hat = y_hat if y.ndim == 3 else y_hat.flatten(0, 1)
-        return (y_hat, *output[1:]) if isinstance(output, tuple) else y_hat
+        return _with_value(output, y_hat)
 
     read, wrote = target.model.get_submodule(paths.read), target.model.get_submodule(paths.write)
     with contextlib.ExitStack() as stack:
@@ -158,8 +165,7 @@ def block_outputs(
             )
         if not given:
             return None
-        clean = given[len(written) - 1].clone()
-        return (clean, *output[1:]) if isinstance(output, tuple) else clean
+        return _with_value(output, given[len(written) - 1].clone())
 
     with contextlib.ExitStack() as stack:
         stack.enter_context(torch.inference_mode())

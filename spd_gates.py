@@ -7,10 +7,11 @@ z, the pre-sigmoid importance, is (…, component). A gate reads one component's
 carry one leading axis `stack`: several seeds of one toy side by side.
 """
 
+import functools
 import os
 import shutil
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 
 import torch
 import torch.nn.functional as F
@@ -120,8 +121,10 @@ def _scalar_backward(g: Tensor, h: Tensor, w1: Tensor, b1: Tensor, w2: Tensor) -
     return (d * h[..., None, :]).sum(-1) * w2, d.sum(-1) * w2, (gelu * g[..., None, :]).sum(-1)
 
 
-_compiled_forward = torch.compile(_scalar_forward, dynamic=False)
-_compiled_backward = torch.compile(_scalar_backward, dynamic=False)
+@functools.cache
+def _compiled(function: Callable[..., tuple[Tensor, ...]]) -> Callable[..., tuple[Tensor, ...]]:
+    """torch.compile takes seconds to be loaded: where no gate is compiled, it is not."""
+    return torch.compile(function, dynamic=False)
 
 
 class _ScalarMLP(torch.autograd.Function):
@@ -132,7 +135,7 @@ class _ScalarMLP(torch.autograd.Function):
     def forward(ctx, h: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor) -> Tensor:  # type: ignore[no-untyped-def,override]
         lead = w1.shape[:-2]
         flat = h.reshape(*lead, -1, h.shape[-1]).mT.contiguous()
-        z, slope = _compiled_forward(flat, w1, b1, w2, b2)
+        z, slope = _compiled(_scalar_forward)(flat, w1, b1, w2, b2)
         ctx.save_for_backward(flat, slope, w1, b1, w2)
         return z.mT.reshape(h.shape)
 
@@ -140,7 +143,7 @@ class _ScalarMLP(torch.autograd.Function):
     def backward(ctx, grad: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # type: ignore[no-untyped-def,override]
         flat, slope, w1, b1, w2 = ctx.saved_tensors
         g = grad.reshape(*w1.shape[:-2], -1, grad.shape[-1]).mT.contiguous()
-        return (g * slope).mT.reshape(grad.shape), *_compiled_backward(g, flat, w1, b1, w2), g.sum(-1)
+        return (g * slope).mT.reshape(grad.shape), *_compiled(_scalar_backward)(g, flat, w1, b1, w2), g.sum(-1)
 
 
 class ComponentGate(nn.Module):

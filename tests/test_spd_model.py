@@ -289,8 +289,7 @@ def test_rational_gelu_and_its_slope() -> None:
 
 def test_compiled_gate_is_the_eager_one_with_its_gradients(monkeypatch) -> None:  # type: ignore[no-untyped-def]
     """Its two passes, uncompiled here to save the compiler's seconds, on a stack and on (batch, position)."""
-    monkeypatch.setattr(spd_gates, "_compiled_forward", spd_gates._scalar_forward)
-    monkeypatch.setattr(spd_gates, "_compiled_backward", spd_gates._scalar_backward)
+    monkeypatch.setattr(spd_gates, "_compiled", lambda function: function)
     for model, inputs in ((toy_model(), (torch.randn(2, 7, 5),)), (small(KINDS[0]), (TOKENS,))):
         grads = []
         for compiled in (False, True):
