@@ -32,7 +32,7 @@ class Settings(CoderStudySettings):
 
 PRESETS = (
     Settings(),
-    Settings(target="tiny", d_dict=1536, tokens=1_000_000, batch=2048, device="cpu"),
+    Settings(target="tiny", d_dict=1536, tokens=1_000_000, batch=2048, eval_tokens=61_440, device="cpu"),
 )
 REPORT = Report("Transcoders at SPD's sparsities", __doc__)
 
