@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from config import CoderConfig
 from losses import fvu
 from sparse_ops import Codes, decode
-from sparsity import SparseEncoder
+from sparsity import SparseEncoder, TrainingCodes
 
 
 class ActivationStats(NamedTuple):
@@ -64,6 +64,14 @@ class Coder[C: (Codes, tuple[Codes, ...])](nn.Module, ABC):
     @abstractmethod
     def encode(self, x: Float[Tensor, "*layer batch d_in"]) -> C:
         """The training face in train mode, the deployed face in eval mode."""
+
+    @abstractmethod
+    def encode_layer(self, i: int, x: Float[Tensor, "batch d_in"]) -> Codes:
+        """Codes of the i-th layer spanned, of the face that `encode` has."""
+
+    @abstractmethod
+    def training_codes(self, i: int, x: Float[Tensor, "batch d_in"]) -> TrainingCodes:
+        """Codes of the i-th layer spanned with gradients of all that its encoder learns, and what its rule adds to the loss."""
 
     @abstractmethod
     def encode_with_penalty(
@@ -183,10 +191,16 @@ class LayerCoder(Coder[Codes]):
     def encode(self, x: Float[Tensor, "batch d_in"]) -> Codes:
         return self.encoder.encode(self.encoder_input(x))
 
+    def encode_layer(self, i: int, x: Float[Tensor, "batch d_in"]) -> Codes:
+        return self.encode(x)
+
+    def training_codes(self, i: int, x: Float[Tensor, "batch d_in"]) -> TrainingCodes:
+        return self.encoder.encode_with_penalty(self.encoder_input(x), self.W_dec)
+
     def encode_with_penalty(
         self, x: Float[Tensor, "batch d_in"], y: Float[Tensor, "batch d_out"], variance: Float[Tensor, ""]
     ) -> tuple[Codes, Float[Tensor, ""]]:
-        codes, penalty, gates = self.encoder.encode_with_penalty(self.encoder_input(x), self.W_dec)
+        codes, penalty, gates = self.training_codes(0, x)
         return codes, penalty if gates is None else penalty + self.frozen_error(gates, x, y=y, variance=variance)
 
     def decode(self, codes: Codes) -> Float[Tensor, "batch d_out"]:

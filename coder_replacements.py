@@ -5,14 +5,17 @@
     CLT          ŷʲ = Σ_{i ≤ j} decode^{i→j}(encodeⁱ(xⁱ))
 
 Each shares the tensors of its coder, in eval mode; `top_k` puts the k largest latents of a token in place of the trained
-sparsity rule.
+sparsity rule. The same object trains: with its `members` in train mode, `training_codes` are the codes that learn.
 """
 
 import copy
+from abc import abstractmethod
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from itertools import chain
+from typing import NamedTuple
 
+from jaxtyping import Float
 from torch import Tensor
 
 from checkpoints import Checkpoint
@@ -23,7 +26,7 @@ from logs import REPOSITORY
 from replacement import UNKNOWN, Coded, CodedPass, Origin, PartGroup, method_name
 from sae import BaseAutoencoder
 from sparse_ops import Codes
-from sparsity import SparseEncoder
+from sparsity import SparseEncoder, TrainingCodes
 from transcoder import BaseTranscoder
 
 
@@ -60,7 +63,39 @@ def by_layer[K: LayerCoder](coders: Iterable[K]) -> dict[int, K]:
     return dict(zip(layers, ordered))
 
 
-class _PerLayer[K: LayerCoder](Coded):
+class Reading(NamedTuple):
+    """What encodes at a layer, and what it reads there."""
+
+    coder: Coder
+    i: int  # which of the coder's layers that is
+    x: Float[Tensor, "token d_in"]
+
+
+class CoderReplacement(Coded):
+    """Coders in place of the MLPs of the layers that they span; in train mode they are what training steps."""
+
+    @property
+    @abstractmethod
+    def members(self) -> tuple[Coder, ...]:
+        """The coders at work, in the order of their layers."""
+
+    @abstractmethod
+    def reading(self, layer: int, x: Float[Tensor, "token d_in"], y: Float[Tensor, "own d_out"]) -> Reading:
+        """Who encodes at `layer` and what it reads there, given the MLP's input x and output y."""
+
+    def encode(self, layer: int, x: Float[Tensor, "token d_in"], y: Float[Tensor, "own d_out"]) -> Codes:
+        coder, i, read = self.reading(layer, x, y)
+        return coder.encode_layer(i, read)
+
+    def training_codes(
+        self, layer: int, x: Float[Tensor, "token d_in"], y: Float[Tensor, "own d_out"]
+    ) -> TrainingCodes:
+        """Codes with gradients of all that the layer's encoder learns, and what its rule adds to the loss."""
+        coder, i, read = self.reading(layer, x, y)
+        return coder.training_codes(i, read)
+
+
+class _PerLayer[K: LayerCoder](CoderReplacement):
     """One coder per layer."""
 
     def __init__(self, method: str, coders: Iterable[K], top_k: int | None, variant: str, origin: Origin) -> None:
@@ -70,6 +105,10 @@ class _PerLayer[K: LayerCoder](Coded):
         self.k = _common_k(list(originals.values()), top_k)
         self.origin = origin
         self.coders = {layer: deployed(coder, top_k) for layer, coder in originals.items()}
+
+    @property
+    def members(self) -> tuple[K, ...]:
+        return tuple(self.coders.values())
 
     def gate_parameters(self, layers: Sequence[int]) -> int:
         return sum(self.coders[layer].gate_parameters for layer in layers)
@@ -94,8 +133,8 @@ class SAEReplacement(_PerLayer[BaseAutoencoder]):
         place = "" if self.site == "mlp_out" else self.site
         super().__init__("sae", saes, top_k, "-".join(filter(None, [place, variant])), origin)
 
-    def encode(self, layer: int, x: Tensor, y: Tensor) -> Codes:
-        return self.coders[layer].encode(y)
+    def reading(self, layer: int, x: Tensor, y: Tensor) -> Reading:
+        return Reading(self.coders[layer], 0, y)
 
     def write(self, pass_: CodedPass, layer: int, x: Tensor, y: Tensor) -> Tensor:
         return self.coders[layer].decode(pass_.encode(layer, x, y))
@@ -115,8 +154,8 @@ class TranscoderReplacement(_PerLayer[BaseTranscoder]):
         skip = "skip" if any(coder.config.skip for coder in coders) else ""
         super().__init__("transcoder", coders, top_k, "-".join(filter(None, [skip, variant])), origin)
 
-    def encode(self, layer: int, x: Tensor, y: Tensor) -> Codes:
-        return self.coders[layer].encode(x)
+    def reading(self, layer: int, x: Tensor, y: Tensor) -> Reading:
+        return Reading(self.coders[layer], 0, x)
 
     def write(self, pass_: CodedPass, layer: int, x: Tensor, y: Tensor) -> Tensor:
         return self.coders[layer].reconstruct(pass_.encode(layer, x, y), x)
@@ -130,7 +169,7 @@ class TranscoderReplacement(_PerLayer[BaseTranscoder]):
         return sum(c.d_in * c.d_out for c in configs if c.skip)
 
 
-class CLTReplacement(Coded):
+class CLTReplacement(CoderReplacement):
     """A cross-layer transcoder. With one layer replaced, earlier layers' codes are those of the clean pass."""
 
     def __init__(
@@ -142,13 +181,17 @@ class CLTReplacement(Coded):
         self.origin = origin
         self.coder = deployed(coder, top_k)
 
+    @property
+    def members(self) -> tuple[CrossLayerTranscoder]:
+        return (self.coder,)
+
     def gate_parameters(self, layers: Sequence[int]) -> int:
         """Of every layer that writes to one of `layers`."""
         sources = zip(self.layers, self.coder.encoders)
         return sum(p.numel() for i, encoder in sources if i <= max(layers) for p in encoder.parameters())
 
-    def encode(self, layer: int, x: Tensor, y: Tensor) -> Codes:
-        return self.coder.encode_layer(self.layers.index(layer), x)
+    def reading(self, layer: int, x: Tensor, y: Tensor) -> Reading:
+        return Reading(self.coder, self.layers.index(layer), x)
 
     def write(self, pass_: CodedPass, layer: int, x: Tensor, y: Tensor) -> Tensor:
         j = self.layers.index(layer)
@@ -164,37 +207,42 @@ class CLTReplacement(Coded):
         return _dead([self.coder], self.origin)
 
 
-def as_replacement(group: Sequence[Checkpoint], top_k: int | None = None) -> Coded:
+def as_replacement(group: Sequence[Checkpoint], top_k: int | None = None) -> CoderReplacement:
     """One CLT, or one coder per layer; `top_k` puts the top_k largest of a token in place of the trained rule."""
     records, coders = [checkpoint.record for checkpoint in group], [checkpoint.coder for checkpoint in group]
     seconds, paths = sum(record.train_seconds for record in records), " ".join(c.path for c in group)
     paths = paths.replace(f"{REPOSITORY}/", "")  # a table means the same on every machine
     origin = Origin(records[0].seed, records[0].train_tokens, seconds, paths)
-    return REPLACEMENTS[type(coders[0].config)](coders, top_k, origin)
+    return REPLACEMENTS[type(coders[0].config)](coders, top_k, records[0].variant, origin)
 
 
-def _one_clt(coders: Sequence[CrossLayerTranscoder], top_k: int | None, origin: Origin) -> CLTReplacement:
+def _one_clt(coders: Sequence[CrossLayerTranscoder], top_k: int | None, variant: str, origin: Origin) -> CLTReplacement:
     assert len(coders) == 1, f"{len(coders)} cross-layer transcoders cannot stand in one replacement"
-    return CLTReplacement(coders[0], top_k, origin=origin)
+    return CLTReplacement(coders[0], top_k, variant, origin)
 
 
-REPLACEMENTS: dict[type[CoderConfig], Callable[..., Coded]] = {
-    SAEConfig: lambda coders, top_k, origin: SAEReplacement(coders, top_k, origin=origin),
-    EncoderConfig: lambda coders, top_k, origin: TranscoderReplacement(coders, top_k, origin=origin),
+REPLACEMENTS: dict[type[CoderConfig], Callable[..., CoderReplacement]] = {
+    SAEConfig: SAEReplacement,
+    EncoderConfig: TranscoderReplacement,
     CLTConfig: _one_clt,
 }
 
 
-def as_replacements(checkpoints: Sequence[Checkpoint], top_k: int | None = None) -> list[Coded]:
-    """One replacement per CLT, and one per set of per-layer coders that differ in their layer alone, of equal seeds.
+def as_replacements(checkpoints: Sequence[Checkpoint], top_k: int | None = None) -> list[CoderReplacement]:
+    """One replacement per group of `side_by_side`."""
+    return [as_replacement(group, top_k) for group in side_by_side(checkpoints)]
+
+
+def side_by_side(checkpoints: Sequence[Checkpoint]) -> list[list[Checkpoint]]:
+    """Each CLT alone, and per-layer coders that differ in their layer alone together, of equal seeds and objectives.
 
     Of several such coders of one layer the first of each layer stand together, then the second, and so on.
     """
     groups: dict[object, list[Checkpoint]] = {}
     before: Counter[object] = Counter()
     for checkpoint in checkpoints:
-        config, seed = checkpoint.coder.config, checkpoint.record.seed
-        same_layer = (config, seed)
-        groups.setdefault((config.family, seed, before[same_layer]), []).append(checkpoint)
+        config, trained = checkpoint.coder.config, (checkpoint.record.seed, checkpoint.record.objectives)
+        same_layer = (config, trained)
+        groups.setdefault((config.family, trained, before[same_layer]), []).append(checkpoint)
         before[same_layer] += 1
-    return [as_replacement(group, top_k) for group in groups.values()]
+    return list(groups.values())

@@ -6,7 +6,8 @@ A `Replacement` opens a `Pass` for each forward pass. In a pass opened by `free`
 stream, which earlier replaced layers may have changed; in one opened by `frozen` it is decided on a clean pass, and only what
 is not a decision (an affine skip, a delta, a component's own input) reads the running stream. `Coded` replacements decide by
 codes: dictionaries, and an MLP's own neurons. Others (SPD, ablations) bring a pass of their own.
-Only an SAE and the identity read y beyond a sequence's first position, so the others' MLPs are not computed beyond it.
+Only the identity, and an SAE whose codes follow the stream, read y beyond a sequence's first position, so the MLPs of all
+others are not computed beyond it.
 A pass remembers what was active, so that every method is counted by the same lines of `metrics.py`:
 
     active parts per MLP = Σ_groups L0 · writes / layers,    active parameters = Σ_groups L0 · part_parameters + dense
@@ -70,6 +71,11 @@ class Pass(ABC):
     def __init__(self, replacement: "Replacement") -> None:
         self.replacement = replacement
         self.active: dict[tuple[int, str], Active] = {}
+
+    @property
+    def reads_y(self) -> bool:
+        """Whether it is given what the MLP itself writes on the running stream, at every position."""
+        return self.replacement.reads_y
 
     @abstractmethod
     def __call__(
@@ -165,6 +171,10 @@ class CodedPass(Pass):
         self.clean = clean
         self.codes: dict[int, Codes] = {}
 
+    @property
+    def reads_y(self) -> bool:
+        return self.replacement.reads_y and self.clean is None
+
     def __call__(
         self, layer: int, x: Float[Tensor, "batch seq d_in"], y: Float[Tensor, "batch own d_out"]
     ) -> Float[Tensor, "batch seq d_out"]:
@@ -213,7 +223,7 @@ def replaced_logits(
 
         return write
 
-    with patched(target, {layer: function(layer) for layer in layers}, first_only=not pass_.replacement.reads_y):
+    with patched(target, {layer: function(layer) for layer in layers}, first_only=not pass_.reads_y):
         return target.logits(tokens)
 
 
