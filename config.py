@@ -186,12 +186,16 @@ class Mixed:
     """Which layers a batch replaces is drawn: one alone, some of them, or all, so that coders stay good alone and together."""
 
     alone: float = 0.25  # share of the batches in which a single layer is replaced
-    some: float = 0.25  # share in which more than one but not all are; two layers have no such set, and all are replaced
+    some: float = (
+        0.25  # share in which more than one but not all are; two layers have no such set, and all are replaced
+    )
     running: float = 0.5  # share of the other batches in which codes follow the stream; else a clean pass gives them
 
     def __post_init__(self) -> None:
         shares = (self.alone, self.some, self.alone + self.some, self.running)
-        require(min(shares) >= 0 and max(shares) <= 1, f"the shares of {self} must lie between 0 and 1, and so their sum")
+        require(
+            min(shares) >= 0 and max(shares) <= 1, f"the shares of {self} must lie between 0 and 1, and so their sum"
+        )
 
     def __str__(self) -> str:
         return "mixed"

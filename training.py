@@ -41,7 +41,7 @@ from checkpoints import (
     save_tensors,
 )
 from coder import Coder, codes_by_layer
-from config import TrainConfig, to_json
+from config import Local, TrainConfig, to_json
 from devices import in_threads, keep_freed_memory
 from logs import Logger, git_commit
 from losses import auxk, fvu
@@ -76,12 +76,13 @@ def annealed_k(k: int, step: int, *, steps: int, config: TrainConfig) -> int:
     return round(k * (ANNEAL_FROM - (ANNEAL_FROM - 1) * progress))
 
 
-def recipe(config: TrainConfig, data: DataConfig) -> str:
+def recipe(config: TrainConfig, batch_tokens: int) -> str:
     """Training settings that change the result, as text; two coders with equal recipes are interchangeable."""
     c = config
+    objective = "" if c.objective == Local() else f"{c.objective}, "
     return (
-        f"lr {c.lr:.6g}, warmup {c.warmup:g}, decay {c.decay:g}, anneal {ANNEAL_FROM}k over {c.anneal:g}, "
-        f"clip {c.max_grad_norm:g}, aux {c.aux:g} after {c.dead_after}, betas {c.betas}, batch {data.batch_tokens}"
+        f"{objective}lr {c.lr:.6g}, warmup {c.warmup:g}, decay {c.decay:g}, anneal {ANNEAL_FROM}k over {c.anneal:g}, "
+        f"clip {c.max_grad_norm:g}, aux {c.aux:g} after {c.dead_after}, betas {c.betas}, batch {batch_tokens}"
     )
 
 
@@ -100,7 +101,7 @@ class CoderRun:
 
 def training_step(run: CoderRun, batch: ActivationBatch, *, config: TrainConfig, lr: float) -> Float[Tensor, "3"]:
     """One step of one coder; returns (loss, FVU, L0 per layer), still on the device."""
-    coder, optimiser = run.coder, run.optimiser
+    coder = run.coder
     x, y = coder.view(*batch, run.rows)
     codes, penalty = coder.encode_with_penalty(x, y, run.variance)
     y_hat = coder.reconstruct(codes, x)
@@ -112,6 +113,16 @@ def training_step(run: CoderRun, batch: ActivationBatch, *, config: TrainConfig,
         aux = auxk(e, e_hat) if e.ndim == 2 else torch.stack([auxk(*pair) for pair in zip(e, e_hat)]).mean()
         loss = loss + config.aux * min(coder.n_dead / k_aux, 1.0) * aux
     loss.backward()
+    descend(run, config=config, lr=lr)
+    coder.update_statistics(codes)
+    layers = codes_by_layer(codes)
+    l0 = sum((own.values > 0).sum() / own.n_rows for own in layers) / len(layers)
+    return torch.stack([loss.detach(), error.detach(), l0])
+
+
+def descend(run: CoderRun, *, config: TrainConfig, lr: float) -> None:
+    """The step that a coder's gradient asks for, which is used up."""
+    coder, optimiser = run.coder, run.optimiser
     coder.constrain_gradients()
     torch.nn.utils.clip_grad_norm_(coder.parameters(), config.max_grad_norm)
     for group in optimiser.param_groups:
@@ -119,10 +130,6 @@ def training_step(run: CoderRun, batch: ActivationBatch, *, config: TrainConfig,
     optimiser.step()
     optimiser.zero_grad(set_to_none=True)
     coder.constrain_weights()
-    coder.update_statistics(codes)
-    layers = codes_by_layer(codes)
-    l0 = sum((own.values > 0).sum() / own.n_rows for own in layers) / len(layers)
-    return torch.stack([loss.detach(), error.detach(), l0])
 
 
 def _side_by_side[B](function: Callable[[CoderRun], B], runs: Sequence[CoderRun], device: torch.device) -> list[B]:
@@ -162,7 +169,7 @@ def train_group(
     the same folder; RuntimeError when a loss is not finite.
     """
     names = [coder_name(target.name, coder.config, config.seed) for coder in coders]
-    fingerprint, how = target.fingerprint, recipe(config, data)
+    fingerprint, how = target.fingerprint, recipe(config, data.batch_tokens)
     if twice := sorted({name for name in names if names.count(name) > 1}):
         raise ValueError(f"{', '.join(twice)} was asked for more than once: name every layer and k once")
 
@@ -278,7 +285,7 @@ def _train(
         record = TrainingRecord(
             name=run.name, target=target.name, target_fingerprint=target.fingerprint, train_tokens=config.tokens,
             train_seconds=run.seconds + max(overhead, 0.0), seed=config.seed, commit=git_commit(),
-            recipe=recipe(config, data),
+            recipe=recipe(config, data.batch_tokens),
         )  # fmt: skip
         save_checkpoint(folder / run.name, run.coder, record)
         run.logger.close()
