@@ -28,6 +28,7 @@ from config import (
     CoderConfig,
     EncoderConfig,
     GateConfig,
+    Local,
     Objective,
     Output,
     Recon,
@@ -84,9 +85,16 @@ def clt_configs(target: TargetModel, *, layers: Sequence[int], rules: Sequence[R
 
 
 def train_coders(
-    configs: Sequence[CoderConfig], target: TargetModel, *, tokens: int, batch: int, seed: int, folder: Path
-) -> list[Checkpoint]:
-    """Train each on what its own layers write: what is not yet in `folder`, on one stream, with the default recipe."""
+    configs: Sequence[CoderConfig], target: TargetModel, *, tokens: int, batch: int, seed: int, folder: Path,
+    objective: Objective = Local(),
+) -> list[Checkpoint]:  # fmt: skip
+    """Train from scratch what is not yet in `folder`, all on one stream over all the layers, with the project's default recipe."""
+    if isinstance(objective, Output):
+        starts = [untrained(config, target, seed) for config in configs]
+        train = TrainConfig(
+            objective=objective, tokens=tokens, lr=default_tuning_rate(tokens), dead_after=dead_after(tokens), seed=seed
+        )
+        return train_on_output(starts, target, batch=batch, config=train, folder=folder)
     layers = tuple(sorted({layer for config in configs for layer in config.layers}))
     data = DataConfig(layers=layers, batch_tokens=batch, seed=seed)
     train = TrainConfig(
@@ -114,18 +122,6 @@ def tune_coders(
         seed=seed,
     )
     return train_on_output(checkpoints, target, batch=batch, config=train, folder=folder)
-
-
-def train_on_output_alone(
-    configs: Sequence[CoderConfig], target: TargetModel, *, tokens: int, objective: Output, batch: int, seed: int,
-    folder: Path,
-) -> list[Checkpoint]:  # fmt: skip
-    """Train coders from scratch on the model's output: what is not yet in `folder`, on one stream, with the default recipe."""
-    train = TrainConfig(
-        objective=objective, tokens=tokens, lr=default_tuning_rate(tokens), dead_after=dead_after(tokens), seed=seed
-    )
-    starts = [untrained(config, target, seed) for config in configs]
-    return train_on_output(starts, target, batch=batch, config=train, folder=folder)
 
 
 def untrained(config: CoderConfig, target: TargetModel, seed: int) -> Checkpoint:

@@ -4,11 +4,9 @@ The reference runs the blocks of a small model one after another and knows nothi
 """
 
 from collections.abc import Callable, Sequence
-from types import SimpleNamespace
 
 import pytest
 import torch
-import torch.nn.functional as F
 from small import D, H, make_tiny, randomise, some_tokens
 from torch import Tensor
 
@@ -36,7 +34,6 @@ from output_objective import CoderSet, Frame, Run, TrainingPass, backward, frame
 from patching import Captured
 from recipes import new_coder
 from replacement import CodedPass
-from sparse_ops import to_dense
 from target_models import TargetModel, unembedding
 from training import CoderRun
 
