@@ -37,10 +37,9 @@ ROOM = 16  # times the largest activation of the first forward that fp16 must ho
 class DataConfig:
     layers: tuple[int, ...]
     batch_tokens: int  # tokens per training batch
-    buffer_tokens: int = 65_536  # tokens mixed with each other
+    buffer_tokens: int = 65_536  # tokens mixed with each other; the first ones give scales and means
     model_batch: int = 32  # sequences per forward of the target
     seed: int = 0  # of the order of documents and of the mixing
-    stats_tokens: int = 1_000_000  # that give scales and means; one buffer of them where it is smaller
 
     def __post_init__(self) -> None:
         if self.buffer_tokens < 2 * self.batch_tokens:
@@ -90,7 +89,7 @@ class ActivationsStore:
                 f"dataset {target.data.path!r} gives {len(self.order)} tokens of its {split} split, less than a batch of "
                 f"{config.batch_tokens}: choose a smaller batch or more text"
             )
-        self.stats = measure(self.buffer, self.slots[: config.stats_tokens], self.scales)
+        self.stats = measure(self.buffer, self.slots, self.scales)
 
     @property
     def bytes(self) -> int:

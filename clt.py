@@ -85,12 +85,12 @@ class CrossLayerTranscoder(Coder[tuple[Codes, ...]]):
         wide = [decode(codes_i, self.W_dec[i]) for i, codes_i in enumerate(codes)]
         return unscaled(self._gather(wide), self.b_dec[:, None], self.y_scale[:, None, None])
 
-    def aux_reconstruction(self, x: Float[Tensor, "layer batch d_in"]) -> Float[Tensor, "layer batch d_out"]:
+    def aux_reconstruction(
+        self, x: Float[Tensor, "layer batch d_in"], dead_after: int
+    ) -> Float[Tensor, "layer batch d_out"]:
         """What every layer's dead latents would write to every target, without b_dec."""
-        wide = [
-            encoder.aux_activations(x[i] * self.x_scale[i]) @ self.W_dec[i][encoder.dead]
-            for i, encoder in enumerate(self.encoders)
-        ]
+        pairs = [encoder.aux_activations(x[i] * self.x_scale[i], dead_after) for i, encoder in enumerate(self.encoders)]
+        wide = [a @ W_dec[dead] for (a, dead), W_dec in zip(pairs, self.W_dec)]
         return self._gather(wide) / self.y_scale[:, None, None]
 
     def calibrate(self, batches: Sequence[Float[Tensor, "layer batch d_in"]]) -> None:

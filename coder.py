@@ -85,8 +85,10 @@ class Coder[C: (Codes, tuple[Codes, ...])](nn.Module, ABC):
         """What the codes write, and the bias."""
 
     @abstractmethod
-    def aux_reconstruction(self, x: Float[Tensor, "*layer batch d_in"]) -> Float[Tensor, "*layer batch d_out"]:
-        """What the dead latents would write, without b_dec: AuxK's ê."""
+    def aux_reconstruction(
+        self, x: Float[Tensor, "*layer batch d_in"], dead_after: int
+    ) -> Float[Tensor, "*layer batch d_out"]:
+        """What the latents that were silent for `dead_after` tokens would write, without b_dec: AuxK's ê, in raw units."""
 
     @abstractmethod
     def calibrate(self, batches: Sequence[Float[Tensor, "*layer batch d_in"]]) -> None:
@@ -152,11 +154,11 @@ class Coder[C: (Codes, tuple[Codes, ...])](nn.Module, ABC):
 
     @property
     def n_dead(self) -> int:
-        return sum(len(encoder.dead) for encoder in self.encoders)
+        return sum(encoder.n_dead for encoder in self.encoders)
 
-    def refresh_dead(self, dead_after: int) -> None:
+    def count_dead(self, dead_after: int) -> None:
         for encoder in self.encoders:
-            encoder.refresh_dead(dead_after)
+            encoder.count_dead(dead_after)
 
     def dead_fraction(self, window: int) -> float:
         """Share of latents that were silent in the last `window` training tokens."""
@@ -206,9 +208,9 @@ class LayerCoder(Coder[Codes]):
     def decode(self, codes: Codes) -> Float[Tensor, "batch d_out"]:
         return unscaled(decode(codes, self.W_dec), self.b_dec, self.y_scale)
 
-    def aux_reconstruction(self, x: Float[Tensor, "batch d_in"]) -> Float[Tensor, "batch d_out"]:
-        activations = self.encoder.aux_activations(self.encoder_input(x))
-        return activations @ self.W_dec[self.encoder.dead] / self.y_scale
+    def aux_reconstruction(self, x: Float[Tensor, "batch d_in"], dead_after: int) -> Float[Tensor, "batch d_out"]:
+        a, dead = self.encoder.aux_activations(self.encoder_input(x), dead_after)
+        return a @ self.W_dec[dead] / self.y_scale
 
     def calibrate(self, batches: Sequence[Float[Tensor, "batch d_in"]]) -> None:
         self.encoder.calibrate(self.encoder_input(x) for x in batches)

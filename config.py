@@ -223,20 +223,21 @@ class Output:
 
 
 Objective = Local | Output
+LOCAL = Local()
 
 
 @dataclass(frozen=True, kw_only=True)
 class TrainConfig:
     """How a group of coders is trained; one value serves every coder of the group."""
 
-    objective: Objective = Local()
+    objective: Objective = LOCAL
     tokens: int  # training tokens seen by every coder
     lr: float  # peak learning rate of Adam
     warmup: float = 0.05  # fraction of the steps with a rising learning rate
     decay: float = 0.2  # fraction of the steps, at the end, in which it falls linearly to zero
     anneal: float = 0.1  # fraction of the steps in which k falls from 4k to k
     max_grad_norm: float = 1.0  # each coder's gradient is clipped to this norm
-    aux: float = 1 / 32  # coefficient of the AuxK loss
+    aux: float = 1.0  # coefficient of the AuxK loss; at 1 a dead latent is taught as hard as a live one
     dead_after: int = 10_000_000  # a latent is dead after being silent for this many tokens
     betas: tuple[float, float] = (0.9, 0.999)
     metrics_every: int = 20  # steps between readings of the metrics (each reading synchronises the device once)

@@ -10,7 +10,7 @@ The original model runs once per batch and serves every replacement; logits live
 with the first layer it replaces, on the stream that the original model gave it: nothing before it differs. Rows that
 mean the same run (a baseline's `frozen` and `free`; `single` of a one-layer replacement and its `frozen`) share it.
 CE is over predicted tokens and KL over positions; FVU, L0 and firing leave each sequence's first position out, which
-`replaced_logits` leaves to the model. Every row's bootstrap draws the same sequences.
+`replaced_logits` leaves to the model. Every row's bootstrap draws the same documents.
 """
 
 from collections.abc import Sequence
@@ -25,12 +25,13 @@ from baselines import IdentityReplacement, MeanReplacement, ZeroReplacement
 from devices import give_back_memory
 from logs import git_commit
 from losses import Original, sequence_losses
-from metrics import OriginalTally, Tally, layer_points, point
-from pareto import Identity, LayerPoint, ParetoPoint
+from metrics import OriginalTally, Tally, document_draws, layer_points, pair_points, point
+from pareto import Identity, LayerPoint, PairPoint, ParetoPoint
 from patching import Captured, kept_streams, resumed
+from python_corpus import Split
 from replacement import Observer, Pass, Replacement, replaced_logits
 from target_models import TargetModel
-from token_stream import TokenStream, take_tokens
+from token_stream import HeldOutText, TokenStream, held_out_text
 
 Protocol = Literal["single", "frozen", "free"]
 PROTOCOLS: tuple[Protocol, ...] = ("single", "frozen", "free")
@@ -41,6 +42,8 @@ BATCH_LOGITS = 2**26  # logits of a batch: bounds the memory of large vocabulari
 class Measurement(NamedTuple):
     points: list[ParetoPoint]
     layers: list[LayerPoint]  # the detail behind them
+    pairs: list[PairPoint]  # differences between them
+    differences: list[Float[Tensor, "sequence"]]  # of each point: its cross-entropy less the original's, nats
 
 
 class _Run(NamedTuple):
@@ -89,17 +92,19 @@ def _covering[R: Replacement](replacements: Sequence[Replacement], kind: type[R]
 def evaluate(
     target: TargetModel,
     replacements: Sequence[Replacement],
-    tokens: Int[Tensor, "sequence seq"],
+    text: HeldOutText,
     protocols: Sequence[Protocol] = PROTOCOLS,
     batch: int | None = None,
     seed: int = 0,
 ) -> Measurement:
-    """Measure every replacement under every protocol on held-out `tokens`, in nats; nothing is mutated.
+    """Measure every replacement under every protocol on held-out `text`, in nats; nothing is mutated.
 
-    `tokens` are sequences without padding, `batch` of them (None: 16, or as few as keep a batch's logits within 256 MiB) a
+    Its tokens are sequences without padding, `batch` of them (None: 16, or as few as keep a batch's logits within 256 MiB) a
     forward pass; `seed` draws the bootstrap. Rows come by replacement, then protocol, then layer, of which `single` makes
     one each. CE recovered against mean ablation needs a `MeanReplacement` of all the layers. Raises ValueError for no tokens.
     """
+    tokens = text.tokens
+    assert len(text.documents) == len(tokens), f"{len(text.documents)=} {len(tokens)=}"
     assert tokens.ndim == 2 and tokens.shape[1] >= 2, f"tokens must be (sequence ≥ 1, seq ≥ 2): {tuple(tokens.shape)}"
     if len(tokens) == 0:
         raise ValueError("no held-out sequences to measure on: give at least one sequence of two tokens")
@@ -117,8 +122,9 @@ def evaluate(
         for sequences in tqdm(tokens.split(batch), desc=f"{len(runs)} passes", unit="batch", mininterval=1.0):
             _measure_batch(target, sequences.to(target.device), read, tallies, original)
             give_back_memory()
-    draws = torch.randint(len(tokens), (RESAMPLES, len(tokens)), generator=torch.Generator().manual_seed(seed))
-    measured, commit = Measurement([], []), git_commit()
+    draws, commit = document_draws(text.documents, RESAMPLES, seed), git_commit()
+    pairs = pair_points([(row.identity(target), tallies[row.run]) for row in rows], draws)
+    measured = Measurement([], [], pairs, [tallies[row.run].ce - original.ce for row in rows])
     for row in rows:
         identity, tally = row.identity(target), tallies[row.run]
         free = [None if r is None else tallies[_Run(r, False, row.layers)] for r in (zero, mean)]
@@ -201,7 +207,7 @@ def _measure_batch(
         tally.add_activity(pass_.active, *tokens.shape)
 
 
-def held_out_tokens(target: TargetModel, n_tokens: int) -> Int[Tensor, "sequence seq"]:
-    """The first tokens of the validation split; every study measures on the same."""
-    stream = TokenStream(target.data, target.tokenizer, "val", 32, target.context, vocab_size=target.vocab_size)
-    return take_tokens(stream, n_tokens).to(target.device)
+def held_out(target: TargetModel, n_tokens: int, split: Split = "test") -> HeldOutText:
+    """Text of a target that nothing was trained on, drawn over its documents; every study measures on the same."""
+    stream = TokenStream(target.data, target.tokenizer, split, 1, target.context, vocab_size=target.vocab_size)
+    return held_out_text(stream, n_tokens).to(target.device)

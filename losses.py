@@ -1,7 +1,7 @@
 """Pure functions that compare what a model gave with what it should have given.
 
 Coders:   FVU = Σ‖y − ŷ‖² / (N · E‖y − ȳ‖²),   ȳ and the denominator from a large sample, not from the batch
-AuxK:     ‖e − ê‖² / ‖e − ē‖² with e = stop_gradient(y − ŷ), ê = decode(top dead latents) without b_dec
+AuxK:     FVU of ŷ + αê, ŷ a constant, ê = decode(dead latents) without b_dec, α in [0, 1] the best for each token
 Output:   CE = −log q(next token),  KL(p‖q) = Σ_v p_v (log p_v − log q_v)
 """
 
@@ -32,14 +32,24 @@ def fvu(
     return errors.sum((-1, -2)) / (y.shape[-2] * variance)
 
 
-def auxk(e: Float[Tensor, "batch d_out"], e_hat: Float[Tensor, "batch d_out"]) -> Float[Tensor, ""]:
-    """How badly the dead latents explain the residual (1 = not at all); the residual carries no gradient.
+def auxk(
+    y: Float[Tensor, "*layer batch d_out"],
+    y_hat: Float[Tensor, "*layer batch d_out"],
+    *,
+    e_hat: Float[Tensor, "*layer batch d_out"],
+    variance: Float[Tensor, "*layer"],
+) -> Float[Tensor, "*layer"]:
+    """The FVU that were left if the dead latents wrote ê too, shortened at each token to where it helps most.
 
-    OpenAI's AuxK (arXiv 2406.04093) with sparsify's normalisation; 0 where the residual has no variance.
+        Σ min over 0 ≤ α ≤ 1 of ‖e − αê‖² / (N · variance),   e = y − ŷ, without gradient
+
+    The idea is OpenAI's (arXiv 2406.04093), where α = 1 and ê, unbounded, can be many times e. With the best α the term is
+    at most the FVU, and its gradient at a token of ê, −2α(e − αê), at most as long as the FVU's at that token of ŷ, 2e.
     """
-    e = e.detach()
-    variance = (e - e.mean(0)).square().sum()
-    return torch.where(variance > 0, (e - e_hat).square().sum() / variance.clamp_min(1e-30), 0.0)
+    e = (y - y_hat).detach()
+    along, square = (e * e_hat.detach()).sum(-1, keepdim=True), e_hat.detach().square().sum(-1, keepdim=True)
+    alpha = torch.where(along < square, along.clamp_min(0) / square, 1.0)  # 1 at ê = 0, so that it can grow
+    return fvu(e, alpha * e_hat, variance)
 
 
 # ------------------------------------------------------------------------------------------------ language models

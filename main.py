@@ -18,7 +18,7 @@ from baselines import baselines
 from checkpoints import CHECKPOINTS
 from coder_replacements import as_replacements
 from config import BatchTopK
-from evaluation import evaluate, held_out_tokens
+from evaluation import evaluate, held_out
 from recipes import SPDRecipe, clt_configs, train_coders, train_decomposition, transcoder_configs
 from spd_replacement import spd_replacements
 from spd_runs import find_spd
@@ -63,7 +63,7 @@ def main(s: Settings) -> None:
         replacements += spd_replacements(target, decomposition, s.layers, deltas=(False,))
     elif s.target == "tiny":
         replacements += spd_replacements(target, find_spd(target, s.layers), s.layers, deltas=(False,))
-    measured = evaluate(target, replacements, held_out_tokens(target, s.eval_tokens), ("single", "frozen", "free"))
+    measured = evaluate(target, replacements, held_out(target, s.eval_tokens), ("single", "frozen", "free"))
     write_report(s, measured, "The main job", TEXT)
 
 

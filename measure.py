@@ -16,7 +16,7 @@ from baselines import baselines
 from checkpoints import Checkpoint, TrainingRecord, check_target, load_checkpoint
 from coder_replacements import as_replacements
 from config import Site
-from evaluation import PROTOCOLS, Measurement, Protocol, evaluate, held_out_tokens
+from evaluation import PROTOCOLS, Measurement, Protocol, evaluate, held_out
 from foreign_files import Place, same_site
 from foreign_formats import import_dictionaries
 from logs import errors_in_one_line
@@ -108,7 +108,7 @@ def main(
     replacements += [r for k in (None, *top_k) for r in as_replacements(coders, k)]
     layers = sorted({layer for r in replacements for layer in r.layers})
     replacements += baselines(model, layers, neurons)
-    measured = evaluate(model, replacements, held_out_tokens(model, tokens), protocols)
+    measured = evaluate(model, replacements, held_out(model, tokens), protocols)
     _append(points, measured)
     print(markdown_table(measured.points))
 

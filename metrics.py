@@ -5,7 +5,7 @@
     CE recovered = (CE_ablated − CE) / (CE_ablated − CE_original)
 
 FVU, L0 and firing leave each sequence's first position out, which no replacement writes. Intervals are 95 % percentile
-bootstraps over sequences.
+bootstraps over documents, whose sequences are drawn together: what two sequences of one file share is not counted twice.
 """
 
 from collections.abc import Callable, Sequence
@@ -16,7 +16,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from pareto import Identity, LayerPoint, ParetoPoint
+from pareto import Identity, LayerPoint, PairPoint, ParetoPoint
 from replacement import Active, Replacement
 
 VALUE_BITS = 8  # stands for an active value until a measured quantisation replaces it
@@ -34,6 +34,24 @@ class _Count(NamedTuple):
 
     histogram: Int[Tensor, "l0"]  # tokens by their number of active parts
     fired: Int[Tensor, "part"]  # tokens on which each part was active
+
+
+class Draws(NamedTuple):
+    """Documents drawn with replacement, as many as there are, again and again."""
+
+    weights: Float[Tensor, "resample sequence"]  # how often the document of each sequence was drawn
+    n_documents: int
+
+
+def document_draws(documents: Int[Tensor, "sequence"], resamples: int, seed: int) -> Draws:
+    """The bootstrap's draws of the documents that the sequences were cut from."""
+    numbers = documents.unique(return_inverse=True)[1]
+    n = int(numbers.max()) + 1
+    drawn = torch.randint(n, (resamples, n), generator=torch.Generator().manual_seed(seed))
+    times = torch.zeros(resamples, n, dtype=torch.float64).scatter_add_(
+        1, drawn, torch.ones(drawn.shape, dtype=torch.float64)
+    )
+    return Draws(times[:, numbers], n)
 
 
 def _zeros(n: int, device: torch.device) -> Int[Tensor, "n"]:
@@ -179,10 +197,10 @@ def point(
     original: OriginalTally,
     *,
     ablated: Sequence[Tally | None],
-    draws: Int[Tensor, "resample sequence"],
+    draws: Draws,
     commit: str | None,
 ) -> ParetoPoint:
-    """The row of one run. `ablated`: the same layers at zero and at their mean (or None); `draws`: the bootstrap's sequences."""
+    """The row of one run. `ablated`: the same layers at zero and at their mean (or None); `draws`: the bootstrap's documents."""
     replacement, ce, n = tally.replacement, tally.ce, original.n
     l0, firing = tally.l0(n), tally.firing(n)
     errors = [_reconstruction(tally, original, layer) for layer in tally.layers]
@@ -193,6 +211,7 @@ def point(
     return ParetoPoint(
         **vars(identity),
         tokens=n,
+        documents=draws.n_documents,
         l0=average(list(l0.values())) if sparse else None,
         l0_p95=average([float(_quantile(h, 0.95)) for h in tally.histograms.values()]) if sparse else None,
         l0_per_mlp=sum(l0[g.layer, g.name] * g.writes for g in tally.part_groups) / len(tally.layers)
@@ -259,9 +278,27 @@ def binary_entropy(p: Float[Tensor, "part"]) -> Float[Tensor, "part"]:
     return -(torch.xlogy(p, p) + torch.xlogy(1 - p, 1 - p)) / torch.log(torch.tensor(2.0, dtype=p.dtype))
 
 
-def bootstrap_interval(
-    values: Float[Tensor, "sequence"], draws: Int[Tensor, "resample sequence"]
-) -> tuple[float, float]:
-    """The 2.5th and 97.5th percentiles of the mean over resampled sequences."""
-    low, high = values[draws].mean(1).quantile(torch.tensor([0.025, 0.975], dtype=values.dtype)).tolist()
+def bootstrap_interval(values: Float[Tensor, "sequence"], draws: Draws) -> tuple[float, float]:
+    """The 2.5th and 97.5th percentiles of the mean over the sequences of the documents drawn."""
+    means = draws.weights @ values.double() / draws.weights.sum(1)
+    low, high = means.quantile(torch.tensor([0.025, 0.975], dtype=means.dtype)).tolist()
     return low, high
+
+
+def pair_points(rows: Sequence[tuple[Identity, Tally]], draws: Draws) -> list[PairPoint]:
+    """The difference of every two rows in which all layers are replaced, under one protocol, on the same draws of documents."""
+    pairs = [
+        (a, b) for i, a in enumerate(rows) for b in rows[i + 1 :]
+        if a[0].protocol == b[0].protocol != "single" and a[0].layers == b[0].layers
+    ]  # fmt: skip
+    return [_pair(*first, *second, draws) for first, second in pairs]
+
+
+def _pair(a: Identity, of_a: Tally, b: Identity, of_b: Tally, draws: Draws) -> PairPoint:
+    difference = of_a.ce - of_b.ce
+    low, high = bootstrap_interval(difference, draws)
+    return PairPoint(
+        target=a.target, protocol=a.protocol, layers=a.layers, method=a.method, k=a.k, seed=a.seed,
+        other=b.method, other_k=b.k, other_seed=b.seed, difference=difference.mean().item(), low=low, high=high,
+        checkpoint=of_a.replacement.origin.checkpoint, other_checkpoint=of_b.replacement.origin.checkpoint,
+    )  # fmt: skip

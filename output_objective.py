@@ -269,14 +269,14 @@ def _auxk(member: CoderRun, pass_: TrainingPass, called: set[int], config: Train
     coder, own = member.coder, member.coder.config.layers
     if not coder.n_dead:
         return coder.b_dec.new_zeros(())
-    k_aux = coder.config.d_in // 2 * len(coder.encoders)
-    e_hat = coder.aux_reconstruction(as_read(member, pass_.inputs)).view(len(own), -1, coder.config.d_out)
+    e_hat = coder.aux_reconstruction(as_read(member, pass_.inputs), config.dead_after)
+    e_hat, variance = e_hat.view(len(own), -1, coder.config.d_out), member.variance.reshape(-1)
     aux = [
-        auxk(pass_.original(layer)[1] - pass_.written[layer], e_hat[i])
+        auxk(pass_.original(layer)[1], pass_.written[layer], e_hat=e_hat[i], variance=variance[i])
         for i, layer in enumerate(own)
         if layer in called
     ]
-    return config.aux * min(coder.n_dead / k_aux, 1.0) * torch.stack(aux).mean()
+    return config.aux * torch.stack(aux).mean()
 
 
 def as_read(member: CoderRun, inputs: Mapping[int, Float[Tensor, "token d_in"]]) -> Float[Tensor, "*layer token d_in"]:

@@ -239,7 +239,7 @@ class OutputGroup:
         speed = progress.pace * self.seen
         for own, (loss, kl, error, l0) in zip(self.sets, readings):
             for member in own.members:
-                member.coder.refresh_dead(self.config.dead_after)
+                member.coder.count_dead(self.config.dead_after)
                 dead = member.coder.n_dead / sum(encoder.d_dict for encoder in member.coder.encoders)
                 metrics = {"loss": loss, "kl": kl, "fvu": error, "l0": l0, "dead": dead, "tokens_per_second": speed}
                 member.logger.log(progress.step, metrics)
@@ -265,7 +265,7 @@ class OutputGroup:
             member.coder.load_state_dict(own["coder"])
             member.optimiser.load_state_dict(own["optimiser"])
             member.seconds = own["seconds"]
-            member.coder.refresh_dead(self.config.dead_after)
+            member.coder.count_dead(self.config.dead_after)
 
 
 def _train(group: OutputGroup) -> None:

@@ -44,7 +44,7 @@ class ParetoPoint(Identity):
     )  # Σ_parts H(firing frequency) + 8 · L0, all replaced layers together
     ce: float = column("CE")  # nats per predicted token
     ce_degradation: float = column("ΔCE [95 %]")  # ce − the original's, nats
-    ce_low: float  # 95 % bootstrap interval of ce_degradation, over sequences
+    ce_low: float  # 95 % bootstrap interval of ce_degradation, over documents
     ce_high: float
     ce_recovered_zero: float | None = column("CE recovered (zero)")  # 1: the original, 0: the same layers zero-ablated
     ce_recovered_mean: float | None = column("CE recovered (mean)")
@@ -61,6 +61,7 @@ class ParetoPoint(Identity):
         "‖e‖/‖y‖ p99.9", default=None
     )  # 99.9th percentile over tokens, worst replaced layer
     tail_max: float | None = column("‖e‖/‖y‖ max", default=None)
+    documents: int | None = column("documents", default=None)  # independent ones that the tokens were cut from
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,6 +79,20 @@ class LayerPoint(Identity):
     mse: float | None
     tail_p999: float | None
     tail_max: float | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class PairPoint(Identity):
+    """One row of pairs.csv: how much more the row named by the first columns costs than another, on the same documents."""
+
+    checkpoint: str
+    other: str  # the other row's method
+    other_k: int | None
+    other_seed: int | None
+    other_checkpoint: str
+    difference: float  # CE − the other's CE, nats
+    low: float  # its 95 % bootstrap interval over documents
+    high: float
 
 
 def row_key(row: ParetoPoint | LayerPoint) -> tuple[object, ...]:
@@ -105,7 +120,7 @@ def _text(value: Any) -> str:
     return repr(value) if isinstance(value, float) else str(value)
 
 
-def _write[Row: (ParetoPoint, LayerPoint)](path: Path, rows: Iterable[Row], kind: type[Row]) -> None:
+def _write[Row: (ParetoPoint, LayerPoint, PairPoint)](path: Path, rows: Iterable[Row], kind: type[Row]) -> None:
     columns = [f.name for f in dataclasses.fields(kind)]
     write_csv(path, columns, ([_text(value) for value in dataclasses.astuple(row)] for row in rows))
 
@@ -137,6 +152,11 @@ def write_layers(path: Path, rows: Iterable[LayerPoint]) -> None:
 
 def read_layers(path: Path) -> list[LayerPoint]:
     return _read(path, LayerPoint)
+
+
+def write_pairs(path: Path, rows: Iterable[PairPoint]) -> None:
+    """pairs.csv, beside points.csv."""
+    _write(path, rows, PairPoint)
 
 
 # ------------------------------------------------------------------------------------------------------------ table

@@ -1,8 +1,8 @@
 """A text that every machine has: the Python files of the running environment, and the docstrings in them.
 
-The environment's files are ordered and split by a hash of their path inside their package (1 in 50 is validation), and
+The environment's files are ordered and split by a hash of their path inside their package (1 in 50 is held out), and
 near-duplicates are dropped: a file at least half of whose lines of 20 characters or more stand in earlier files.
-Validation files come first in that order, so no training file is a near-copy of one of them.
+Held-out files come first in that order, so no training file is a near-copy of one of them.
 """
 
 import ast
@@ -17,8 +17,10 @@ from typing import Literal, NamedTuple
 
 from logs import atomic_path, cache_folder
 
-Split = Literal["train", "val"]
-VALIDATION_SHARE = 50  # one document in this many is held out where a dataset has no validation split of its own
+Split = Literal["train", "tuning", "test"]  # what is trained on, what settings are chosen on, what is reported
+HELD_OUT: tuple[Split, ...] = ("tuning", "test")
+HELD_OUT_SHARE = 50  # one document in this many is held out where a dataset has no split of its own for that
+TUNING_SHARE = 4  # one held-out document in this many is for tuning
 
 
 class SourceFile(NamedTuple):
@@ -28,7 +30,12 @@ class SourceFile(NamedTuple):
 
     @property
     def split(self) -> Split:
-        return "train" if self.order % VALIDATION_SHARE else "val"
+        return "train" if self.order % HELD_OUT_SHARE else held_out_split(self.order // HELD_OUT_SHARE)
+
+
+def held_out_split(document_hash: int) -> Split:
+    """The split of a held-out document: one in TUNING_SHARE is for tuning, the others are for testing."""
+    return "test" if document_hash % TUNING_SHARE else "tuning"
 
 
 @functools.cache
@@ -49,7 +56,7 @@ def read_source(path: str) -> str:
 
 
 def drop_near_duplicates(files: list[SourceFile]) -> list[SourceFile]:
-    """Files of 200 bytes to 500 kB most of whose lines are new, validation files first."""
+    """Files of 200 bytes to 500 kB most of whose lines are new, held-out files first."""
     seen: set[int] = set()
     kept = []
     for file in sorted(files, key=lambda f: (f.split == "train", f)):

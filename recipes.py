@@ -24,11 +24,11 @@ from checkpoints import (
 )
 from coder import Coder
 from config import (
+    LOCAL,
     CLTConfig,
     CoderConfig,
     EncoderConfig,
     GateConfig,
-    Local,
     Objective,
     Output,
     Recon,
@@ -46,7 +46,7 @@ from spd_model import ComponentModel
 from spd_training import train_spd
 from target_models import TargetModel, mlp_matrices
 from token_stream import TokenStream
-from training import default_learning_rate, train_group
+from training import dead_after, default_learning_rate, train_group
 
 
 def new_coder(config: CoderConfig, seed: int) -> Coder:
@@ -86,9 +86,9 @@ def clt_configs(target: TargetModel, *, layers: Sequence[int], rules: Sequence[R
 
 def train_coders(
     configs: Sequence[CoderConfig], target: TargetModel, *, tokens: int, batch: int, seed: int, folder: Path,
-    objective: Objective = Local(),
+    objective: Objective = LOCAL,
 ) -> list[Checkpoint]:  # fmt: skip
-    """Train from scratch what is not yet in `folder`, all on one stream over all the layers, with the project's default recipe."""
+    """Train from scratch what is not yet in `folder`, on one stream over all the layers, with the project's default recipe."""
     if isinstance(objective, Output):
         starts = [untrained(config, target, seed) for config in configs]
         train = TrainConfig(
@@ -97,9 +97,8 @@ def train_coders(
         return train_on_output(starts, target, batch=batch, config=train, folder=folder)
     layers = tuple(sorted({layer for config in configs for layer in config.layers}))
     data = DataConfig(layers=layers, batch_tokens=batch, seed=seed)
-    train = TrainConfig(
-        tokens=tokens, lr=default_learning_rate(tokens, configs[0].d_dict), dead_after=dead_after(tokens), seed=seed
-    )
+    lr = default_learning_rate(tokens, configs[0].d_dict)
+    train = TrainConfig(tokens=tokens, lr=lr, dead_after=dead_after(tokens), seed=seed)
     return train_group([new_coder(config, seed) for config in configs], target, data=data, config=train, folder=folder)
 
 
@@ -132,11 +131,6 @@ def untrained(config: CoderConfig, target: TargetModel, seed: int) -> Checkpoint
         commit=None, objectives=(),
     )  # fmt: skip
     return Checkpoint(new_coder(config, seed), record, name)
-
-
-def dead_after(tokens: int) -> int:
-    """Tokens of silence after which a latent is dead: the field's number where the training is long enough for it."""
-    return min(10_000_000, tokens // 5)
 
 
 @dataclass(frozen=True, kw_only=True)

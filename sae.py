@@ -40,6 +40,11 @@ class BaseAutoencoder(LayerCoder):
     def encoder_input(self, x: Float[Tensor, "batch d_in"]) -> Float[Tensor, "batch d_in"]:
         return x * self.x_scale - self.b_dec
 
+    def aux_reconstruction(self, x: Float[Tensor, "batch d_in"], dead_after: int) -> Float[Tensor, "batch d_in"]:
+        """AuxK's ê, through which b_dec gets no gradient although the encoder reads it."""
+        a, dead = self.encoder.aux_activations(x * self.x_scale - self.b_dec.detach(), dead_after)
+        return a @ self.W_dec[dead] / self.x_scale
+
     @torch.no_grad()
     def initialise(self, stats: ActivationStats) -> None:
         self.x_scale.copy_(stats.x_scale)

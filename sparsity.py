@@ -18,13 +18,14 @@ depends on the token's neighbours, since θ is a buffer: a running mean of each 
 A new rule is a value in config.py, an encoder class here with its row in ENCODERS, and the name of its SAE and transcoder.
 """
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterable
 from itertools import chain
 from typing import Any, NamedTuple
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from config import BatchTopK, Gated, JumpReLU, Relu, Rule, TopK
@@ -32,6 +33,7 @@ from sparse_encode import encode_batch_topk, encode_threshold, encode_topk
 from sparse_ops import Codes, fire_counts, from_dense
 
 THRESHOLD_DECAY = 0.99  # per training batch
+AUX_SHARE = 0.01  # of a batch's tokens: those at which AuxK holds a dead latent active
 
 
 class TrainingCodes(NamedTuple):
@@ -58,7 +60,7 @@ class SparseEncoder[R](nn.Module, ABC):
         self.W_enc = nn.Parameter(W_enc)
         self.b_enc = nn.Parameter(W_enc.new_zeros(len(W_enc)))
         self.register_buffer("tokens_since_fired", torch.zeros(len(W_enc), dtype=torch.int64))
-        self.dead = torch.zeros(0, dtype=torch.int64)  # latents AuxK works on; refreshed now and then
+        self.n_dead = 0  # at the last count; AuxK works on so many latents
 
     @property
     def d_dict(self) -> int:
@@ -124,16 +126,25 @@ class SparseEncoder[R](nn.Module, ABC):
         self.tokens_since_fired += codes.n_rows
         self.tokens_since_fired.masked_fill_(fired, 0)
 
-    def refresh_dead(self, dead_after: int) -> None:
-        """List the latents that were silent for `dead_after` tokens (synchronises the device)."""
-        self.dead = (self.tokens_since_fired >= dead_after).nonzero()[:, 0]
+    def count_dead(self, dead_after: int) -> None:
+        """Count the latents that were silent for `dead_after` tokens (synchronises the device)."""
+        self.n_dead = int((self.tokens_since_fired >= dead_after).sum())
 
-    def aux_activations(self, x: Float[Tensor, "batch d_in"]) -> Float[Tensor, "batch dead"]:
-        """The d_in/2 largest pre-activations among the dead, not rectified: a negative one must get a gradient."""
-        pre = torch.addmm(self.b_enc[self.dead], x, self.W_enc[self.dead].T)
-        k = min(self.W_enc.shape[1] // 2, len(self.dead))
-        values, indices = pre.topk(k, dim=1)
-        return torch.zeros_like(pre).scatter(1, indices, values)
+    def aux_activations(
+        self, x: Float[Tensor, "batch d_in"], dead_after: int
+    ) -> tuple[Float[Tensor, "batch dead"], Int[Tensor, "dead"]]:
+        """(a, dead): the latents that were silent for longest, each as if it were active at its own largest tokens.
+
+            a = (pre − min(θ, 0)) · [pre > θ],   θ, a constant, is exceeded at AUX_SHARE of the batch's tokens, a θ per latent
+
+        So a ≥ 0, as of a live latent: with signs, one that fell silent far below zero would write many times the residual,
+        and rectified, it would get no gradient. Who has fired since the last count is left out, and nothing synchronises.
+        """
+        silence, dead = self.tokens_since_fired.topk(self.n_dead)
+        pre = torch.addmm(self.b_enc[dead, None], self.W_enc[dead], x.T)
+        theta = pre.detach().topk(math.ceil(AUX_SHARE * len(x)) + 1, dim=1).values[:, -1:]
+        active = (pre > theta) & (silence >= dead_after)[:, None]
+        return ((pre - theta.clamp(max=0)) * active).T, dead
 
 
 # ------------------------------------------------------------------------------------------------------------------ Relu

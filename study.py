@@ -8,7 +8,7 @@ from pathlib import Path
 
 from evaluation import Measurement
 from logs import errors_in_one_line, write_settings
-from pareto import ParetoPoint, markdown_table, read_points, write_layers, write_points
+from pareto import ParetoPoint, markdown_table, read_points, write_layers, write_pairs, write_points
 from pareto_figure import draw
 
 FIGURE = "![Pareto curves](pareto.png)"  # in a report, the table follows it
@@ -37,10 +37,11 @@ class CoderStudySettings(StudySettings):
 
 
 def write_report(s: StudySettings, measured: Measurement, title: str, text: str) -> None:
-    """points.csv, layers.csv, pareto.png, settings.json and a README with figure and table; prints a short table."""
+    """points.csv, layers.csv, pairs.csv, pareto.png, settings.json and a README with figure and table; prints a short table."""
     s.output.mkdir(parents=True, exist_ok=True)
     write_points(s.output / "points.csv", measured.points)
     write_layers(s.output / "layers.csv", measured.layers)
+    write_pairs(s.output / "pairs.csv", measured.pairs)
     write_settings(s.output, s, s.device)
     (s.output / "README.md").write_text(f"# {title}\n\n{text}\n\n{FIGURE}\n")
     replot(s.output)

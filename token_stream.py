@@ -3,8 +3,12 @@
 Documents are tokenised as they are read, joined by the tokenizer's end-of-text token and cut into rows of `seq`
 tokens: no padding, nothing truncated. Every row begins with the tokenizer's BOS token where it adds one to a text, as
 Llama's and Gemma's do, for their models know no other beginning. Rows that somebody has packed already are taken as they
-are. A stream's position is (documents read, tokens left over), so that a resumed stream yields exactly what the
+are. A stream's position is (pieces read, tokens left over), so that a resumed stream yields exactly what the
 interrupted one would have.
+
+Text to train on is read in pieces of about one row (4 · `seq` characters), each as if it were a document, in a random order
+over the next PIECES of them: a million tokens then come from thousands of documents, not from the first two hundred.
+Text to measure on (`held_out_text`) is drawn at random over all documents, as many sequences of each as must be.
 
 Four kinds of source (`DatasetSpec.path`):
   "python"        the .py files of the standard library and site-packages of the running environment
@@ -18,11 +22,13 @@ The first two are read and split by `python_corpus.py`.
 import contextlib
 import hashlib
 import itertools
+import random
 import re
-from collections.abc import Iterator
+from array import array
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -31,17 +37,24 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from python_corpus import (
-    VALIDATION_SHARE,
+    HELD_OUT_SHARE,
     Split,
     docstring_documents,
     environment_corpus,
     environment_files,
+    held_out_split,
     python_documents,
 )
 
 DOCUMENTS_AT_ONCE = 64  # tokenised together, on all cores
 SHUFFLE_BUFFER = 10_000  # documents
+PIECES, PIECE_TOKENS = 32_768, 2**23  # that training text is shuffled over: so many pieces, or of so many rows' tokens
+CHARACTERS = 4  # of a piece, for every token of a row
+DOCUMENTS_PER_SEQUENCE = 4  # read at most, to draw held-out sequences from
 KINDS = {".txt": "text", ".jsonl": "json", ".json": "json", ".parquet": "parquet"}  # ending → builder of `datasets`
+
+
+Document = str | Sequence[int]  # a text, or its token ids
 
 
 @dataclass(frozen=True)
@@ -50,7 +63,7 @@ class DatasetSpec:
     column: str = "text"  # of text, or of token ids where `tokenised`
     tokenised: bool = False
     train_split: str = "train"
-    val_split: str = ""  # empty: one document in 50 of the training split is held out
+    val_split: str = ""  # of held-out text; empty: one document in 50 of the training split is held out
     bos: bool = True  # each packed row begins with BOS where the tokenizer adds one to a text; False: never
 
 
@@ -72,12 +85,20 @@ def documents(spec: DatasetSpec, split: Split, seed: int) -> Iterator[str | list
     if (Path(spec.path) / "train.npy").exists():
         yield from token_documents(spec, split, seed)
         return
-    name = spec.val_split if split == "val" and spec.val_split else spec.train_split
+    name = spec.val_split if split != "train" and spec.val_split else spec.train_split
     rows = load_rows(spec.path, name, lone=not spec.val_split).shuffle(seed=seed, buffer_size=SHUFFLE_BUFFER)
     for i, row in enumerate(_readable(iter(rows), spec.path)):
         document = _document(spec, row, i)
-        if spec.val_split or split == ("train" if _document_hash(document) % VALIDATION_SHARE else "val"):
+        if split == _split_of(document, has_own=bool(spec.val_split), of_training=split == "train"):
             yield document
+
+
+def _split_of(document: str | list[int], *, has_own: bool, of_training: bool) -> Split:
+    """The split of a document by its hash; held-out text of its own, if a dataset has it, is split in tuning and test."""
+    number = _document_hash(document)
+    if of_training if has_own else number % HELD_OUT_SHARE:
+        return "train"
+    return held_out_split(number // HELD_OUT_SHARE)
 
 
 def _readable(rows: Iterator[dict[str, Any]], path: str) -> Iterator[dict[str, Any]]:
@@ -124,11 +145,11 @@ def _order(n: int, seed: int) -> list[int]:
 
 
 def token_documents(spec: DatasetSpec, split: Split, seed: int) -> Iterator[list[int]]:
-    """The documents of a token folder: `split`.npy holds uint16 ids, and its first id stands before every document.
+    """The documents of a token folder: train.npy or val.npy holds uint16 ids, and its first id stands before every document.
 
     Raises ValueError for another kind of array, and where the specification says that the text is not tokenised.
     """
-    file = Path(spec.path) / f"{split}.npy"
+    file = Path(spec.path) / f"{'train' if split == 'train' else 'val'}.npy"
     ids = np.load(file)
     if ids.dtype != np.uint16 or ids.ndim != 1 or len(ids) == 0:
         raise ValueError(
@@ -138,7 +159,9 @@ def token_documents(spec: DatasetSpec, split: Split, seed: int) -> Iterator[list
         raise ValueError(f"{file} holds token ids: its DatasetSpec needs tokenised=True")
     starts = np.append(np.flatnonzero(ids == ids[0]), len(ids))
     for i in _order(len(starts) - 1, seed):
-        yield ids[starts[i] + 1 : starts[i + 1]].tolist()
+        document = ids[starts[i] + 1 : starts[i + 1]].tolist()
+        if split == _split_of(document, has_own=True, of_training=split == "train"):
+            yield document
 
 
 def load_rows(path: str, split: str, lone: bool = True):  # type: ignore[no-untyped-def]  # datasets.IterableDataset
@@ -202,13 +225,28 @@ class TokenStream:
         self.spec, self.tokenizer, self.split = spec, tokenizer, split
         self.batch, self.seq, self.seed, self.vocab_size = batch, seq, seed, vocab_size or len(tokenizer)
         self.separator, self.bos = separator(tokenizer), added_bos(tokenizer) if spec.bos else None
-        self.n_documents = 0
+        self.n_read = 0  # documents, or in training their pieces
         self.leftover: list[int] = []
         self._open()
 
     def _open(self) -> None:
         rest = documents(self.spec, self.split, self.seed)
-        self._documents = itertools.islice(rest, self.n_documents, None)
+        first = list(itertools.islice(rest, DOCUMENTS_AT_ONCE))
+        self.packed = self.spec.tokenised and are_rows(first, self.seq)
+        everything: Iterator[Document] = itertools.chain(first, rest)
+        if self.split == "train":
+            everything = shuffled(self._pieces(everything), min(PIECES, PIECE_TOKENS // self.seq), self.seed)
+        self._documents = itertools.islice(everything, self.n_read, None)
+
+    def _pieces(self, whole: Iterator[Document]) -> Iterator[Document]:
+        """The documents in pieces that fill about a row; those of token ids fill one exactly."""
+        length = self.seq if self.packed else self.seq - 1 - (self.bos is not None)
+        for document in whole:
+            if isinstance(document, str):
+                yield from text_pieces(document, CHARACTERS * self.seq)
+            else:
+                ids = array("i", self._content(document))
+                yield from (ids[i : i + length] for i in range(0, len(ids), max(1, length)))
 
     def __iter__(self) -> "TokenStream":
         return self
@@ -218,35 +256,28 @@ class TokenStream:
         while len(self.leftover) < needed:
             chunk = list(itertools.islice(self._documents, DOCUMENTS_AT_ONCE))
             if not chunk:
-                if self.n_documents == 0:
+                if self.n_read == 0:
                     raise ValueError(f"dataset {self.spec.path!r} has no documents in its {self.split} split")
                 raise StopIteration
-            self.n_documents += len(chunk)
-            self._pack(self._tokenise(chunk))
+            self.n_read += len(chunk)
+            for ids in self._tokenise(chunk):
+                self._append(ids)
         rows = torch.tensor(self.leftover[:needed]).view(self.batch, self.seq)
         del self.leftover[:needed]
-        self._check(rows)
+        self.check(rows)
         return rows
 
-    def _pack(self, chunk: list[list[int]]) -> None:
-        """Add documents to the tokens left over: rows packed by somebody as they are, others with a separator before each."""
-        if self._are_rows(chunk):
-            for ids in chunk:
-                self.leftover += ids[: len(ids) // self.seq * self.seq]
-            return
-        for ids in chunk:
-            if self.spec.tokenised and ids:  # those of some data sets bring their separators
-                ids = ids[ids[0] == self.separator : len(ids) - (ids[-1] == self.separator)]
-            self._append([self.separator, *ids])
+    def _content(self, ids: Sequence[int]) -> Sequence[int]:
+        """The ids without the separators that some data sets bring; of packed rows, as many as fill rows of `seq`."""
+        if self.packed:
+            return ids[: len(ids) // self.seq * self.seq]
+        return ids[ids[0] == self.separator : len(ids) - (ids[-1] == self.separator)] if ids else ids
 
-    def _are_rows(self, chunk: list[list[int]]) -> bool:
-        """Whether tokenised documents are equally long and fill whole rows; one token more is the last one's target."""
-        lengths = {len(ids) for ids in chunk} if self.spec.tokenised else set()
-        whole = len(lengths) == 1 and (length := lengths.pop()) >= self.seq and length % self.seq in (0, 1)
-        return whole and len(self.leftover) % self.seq == 0
-
-    def _append(self, ids: list[int]) -> None:
-        if self.bos is None:
+    def _append(self, ids: Sequence[int]) -> None:
+        """Add a document to the tokens left over: rows packed by somebody as they are, others behind a separator."""
+        ids = list(self._content(ids)) if self.spec.tokenised else ids
+        ids = ids if self.packed else [self.separator, *ids]
+        if self.bos is None or self.packed:
             self.leftover += ids
             return
         while ids:
@@ -256,7 +287,7 @@ class TokenStream:
             self.leftover += ids[:room]
             ids = ids[room:]
 
-    def _check(self, rows: Int[Tensor, "batch seq"]) -> None:
+    def check(self, rows: Int[Tensor, "batch seq"]) -> None:
         for worst in (int(rows.min()), int(rows.max())):
             if not 0 <= worst < self.vocab_size:
                 given = self.spec.tokenised and worst not in (self.separator, self.bos)
@@ -266,17 +297,37 @@ class TokenStream:
                     f"use the tokenizer that the model was trained with"
                 )
 
-    def _tokenise(self, chunk: list[str | list[int]]) -> list[list[int]]:
+    def _tokenise(self, chunk: list[Document]) -> list[Sequence[int]]:
         if self.spec.tokenised:
             return chunk  # type: ignore[return-value]
         return self.tokenizer(chunk, add_special_tokens=False, verbose=False)["input_ids"]  # type: ignore[return-value]
 
+    def rows_by_document(self, most: int) -> list[list[list[int]]]:
+        """The whole rows of each of at most `most` documents; short ones are packed together, and such a row stands by itself."""
+        assert self.n_read == 0 and self.split != "train", f"{self.n_read=} {self.split=}"
+        found, short, chosen = [], [], itertools.islice(self._documents, most)
+        while chunk := list(itertools.islice(chosen, DOCUMENTS_AT_ONCE)):
+            for ids in self._tokenise(chunk):
+                if rows := self._rows([ids]):
+                    found.append(rows)
+                elif rows := self._rows(short := [*short, ids]):
+                    found.append(rows)
+                    short = []
+        return found
+
+    def _rows(self, documents: list[Sequence[int]]) -> list[list[int]]:
+        """The whole rows that documents fill, packed anew."""
+        self.leftover = []
+        for ids in documents:
+            self._append(ids)
+        return [self.leftover[i : i + self.seq] for i in range(0, len(self.leftover) - self.seq + 1, self.seq)]
+
     def state_dict(self) -> dict[str, int | Tensor]:
-        return {"documents": self.n_documents, "leftover": torch.tensor(self.leftover, dtype=torch.int32)}
+        return {"read": self.n_read, "leftover": torch.tensor(self.leftover, dtype=torch.int32)}
 
     def load_state_dict(self, state: dict[str, int | Tensor]) -> None:
-        assert isinstance(state["leftover"], Tensor) and isinstance(state["documents"], int), f"{state.keys()=}"
-        self.n_documents, self.leftover = state["documents"], state["leftover"].tolist()
+        assert isinstance(state["leftover"], Tensor) and isinstance(state["read"], int), f"{state.keys()=}"
+        self.n_read, self.leftover = state["read"], state["leftover"].tolist()
         self._open()
 
 
@@ -295,15 +346,76 @@ def added_bos(tokenizer: PreTrainedTokenizerBase) -> int | None:
     return tokenizer.bos_token_id if begins == [tokenizer.bos_token_id] else None
 
 
-def take_tokens(stream: TokenStream, n_tokens: int) -> Int[Tensor, "sequence seq"]:
-    """The first ⌈n_tokens / seq⌉ sequences of a stream, rounded up to its batches, cut to size."""
+def are_rows(documents: Sequence[Document], seq: int) -> bool:
+    """Whether token ids are equally long and fill whole rows of `seq`; one token more is the last one's target."""
+    lengths = {len(ids) for ids in documents}
+    return len(lengths) == 1 and (length := lengths.pop()) >= seq and length % seq in (0, 1)
+
+
+def text_pieces(text: str, length: int) -> Iterator[str]:
+    """The text cut into pieces of at most `length` characters, at the ends of lines, else of words, where there are any."""
+    start = 0
+    while start < len(text):
+        end = start + length
+        if end < len(text):
+            breaks = (text.rfind(space, start + length // 2, end) + 1 for space in "\n ")
+            end = next((found for found in breaks if found), end)
+        yield text[start:end]
+        start = end
+
+
+def shuffled[P](pieces: Iterator[P], buffer: int, seed: int) -> Iterator[P]:
+    """The pieces in a random order: each is drawn from the next `buffer` that were not drawn yet."""
+    generator = random.Random(seed)
+    waiting = list(itertools.islice(pieces, buffer))
+    for piece in pieces:
+        i = generator.randrange(buffer)
+        yield waiting[i]
+        waiting[i] = piece
+    generator.shuffle(waiting)
+    yield from waiting
+
+
+# --------------------------------------------------------------------------------------------------- held-out text
+
+
+class HeldOutText(NamedTuple):
+    """Sequences to measure on, and the document that each was cut from: what a bootstrap may take for independent."""
+
+    tokens: Int[Tensor, "sequence seq"]
+    documents: Int[Tensor, "sequence"]  # their numbers, from 0; a sequence packed of short documents has one of its own
+
+    def to(self, device: torch.device) -> "HeldOutText":
+        return HeldOutText(self.tokens.to(device), self.documents)
+
+
+def each_by_itself(tokens: Int[Tensor, "sequence seq"]) -> HeldOutText:
+    """Sequences that have nothing to do with each other."""
+    return HeldOutText(tokens, torch.arange(len(tokens)))
+
+
+def held_out_text(stream: TokenStream, n_tokens: int) -> HeldOutText:
+    """⌈n_tokens / seq⌉ sequences drawn at random over the documents of a split that nothing was read of yet.
+
+    Long documents are cut into sequences, of which each gives as few as must be: the same smallest cap for all. Short ones are
+    packed, whole, into sequences of their own. The draw is the same on every call. Raises ValueError where the split
+    is too small, and for no tokens.
+    """
     if n_tokens < 1:
         raise ValueError(f"{n_tokens} held-out tokens were asked for (--tokens, --eval-tokens): ask for 1 or more")
     n = -(-n_tokens // stream.seq)
-    batches = list(itertools.islice(stream, -(-n // stream.batch)))
-    if (held := len(batches) * stream.batch * stream.seq) < n * stream.seq:
+    documents = stream.rows_by_document(DOCUMENTS_PER_SEQUENCE * n)
+    if (held := sum(map(len, documents))) < n:
         raise ValueError(
-            f"{stream.spec.path!r} ({stream.split}) holds only {held} tokens of the {n_tokens} asked for, in batches of "
-            f"{stream.batch} sequences: ask for fewer"
+            f"{stream.spec.path!r} ({stream.split}) holds only {held * stream.seq} tokens of the {n_tokens} asked for, in "
+            f"sequences of {stream.seq}: ask for fewer"
         )
-    return torch.cat(batches)[:n]
+    generator = random.Random(0)
+    documents = [generator.sample(rows, len(rows)) for rows in documents]
+    cap = next(cap for cap in itertools.count(1) if sum(min(cap, len(rows)) for rows in documents) >= n)
+    offered = [(i, row) for i, rows in enumerate(documents) for row in rows[:cap]]
+    drawn = sorted(generator.sample(range(len(offered)), n))
+    numbers = torch.tensor([offered[i][0] for i in drawn]).unique(return_inverse=True)[1]
+    tokens = torch.tensor([offered[i][1] for i in drawn])
+    stream.check(tokens)
+    return HeldOutText(tokens, numbers)

@@ -2,12 +2,12 @@
 
 Any number of SAEs, transcoders and cross-layer transcoders train on one stream of activations.
 
-    loss = mean over targets of FVU + penalty of the rule + aux · min(n_dead / k_aux, 1) · AuxK
+    loss = mean over targets of FVU + penalty of the rule + aux · AuxK
     step = project the gradient (SAE) → clip → Adam → renormalise (SAE)
 
 One forward of the target feeds all coders; each has its own optimiser, schedule, metrics and checkpoint. On a CPU they
 step side by side. What differs between kinds of coders is asked of the coder. Nothing in a step synchronises the
-device: metrics are read, dead latents listed and NaN looked for every `metrics_every` steps.
+device: metrics are read, dead latents counted and NaN looked for every `metrics_every` steps.
 k falls from 4k to k over the first `anneal` of the steps (linear). The learning rate rises over `warmup`, stays, and
 falls linearly to zero over the last `decay`. The deployed threshold is set on tokens of the stream that come after the
 last training batch, so that neither training nor evaluation has seen them.
@@ -41,7 +41,7 @@ from checkpoints import (
     save_tensors,
 )
 from coder import Coder, codes_by_layer
-from config import Local, TrainConfig, to_json
+from config import LOCAL, TrainConfig, to_json
 from devices import in_threads, keep_freed_memory
 from logs import Logger, git_commit
 from losses import auxk, fvu
@@ -55,12 +55,22 @@ def default_learning_rate(tokens: int, d_dict: int) -> float:
 
     The first factor is the field's rule for runs of 10⁸ tokens and more (sparsify, dictionary_learning); the second
     corrects it for short runs, in which it is several times too low: held-out FVU of BatchTopK transcoders of `tiny` (k 16,
-    1,536 latents, 3·10⁵ tokens, mean over layers) is .292, .247, .212 and .198 at 1e-3, 2e-3, 4e-3 and 8e-3; the first factor
-    alone is 6.5e-4, both are 6.7e-3 (benchmarks/learning_rate.py and its results).
+    1,536 latents, 3·10⁵ tokens, no AuxK, mean over layers) is .292, .247, .212 and .198 at 1e-3, 2e-3, 4e-3 and 8e-3; the
+    first factor alone is 6.5e-4, both are 6.7e-3 (benchmarks/learning_rate.py and its results).
     """
     if min(tokens, d_dict) < 1:
         raise ValueError(f"{tokens} training tokens, {d_dict} latents: ask for 1 or more (--tokens, --d-dict)")
     return 2e-4 / math.sqrt(d_dict / 2**14) * max(1.0, 1e8 / tokens) ** 0.4
+
+
+def dead_after(tokens: int) -> int:
+    """Tokens of silence after which a latent of a run counts as dead: the field's 10⁷, a tenth of a shorter run.
+
+    In a tenth of 3·10⁵ tokens a latent of mean rate (k 16 of 1,536) fires 300 times. Of BatchTopK transcoders of `tiny` after
+    as many tokens, 6 and 11 % never fire on held-out text where dead means silent for a fifth and for half of the run, 1 %
+    at a twentieth; their FVU is the same within .0015 (benchmarks/auxk.py and its results).
+    """
+    return min(10_000_000, tokens // 10)
 
 
 def schedule(step: int, steps: int, config: TrainConfig) -> float:
@@ -79,7 +89,7 @@ def annealed_k(k: int, step: int, *, steps: int, config: TrainConfig) -> int:
 def recipe(config: TrainConfig, batch_tokens: int) -> str:
     """Training settings that change the result, as text; two coders with equal recipes are interchangeable."""
     c = config
-    objective = "" if c.objective == Local() else f"{c.objective}, "
+    objective = "" if c.objective == LOCAL else f"{c.objective}, "
     return (
         f"{objective}lr {c.lr:.6g}, warmup {c.warmup:g}, decay {c.decay:g}, anneal {ANNEAL_FROM}k over {c.anneal:g}, "
         f"clip {c.max_grad_norm:g}, aux {c.aux:g} after {c.dead_after}, betas {c.betas}, batch {batch_tokens}"
@@ -108,10 +118,8 @@ def training_step(run: CoderRun, batch: ActivationBatch, *, config: TrainConfig,
     error = fvu(y, y_hat, run.variance).mean()
     loss = error + penalty
     if coder.n_dead:
-        k_aux = coder.config.d_in // 2 * len(coder.encoders)
-        e, e_hat = y - y_hat, coder.aux_reconstruction(x)
-        aux = auxk(e, e_hat) if e.ndim == 2 else torch.stack([auxk(*pair) for pair in zip(e, e_hat)]).mean()
-        loss = loss + config.aux * min(coder.n_dead / k_aux, 1.0) * aux
+        e_hat = coder.aux_reconstruction(x, config.dead_after)
+        loss = loss + config.aux * auxk(y, y_hat, e_hat=e_hat, variance=run.variance).mean()
     loss.backward()
     descend(run, config=config, lr=lr)
     coder.update_statistics(codes)
@@ -333,7 +341,7 @@ class _Group:
     def read(self, readings: list[list[float]], progress: Progress) -> str:
         speed = progress.pace * self.store.config.batch_tokens
         for run, (loss, error, l0) in zip(self.runs, readings):
-            run.coder.refresh_dead(self.config.dead_after)
+            run.coder.count_dead(self.config.dead_after)
             dead = run.coder.n_dead / sum(encoder.d_dict for encoder in run.coder.encoders)
             metrics = {"loss": loss, "fvu": error, "l0": l0, "dead": dead, "tokens_per_second": speed}
             run.logger.log(progress.step, metrics)
@@ -356,4 +364,4 @@ class _Group:
             run.coder.load_state_dict(own["coder"])
             run.optimiser.load_state_dict(own["optimiser"])
             run.seconds = own["seconds"]
-            run.coder.refresh_dead(self.config.dead_after)
+            run.coder.count_dead(self.config.dead_after)

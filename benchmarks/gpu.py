@@ -58,7 +58,7 @@ from sparse_ops import Layout
 from spd_training import SPDTrainer, train_spd
 from target_models import ASSETS, Loaded, TargetModel, load_target, load_tokenizer, make_target
 from token_stream import DatasetSpec, TokenStream
-from training import default_learning_rate, train_group
+from training import dead_after, default_learning_rate, train_group
 
 HERE = Path(__file__).parent
 ROW = 2**12  # tokens that are written at a time
@@ -260,7 +260,7 @@ def training(bench: Bench) -> None:
             train = TrainConfig(
                 tokens=tokens,
                 lr=default_learning_rate(tokens, size.d_dict),
-                dead_after=tokens // 5,
+                dead_after=dead_after(tokens),
                 calibration_tokens=size.batch,
             )
             folder = bench.scratch / str(size)
@@ -373,13 +373,13 @@ def prepare(folder: Path, n_tokens: int, text: DatasetSpec, tokenizer: PreTraine
     """train.npy, and val.npy of a twentieth: the packed streams of a text, two bytes a token."""
     folder.mkdir(parents=True, exist_ok=True)
     assert len(tokenizer) <= 2**16, f"{len(tokenizer)} tokens do not fit into two bytes"
-    for split, n in (("train", n_tokens), ("val", n_tokens // 20)):
+    for name, split, n in (("train", "train", n_tokens), ("val", "test", n_tokens // 20)):
         stream, pieces = TokenStream(text, tokenizer, split, 1, ROW), []  # type: ignore[arg-type]
-        with tqdm(total=n, desc=split, unit="token", unit_scale=True) as bar:
+        with tqdm(total=n, desc=name, unit="token", unit_scale=True) as bar:
             for row in itertools.islice(stream, -(-n // ROW)):
                 pieces.append(row[0].numpy().astype(np.uint16))
                 bar.update(ROW)
-        with atomic_path(folder / f"{split}.npy") as temporary, temporary.open("wb") as file:
+        with atomic_path(folder / f"{name}.npy") as temporary, temporary.open("wb") as file:
             np.save(file, np.concatenate(pieces))
     print(f"{folder}: " + ", ".join(f"{file.name} {file.stat().st_size:,} bytes" for file in folder.glob("*.npy")))
 

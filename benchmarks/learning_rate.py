@@ -1,145 +1,152 @@
-"""Which peak learning rate, and which initial decoder, suit a run of a given length? Behind `training.default_learning_rate`.
+"""Which peak learning rate suits a kind of coder and a run of a given length? Behind `training.default_learning_rate`.
 
-All coders of a run see the same batches; they differ in learning rate and initial decoder. Appends held-out FVU of the
-deployed face, mean over layers, to results/learning_rate.csv.
+Coders of every kind and rate train on the same batches, with the project's recipe otherwise. What counts is ΔCE with all
+layers replaced and reading their own stream (`free`), on the tuning split: no rate is chosen on text that a table reports.
+Every kind gets the same rates. Appends to results/learning_rate.csv; `--plot` draws it.
 
-    python benchmarks/learning_rate.py --tokens 300000 --lrs 1e-3 2e-3 4e-3 8e-3
+    python benchmarks/learning_rate.py --tokens 1000000 --rates 4e-3 5.7e-3 8e-3 1.13e-2 1.6e-2
+    python benchmarks/learning_rate.py --plot
 """
 
 import itertools
-import os
 import tempfile
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
-import torch
 import tyro
 from tqdm import tqdm
 
 from activation_store import ActivationsStore, DataConfig
-from clt import CrossLayerTranscoder
-from coder import Coder
-from config import BatchTopK, CLTConfig, EncoderConfig, TrainConfig
-from logs import read_csv, write_csv
-from losses import fvu
+from coder_replacements import REPLACEMENTS
+from config import BatchTopK, CoderConfig, TrainConfig
+from evaluation import evaluate, held_out
+from logs import atomic_path, git_commit, read_csv, write_csv
+from recipes import clt_configs, new_coder, sae_configs, transcoder_configs
+from replacement import Origin
 from target_models import TargetModel, load_target
-from training import CoderRun, annealed_k, schedule, start_run, training_step
-from transcoder import BaseTranscoder, build_transcoder
-
-Initial = Literal["zero", "tied", "response"]  # decoder rows: 0; the encoder's; what the MLP answers to the encoder's
+from training import CoderRun, annealed_k, dead_after, schedule, start_run, training_step
 
 
 @dataclass(frozen=True)
 class Settings:
     target: str = "tiny"
-    tokens: int = 300_000
-    batch: int = 2048
-    lrs: tuple[float, ...] = (1e-3, 2e-3, 4e-3, 8e-3)
-    initials: tuple[Initial, ...] = ("zero",)
-    kinds: tuple[Literal["transcoder", "clt"], ...] = ("transcoder",)
+    tokens: int = 1_000_000
+    rates: tuple[float, ...] = (4e-3, 5.7e-3, 8e-3, 1.13e-2, 1.6e-2)
+    kinds: tuple[str, ...] = ("sae", "transcoder", "transcoder-skip", "clt")
     k: int = 16
     d_dict: int = 1536
-    held_out: int = 32_768  # validation tokens
+    batch: int = 2048
+    eval_tokens: int = 32_768  # of the tuning split
     seed: int = 0
     device: str = "cpu"
     output: Path = Path(__file__).parent / "results" / "learning_rate.csv"
+    plot: bool = False  # draw the figure from the table, and stop
 
 
 class Row(NamedTuple):
     kind: str
-    initial: str
     d_dict: int
     k: int
     batch: int
     tokens: int
     seed: int
-    lr: float
-    fvu: float  # held-out, deployed threshold, mean over layers
-    fvu_by_layer: str
+    rate: float
+    free: float  # ΔCE in nats, all layers replaced
+    free_low: float  # its 95 % interval over documents
+    free_high: float
+    fvu: float  # mean over layers, of the same runs
     l0: float
+    documents: int
+    commit: str
 
 
-@torch.no_grad()
-def set_decoder(coder: Coder, initial: Initial, target: TargetModel, x_mean: torch.Tensor) -> None:
-    """Rows of norm 0.1 (a start at a quarter and at four times that is no better); a CLT starts at zero always."""
-    if initial == "zero" or not isinstance(coder, BaseTranscoder):
-        return
-    rows = coder.encoder.W_enc
-    if initial == "response":
-        d_in = rows.shape[1]
-        step = rows * d_in**0.5 / coder.x_scale  # as long as a token's input
-        layer = coder.config.layer
-        rows = target.mlp(layer, x_mean + step) - target.mlp(layer, x_mean)
-    coder.W_dec.copy_(0.1 * rows / rows.norm(dim=1, keepdim=True))
+def configs(kind: str, target: TargetModel, s: Settings) -> list[CoderConfig]:
+    layers, rules = tuple(range(target.n_layers)), [BatchTopK(s.k)]
+    of: dict[str, Callable[[], list[CoderConfig]]] = {
+        "sae": lambda: [*sae_configs(target, layers=layers, rules=rules, d_dict=s.d_dict)],
+        "transcoder": lambda: [*transcoder_configs(target, layers=layers, rules=rules, d_dict=s.d_dict)],
+        "transcoder-skip": lambda: [
+            *transcoder_configs(target, layers=layers, rules=rules, d_dict=s.d_dict, skip=True)
+        ],
+        "clt": lambda: [*clt_configs(target, layers=layers, rules=rules, d_dict=s.d_dict)],
+    }
+    return of[kind]()
 
 
-def new_coders(s: Settings, target: TargetModel, kind: str) -> list[Coder]:
-    layers, d = tuple(range(target.n_layers)), target.d_model
-    generator = torch.Generator().manual_seed(s.seed)
-    if kind == "clt":
-        return [
-            CrossLayerTranscoder(
-                CLTConfig(layers=layers, d_in=d, d_out=d, d_dict=s.d_dict, rule=BatchTopK(s.k)), generator
-            )
-        ]
-    return [
-        build_transcoder(EncoderConfig(layer=i, d_in=d, d_out=d, d_dict=s.d_dict, rule=BatchTopK(s.k)), generator)
-        for i in layers
-    ]
+def train(s: Settings, target: TargetModel) -> dict[tuple[str, float], list[CoderRun]]:
+    """One set of coders for every kind and rate, all on one stream."""
+    data = DataConfig(layers=tuple(range(target.n_layers)), batch_tokens=s.batch, seed=s.seed)
+    store = ActivationsStore(target, data)
+    config = TrainConfig(tokens=s.tokens, lr=0.0, dead_after=dead_after(s.tokens), seed=s.seed)
+    with tempfile.TemporaryDirectory() as unused:
+        sets = {
+            (kind, rate): [
+                start_run("", new_coder(own, s.seed), store=store, config=config, folder=Path(unused))
+                for own in configs(kind, target, s)
+            ]
+            for kind, rate in itertools.product(s.kinds, s.rates)
+        }
+    steps = -(-s.tokens // s.batch)
+    for step in tqdm(range(steps), desc=f"{s.tokens:,} tokens, {len(sets)} sets", mininterval=10):
+        batch, k, factor = next(store), annealed_k(s.k, step, steps=steps, config=config), schedule(step, steps, config)
+        for (_, rate), runs in sets.items():
+            for run in runs:
+                run.coder.set_k(k)
+                training_step(run, batch, config=config, lr=rate * factor)
+                if (step + 1) % config.metrics_every == 0:
+                    run.coder.count_dead(config.dead_after)
+    calibration = list(itertools.islice(store, max(1, config.calibration_tokens // s.batch)))
+    for run in itertools.chain.from_iterable(sets.values()):
+        run.coder.calibrate([run.coder.view(*batch, run.rows)[0] for batch in calibration])
+        run.coder.eval().requires_grad_(False)
+    return sets
 
 
 def main(s: Settings) -> None:
     target = load_target(s.target, s.device)
-    data = DataConfig(layers=tuple(range(target.n_layers)), batch_tokens=s.batch, seed=s.seed)
-    store = ActivationsStore(target, data)
-    config = TrainConfig(tokens=s.tokens, lr=0.0, seed=s.seed)
-    unused = tempfile.mkdtemp()
-    groups: list[tuple[str, Initial, float, list[CoderRun]]] = []
-    for kind, initial, lr in itertools.product(s.kinds, s.initials, s.lrs):
-        runs = [
-            start_run("", coder, store=store, config=config, folder=Path(unused))
-            for coder in new_coders(s, target, kind)
-        ]
-        for run in runs:
-            set_decoder(run.coder, initial, target, store.stats.x_mean[run.rows[0]])
-        groups.append((kind, initial, lr, runs))
-    steps = s.tokens // s.batch
-    for step in tqdm(range(steps), mininterval=10):
-        batch, k = next(store), annealed_k(s.k, step, steps=steps, config=config)
-        for _, _, lr, runs in groups:
-            for run in runs:
-                run.coder.set_k(k)
-                training_step(run, batch, config=config, lr=lr * schedule(step, steps, config))
-    calibration = list(itertools.islice(store, 32))
-    held_out = list(itertools.islice(ActivationsStore(target, data, split="val"), s.held_out // s.batch))
-    rows = []
-    for kind, initial, lr, runs in groups:
-        by_layer: list[float] = []
-        l0 = 0.0
-        for run in runs:
-            run.coder.calibrate([run.coder.view(*batch, run.rows)[0] for batch in calibration])
-            run.coder.eval()
-            errors = []
-            with torch.no_grad():
-                for batch in held_out:
-                    x, y = run.coder.view(*batch, run.rows)
-                    y_hat, codes = run.coder(x)
-                    errors.append(fvu(y, y_hat, run.variance))
-                    parts = (codes,) if kind == "transcoder" else codes
-                    l0 += sum(len(own.values) / own.n_rows for own in parts)
-            by_layer += torch.stack(errors).mean(0).flatten().tolist()
-        n = len(by_layer)
-        text = " ".join(f"{value:.4f}" for value in by_layer)
-        rows.append(
-            Row(kind, initial, s.d_dict, s.k, s.batch, s.tokens, s.seed, lr, round(sum(by_layer) / n, 4), text,
-                round(l0 / n / len(held_out), 2))
-        )  # fmt: skip
-        print(*rows[-1])
-    old = read_csv(s.output) if s.output.exists() else []
-    write_csv(s.output, Row._fields, [*(row.values() for row in old), *rows])
+    sets = train(s, target)
+    origin, replacements = Origin(s.seed, s.tokens, 0.0, ""), []
+    for runs in sets.values():
+        coders = [run.coder for run in runs]
+        replacements.append(REPLACEMENTS[type(coders[0].config)](coders, None, origin))
+    rows = [
+        Row(
+            kind, s.d_dict, s.k, s.batch, s.tokens, s.seed, rate, p.ce_degradation, p.ce_low, p.ce_high, p.fvu, p.l0,
+            p.documents, git_commit() or "",
+        )
+        for (kind, rate), p in zip(
+            sets, evaluate(target, replacements, held_out(target, s.eval_tokens, "tuning"), ("free",)).points, strict=True
+        )
+    ]  # fmt: skip
+    print(*rows, sep="\n")
+    earlier = [tuple(row.values()) for row in read_csv(s.output)] if s.output.exists() else []
+    write_csv(s.output, Row._fields, [*earlier, *(tuple(map(str, row)) for row in rows)])
+
+
+def draw(table: Path) -> None:
+    """ΔCE free against the rate: a panel per number of tokens, a line per kind, the default rate as an upright."""
+    import matplotlib.pyplot as plt
+
+    from training import default_learning_rate
+
+    rows = read_csv(table)
+    budgets = sorted({int(row["tokens"]) for row in rows})
+    figure, axes = plt.subplots(1, len(budgets), figsize=(4.2 * len(budgets), 3.6), squeeze=False, layout="constrained")
+    for axis, tokens in zip(axes[0], budgets):
+        own = [row for row in rows if int(row["tokens"]) == tokens]
+        for kind in dict.fromkeys(row["kind"] for row in own):
+            line = sorted((float(r["rate"]), float(r["free"])) for r in own if r["kind"] == kind)
+            axis.plot(*zip(*line), marker="o", label=kind)
+        axis.axvline(default_learning_rate(tokens, int(own[0]["d_dict"])), color="grey", linestyle=":")
+        axis.set(xscale="log", yscale="log", title=f"{tokens:,} tokens", xlabel="peak learning rate")
+    axes[0][0].set_ylabel("ΔCE, all layers, free (nats; tuning text)")
+    axes[0][0].legend(frameon=False)
+    with atomic_path(table.with_suffix(".png")) as temporary:
+        figure.savefig(temporary, dpi=120, format="png")
 
 
 if __name__ == "__main__":
-    os.environ["WANDB_MODE"] = "disabled"
-    main(tyro.cli(Settings, description=__doc__))
+    settings = tyro.cli(Settings, description=__doc__)
+    draw(settings.output) if settings.plot else main(settings)

@@ -44,7 +44,7 @@ recipe = recipes.SPDRecipe(components=8, gate_hidden=4, steps=2, batch=2)
 spd = recipes.train_decomposition(target, recipe, layers=(0, 1), folder=folder / "checkpoints")
 replacements = as_replacements(trained) + baselines.baselines(target, (0, 1), (4,))
 replacements += spd_replacements(target, spd, (0, 1))
-measured = evaluation.evaluate(target, replacements, evaluation.held_out_tokens(target, 256))
+measured = evaluation.evaluate(target, replacements, evaluation.held_out(target, 256))
 measure.load_target = lambda name, device: target
 measure.main((trained[0].path,), tokens=256, protocols=("free",), device="cpu", points=folder / "points.csv")
 assert not ABSENT & set(sys.modules), ABSENT & set(sys.modules)

@@ -393,7 +393,7 @@ def test_counters_tell_the_dead_and_survive_a_round_trip() -> None:
         coder.encoder.update_statistics(coder.encode(x[0]))
     fired = (to_dense(coder.encode(x[0])) > 0).any(0)
     assert torch.equal(coder.encoder.tokens_since_fired, torch.where(fired, 0, 3 * B))
-    coder.refresh_dead(3 * B)
+    coder.count_dead(3 * B)
     assert coder.n_dead == (~fired).sum() and coder.dead_fraction(3 * B) == pytest.approx((~fired).float().mean())
     other = build_transcoder(coder.config, generator(9))
     other.load_state_dict(coder.state_dict())
@@ -416,9 +416,9 @@ def test_aux_reaches_dead_latents_with_negative_pre_activations(make: object) ->
     with torch.no_grad():
         encoder.b_enc[:4] -= 1000
     encoder.tokens_since_fired[:4] = 10
-    coder.refresh_dead(10)
+    coder.count_dead(10)
     inputs = x if isinstance(coder, clt.CrossLayerTranscoder) else x[0]
-    coder.aux_reconstruction(inputs).square().sum().backward()
+    coder.aux_reconstruction(inputs, 10).square().sum().backward()
     assert (encoder.W_enc.grad[:4].norm(dim=1) > 0).all() and (encoder.W_enc.grad[4:] == 0).all()
 
 

@@ -50,6 +50,7 @@ from evaluation import evaluate
 from losses import fvu
 from patching import capture
 from target_models import TargetModel
+from token_stream import each_by_itself
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="a real device is here: test_cuda.py proves the same")
 sparse_triton = pytest.importorskip("sparse_triton", reason="Triton is not installed: there is no CUDA path to emulate")
@@ -105,7 +106,7 @@ def test_the_ruler_waits_for_the_device_this_often(cpu: TargetModel, device: str
     target, counts = on(cpu, device), []
     for n in (2, 4):
         with waiting() as waits:
-            evaluate(target, every_replacement(target)[::3], TOKENS[:n].to(device), batch=2)
+            evaluate(target, every_replacement(target)[::3], each_by_itself(TOKENS[:n].to(device)), batch=2)
         counts.append(waits)
     more = counts[1] - counts[0]
     by_operation = {name: sum(n for key, n in more.items() if key.startswith(name + " ")) for name in RULER_WAITS}

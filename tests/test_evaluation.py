@@ -12,9 +12,10 @@ from coder_replacements import CLTReplacement, TranscoderReplacement
 from config import BatchTopK, EncoderConfig, Relu, TopK
 from evaluation import PROTOCOLS, evaluate
 from losses import cross_entropy, kl_divergence
-from metrics import binary_entropy, bootstrap_interval
+from metrics import binary_entropy, bootstrap_interval, document_draws
 from replacement import Origin, Replacement, replaced_logits
 from target_models import TargetModel
+from token_stream import HeldOutText, each_by_itself
 from transcoder import build_transcoder
 
 
@@ -46,7 +47,7 @@ def test_a_perfect_decomposition_lands_exactly_on_every_axis_and_protocol() -> N
     tokens[:, 0] = torch.arange(4)  # what a first position holds depends on its token alone
     n, parts = 4 * (SEQ - 1), active * 4 * SEQ
     perfect = dictionary_of(target, tokens, 1, active)
-    measured = evaluate(target, [perfect, MeanReplacement([1], torch.zeros(1, D))], tokens)
+    measured = evaluate(target, [perfect, MeanReplacement([1], torch.zeros(1, D))], each_by_itself(tokens))
     with torch.inference_mode():
         ce = cross_entropy(target.logits(tokens), tokens).mean().item()
         ce_zero = cross_entropy(run(target, tokens, ZeroReplacement([1]).begin(), [1]), tokens).mean().item()
@@ -69,7 +70,7 @@ def test_a_perfect_decomposition_lands_exactly_on_every_axis_and_protocol() -> N
 def test_axes_of_a_clt_are_those_of_the_table() -> None:
     """Σ L0_i (n−i)/n active parts per MLP, Σ L0_i (d_in + (n−i) d_out) parameters; `single`: what writes to it."""
     target, tokens, n = make_tiny(3), some_tokens(), 3
-    measured = evaluate(target, [CLTReplacement(clt(range(n), TopK(5)), top_k=None)], tokens)
+    measured = evaluate(target, [CLTReplacement(clt(range(n), TopK(5)), top_k=None)], each_by_itself(tokens))
     for protocol in ("frozen", "free"):
         p = the(measured, "clt", protocol, (0, 1, 2))
         rows = [d for d in measured.layers if d.protocol == protocol and d.layers == (0, 1, 2)]
@@ -88,7 +89,7 @@ def test_axes_of_a_clt_are_those_of_the_table() -> None:
 
 def test_neurons_count_their_k_and_a_dense_map_its_parameters() -> None:
     target, tokens = make_tiny(2), some_tokens()
-    measured = evaluate(target, all_methods(target, range(2)), tokens, ["frozen"])
+    measured = evaluate(target, all_methods(target, range(2)), each_by_itself(tokens), ["frozen"])
     neurons = the(measured, "neurons", "frozen", (0, 1))
     assert (neurons.l0, neurons.l0_per_mlp, neurons.active_params) == (5, 5, 2 * 5 * 2 * D)
     assert the(measured, "affine", "frozen", (0, 1)).active_params == 2 * D * D
@@ -99,7 +100,9 @@ def test_neurons_count_their_k_and_a_dense_map_its_parameters() -> None:
 
 def test_identity_costs_exactly_nothing_and_full_neurons_almost() -> None:
     target, tokens = make_tiny(2), some_tokens()
-    measured = evaluate(target, [IdentityReplacement(range(2)), NeuronsReplacement(target, range(2), H)], tokens)
+    measured = evaluate(
+        target, [IdentityReplacement(range(2)), NeuronsReplacement(target, range(2), H)], each_by_itself(tokens)
+    )
     for p in measured.points:
         if p.method == "identity":
             assert (p.ce_degradation, p.ce_low, p.ce_high, p.kl, p.fvu, p.tail_max) == (0,) * 6
@@ -136,7 +139,7 @@ def slow(
 def test_the_ruler_equals_its_definition_for_every_method_and_protocol(batch: int) -> None:
     target, tokens, layers = make_tiny(3), some_tokens(5), (0, 1, 2)
     methods = all_methods(target, layers)
-    measured = evaluate(target, methods, tokens, batch=batch)
+    measured = evaluate(target, methods, each_by_itself(tokens), batch=batch)
     assert len(measured.points) == len(methods) * (3 + 2)
     rows = iter(measured.points)
     for method in methods:
@@ -155,7 +158,7 @@ def test_the_ruler_measures_in_float32_on_every_processor(monkeypatch: pytest.Mo
     replacements, tables = all_methods(target, range(3)), []
     for word in ("on", "off"):
         monkeypatch.setenv("NN_BF16", word)
-        tables.append(evaluate(target, replacements, tokens).points)
+        tables.append(evaluate(target, replacements, each_by_itself(tokens)).points)
     for on, off in zip(*tables):
         assert (on.method, on.protocol, on.layers, on.l0) == (off.method, off.protocol, off.layers, off.l0)
         assert on.ce == pytest.approx(off.ce, abs=1e-6) and on.kl == pytest.approx(off.kl, abs=1e-6)
@@ -172,23 +175,23 @@ def test_first_positions_are_not_counted() -> None:
         coder.encoder.b_enc.fill_(-1)
         coder.encoder.W_enc[0] = x[0, 0] * 10  # one token, seen alone: the same input each time
         coder.encoder.b_enc[0] = -10 * x[0, 0] @ x[0, 0] + 1
-    p = evaluate(target, [TranscoderReplacement([coder])], tokens, ["frozen"]).points[0]
+    p = evaluate(target, [TranscoderReplacement([coder])], each_by_itself(tokens), ["frozen"]).points[0]
     assert (p.l0, p.bits_per_token, p.active_params) == (0, 0, 0)
 
 
 def test_evaluation_leaves_model_and_random_state_alone() -> None:
     target, tokens = make_tiny(2), some_tokens()
     before, state = target.logits(tokens), torch.get_rng_state()
-    first = evaluate(target, all_methods(target, range(2)), tokens)
+    first = evaluate(target, all_methods(target, range(2)), each_by_itself(tokens))
     assert torch.equal(target.logits(tokens), before) and torch.equal(torch.get_rng_state(), state)
-    again = evaluate(target, all_methods(target, range(2)), tokens)
+    again = evaluate(target, all_methods(target, range(2)), each_by_itself(tokens))
     assert first == again
 
 
 def test_codes_at_native_sparsity_do_not_depend_on_the_batch() -> None:
     target, tokens = make_tiny(2), some_tokens(6)
     coders = [CLTReplacement(clt(range(2), BatchTopK(4))), TranscoderReplacement(transcoders(range(2)))]
-    one, six = (evaluate(target, coders, tokens, ["free"], batch=b).points for b in (1, 6))
+    one, six = (evaluate(target, coders, each_by_itself(tokens), ["free"], batch=b).points for b in (1, 6))
     for a, b in zip(one, six):
         assert (a.l0, a.bits_per_token) == (b.l0, b.bits_per_token)
         assert a.ce == pytest.approx(b.ce, abs=1e-5)
@@ -199,11 +202,42 @@ def test_bootstrap_interval_contains_the_mean_and_shrinks_with_more_sequences() 
     widths = []
     for n in (16, 256, 4096):
         values = torch.randn(n, generator=g, dtype=torch.float64) + 3
-        low, high = bootstrap_interval(values, torch.randint(n, (1000, n), generator=g))
+        low, high = bootstrap_interval(values, document_draws(torch.arange(n), 1000, seed=0))
         assert low < values.mean().item() < high
         widths.append(high - low)
     assert widths[0] > 2 * widths[1] > 4 * widths[2]
     assert widths[2] == pytest.approx(2 * 1.96 / math.sqrt(4096), rel=0.15)
+
+
+def test_sequences_of_one_document_are_drawn_together() -> None:
+    """Every sequence sixteen times: the interval is that of each once, and four times too narrow if documents are not known."""
+    g = torch.Generator().manual_seed(0)
+    values = torch.randn(64, generator=g, dtype=torch.float64)
+    once = bootstrap_interval(values, document_draws(torch.arange(64), 1000, seed=0))
+    copies, numbers = values.repeat_interleave(16), torch.arange(64).repeat_interleave(16)
+    assert bootstrap_interval(copies, document_draws(numbers, 1000, seed=0)) == pytest.approx(once, abs=1e-12)
+    low, high = bootstrap_interval(copies, document_draws(torch.arange(1024), 1000, seed=0))
+    assert 3.4 * (high - low) < once[1] - once[0] < 4.6 * (high - low)
+
+
+def test_documents_of_any_length_weigh_by_their_sequences() -> None:
+    draws = document_draws(torch.tensor([0, 0, 0, 1]), 4000, seed=0)
+    means = draws.weights @ torch.tensor([1.0, 1.0, 1.0, 5.0], dtype=torch.float64) / draws.weights.sum(1)
+    assert draws.n_documents == 2
+    assert means.unique().tolist() == [1.0, 2.0, 5.0], "both the first, one of each, both the second"
+
+
+def test_pairs_are_the_differences_of_rows_on_the_same_draws() -> None:
+    target, text = make_tiny(2), HeldOutText(some_tokens(12), torch.arange(12) // 3)
+    points, _, pairs = evaluate(target, all_methods(target, range(2)), text)
+    cost = {(p.method, p.k, p.protocol): p.ce_degradation for p in points if p.protocol != "single"}
+    assert len(pairs) == 2 * math.comb(len(cost) // 2, 2)
+    for pair in pairs:
+        expected = cost[pair.method, pair.k, pair.protocol] - cost[pair.other, pair.other_k, pair.protocol]
+        assert pair.difference == pytest.approx(expected, abs=1e-6) and pair.low <= pair.difference <= pair.high
+    (same,) = [p for p in pairs if (p.method, p.other, p.protocol) == ("affine", "identity", "frozen")]
+    (own,) = [p for p in points if (p.method, p.protocol) == ("affine", "frozen")]
+    assert (same.low, same.high) == pytest.approx((own.ce_low, own.ce_high), abs=1e-6), "the identity costs nothing"
 
 
 def test_binary_entropy_of_never_always_and_half() -> None:
@@ -212,12 +246,12 @@ def test_binary_entropy_of_never_always_and_half() -> None:
 
 def test_nothing_to_measure_is_refused() -> None:
     with pytest.raises(ValueError, match="no held-out sequences"):
-        evaluate(make_tiny(1), [IdentityReplacement([0])], torch.zeros(0, SEQ, dtype=torch.int64))
+        evaluate(make_tiny(1), [IdentityReplacement([0])], each_by_itself(torch.zeros(0, SEQ, dtype=torch.int64)))
 
 
 def test_the_detail_names_what_was_active() -> None:
     detail = evaluate(
-        make_tiny(1), [TranscoderReplacement(transcoders([0], Relu(0.0)))], some_tokens(), ["free"]
+        make_tiny(1), [TranscoderReplacement(transcoders([0], Relu(0.0)))], each_by_itself(some_tokens()), ["free"]
     ).layers[0]
     assert (detail.layer, detail.module) == (0, "latents")
     assert detail.fired is not None and 0 < detail.fired <= 1

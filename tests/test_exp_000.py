@@ -44,5 +44,5 @@ def test_the_exported_target_is_the_trained_one(tmp_path: Path, monkeypatch: pyt
     monkeypatch.setattr(target_models, "ASSETS", tmp_path / "assets")
     target = target_models.load_target("tiny", "cpu")
     assert target.n_layers == 1 and target.vocab_size == 300
-    held_out, _ = script["tokenise"](tmp_path / "state" / "tokenizer.json", "val")
+    held_out, _ = script["tokenise"](tmp_path / "state" / "tokenizer.json", ("tuning", "test"))
     assert script["held_out_nats"](target.model, held_out, 10**9) == pytest.approx(results["nats_per_token"], abs=2e-3)

@@ -16,7 +16,7 @@ import transcoder
 from activation_store import DataConfig
 from coder_replacements import as_replacements
 from config import CLTConfig, CoderConfig, EncoderConfig, Gated, Rule, SAEConfig, TrainConfig
-from evaluation import evaluate, held_out_tokens
+from evaluation import evaluate, held_out
 from foreign_formats import FORMATS, Dictionary
 from recipes import new_coder
 from sparse_ops import Codes, from_dense, to_dense
@@ -79,7 +79,7 @@ def trained_and_measured(rule: Rule, target: TargetModel, folder: Path) -> None:
         for name, value in coder.state_dict().items():
             assert torch.equal(value, checkpoint.coder.state_dict()[name]), name
     replacements = [r for top_k in (None, 2) for r in as_replacements(checkpoints, top_k)]
-    measured = evaluate(target, replacements, held_out_tokens(target, 128))
+    measured = evaluate(target, replacements, held_out(target, 128))
     names = {"sae", "transcoder", "transcoder-skip", "clt"}
     assert {point.method for point in measured.points} == names | {f"{name}-topk" for name in names}
     for point in measured.points:

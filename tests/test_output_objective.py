@@ -3,6 +3,7 @@
 The reference runs the blocks of a small model one after another and knows nothing of hooks, passes or sparse codes.
 """
 
+import math
 from collections.abc import Callable, Sequence
 
 import pytest
@@ -35,9 +36,10 @@ from patching import Captured
 from recipes import new_coder
 from replacement import CodedPass
 from target_models import TargetModel, unembedding
+from token_stream import each_by_itself
 from training import CoderRun
 
-LAYERS, F_DICT = (0, 1), 24
+LAYERS, F_DICT, AUX, DEAD_AFTER = (0, 1), 24, 0.25, 10**6
 RULES: dict[str, Rule] = {
     "relu": Relu(l1=0.02),
     "topk": TopK(3),
@@ -115,6 +117,7 @@ class Reference:
                 -1
             )
         self.codes: dict[int, Tensor] = {}
+        self.dead: dict[int, Tensor] = {}  # what the dead latents would do
         self.penalty: dict[int, Tensor] = {}
         self.gates: dict[int, Tensor] = {}
 
@@ -127,19 +130,24 @@ class Reference:
         return self.model.lm_head(self.model.ln_f(h))
 
     def loss(self, plan: Sequence[Run]) -> Tensor:
-        """Σ KL + Σ over coders of (local · FVU + FVU of the gates + penalty)."""
-        self.fvu, total = {}, torch.zeros((), dtype=torch.float64)
+        """Σ KL + Σ over coders of (local · FVU + FVU of the gates + penalty + AuxK)."""
+        self.fvu: dict[int, Tensor] = {}
+        total = torch.zeros((), dtype=torch.float64)
         for run in plan:
 
             def function(layer: int, x: Tensor, y: Tensor, run: Run = run) -> Tensor:
                 if layer not in run.layers:
                     return y
-                y_hat, rebuilt = self.written(layer, x[:, 1:], y[:, 1:], run.follows)
+                y_hat, rebuilt, e_hat = self.written(layer, x[:, 1:], y[:, 1:], run.follows)
                 variance = next(m.variance for m in self.coders.members if layer in m.coder.config.layers)
                 variance = variance[layer] if variance.ndim else variance
                 n = y_hat.shape[:2].numel()
                 error = [(out - self.clean[layer][1]).square().sum() / n / variance for out in (y_hat, rebuilt)]
                 self.fvu[layer] = self.local * error[0] + (error[1] if layer in self.gates else 0)
+                if self.dead:
+                    e, square = (self.clean[layer][1] - y_hat).detach(), e_hat.square().sum(2, keepdim=True)
+                    alpha = torch.where(square > 0, (e * e_hat).sum(2, keepdim=True) / square, 1.0).clamp(0, 1).detach()
+                    self.fvu[layer] = self.fvu[layer] + AUX * (e - alpha * e_hat).square().sum() / n / variance
                 return torch.cat([y[:, :1], y_hat], 1)
 
             q = self.logits(function).log_softmax(-1)
@@ -152,8 +160,8 @@ class Reference:
                 total = total + torch.stack([self.penalty[layer] for layer in encoded]).mean()
         return total
 
-    def written(self, layer: int, x: Tensor, y: Tensor, follows: bool) -> tuple[Tensor, Tensor]:
-        """What codes write, and what gates would, the decoder then being a constant."""
+    def written(self, layer: int, x: Tensor, y: Tensor, follows: bool) -> tuple[Tensor, Tensor, Tensor]:
+        """What codes write, what gates would, the decoder then being a constant, and what dead latents would, without bias."""
         coder, i, _ = self.replacement.reading(layer, x, y)
         sources = coder.config.layers[: i + 1]
         for source in sources:
@@ -167,7 +175,12 @@ class Reference:
             b_dec, scale = coder.b_dec.view(-1, D)[i], coder.y_scale[min(i, len(coder.y_scale) - 1)]
             y_hat = (sum(wide) + hold(b_dec)) / scale
             out.append(y_hat + x * coder.x_scale @ hold(coder.skip).T / scale if coder.skip is not None else y_hat)
-        return out[0], out[1]
+        dead = [
+            self.dead[source] @ coder.decoders[j][:, (i - j) * D : (i - j + 1) * D]
+            for j, source in enumerate(sources)
+            if self.dead
+        ]
+        return out[0], out[1], sum(dead, torch.zeros(())) / scale
 
     def encode(self, layer: int, x: Tensor, y: Tensor) -> None:
         if layer in self.codes:
@@ -179,6 +192,14 @@ class Reference:
         )
         linear, norms = scaled @ encoder.W_enc.T, coder.decoders[i].norm(dim=1)
         pre, self.penalty[layer] = linear + encoder.b_enc, torch.zeros((), dtype=torch.float64)
+        if len(dead := (encoder.tokens_since_fired >= DEAD_AFTER).nonzero()[:, 0]):
+            held = coder.b_dec.detach() if coder.config.kind == "sae" else 0
+            alone = (read.detach() * coder.x_scale[0] - held) @ encoder.W_enc[dead].T + encoder.b_enc[dead]
+            theta = (
+                alone.flatten(0, 1).sort(0, descending=True).values[math.ceil(alone.shape[:2].numel() / 100)].detach()
+            )
+            a = (alone - theta.clamp(max=0)) * (alone > theta)
+            self.dead[layer] = torch.zeros_like(pre).index_add(2, dead, a)
         match rule:
             case TopK(k):
                 a = pre.relu() * (pre >= pre.topk(k, -1).values[..., -1:])
@@ -206,10 +227,16 @@ def straight_through(pre: Tensor, theta: Tensor, bandwidth: float) -> Tensor:
     return (pre > theta).double() - kernel * (theta - theta.detach()) / bandwidth
 
 
-def check_gradient(kind: str, rule: str, layers: Sequence[int], plan: list[Run], local: float) -> None:
+def check_gradient(
+    kind: str, rule: str, layers: Sequence[int], plan: list[Run], local: float, dead: Sequence[int] = ()
+) -> None:
     target, coders, frame = in_double(kind, rule, layers)
+    for member in coders.members:
+        for encoder in member.coder.encoders:
+            encoder.tokens_since_fired[list(dead)] = DEAD_AFTER
+        member.coder.count_dead(DEAD_AFTER)
     parameters = {f"{i}.{n}": p for i, m in enumerate(coders.members) for n, p in m.coder.named_parameters()}
-    config = TrainConfig(tokens=1, lr=1.0, objective=Output("free", local))
+    config = TrainConfig(tokens=1, lr=1.0, objective=Output("free", local), aux=AUX, dead_after=DEAD_AFTER)
     readings = backward(coders, frame, plan, config=config).readings
     loss = Reference(target, coders, frame.tokens, local).loss(plan)
     expected = torch.autograd.grad(loss, list(parameters.values()), allow_unused=True)
@@ -219,7 +246,7 @@ def check_gradient(kind: str, rule: str, layers: Sequence[int], plan: list[Run],
             assert (p.grad is None or not p.grad.any()) and (g is None or not g.any()), f"{name}: {p.grad=} {g=}"
         else:
             torch.testing.assert_close(
-                p.grad, g, rtol=1e-7, atol=1e-10 * float(g.abs().max()), msg=lambda m: f"{name}: {m}"
+                p.grad, g, rtol=1e-7, atol=1e-10 * float(g.abs().max()), msg=lambda m, name=name: f"{name}: {m}"
             )
     assert sum(g is not None and bool(g.any()) for g in expected) >= 4
 
@@ -230,6 +257,12 @@ def check_gradient(kind: str, rule: str, layers: Sequence[int], plan: list[Run],
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_gradient_is_that_of_the_equations(kind: str, rule: str, protocol: str, local: float) -> None:
     check_gradient(kind, rule, LAYERS, ALL[protocol], local)
+
+
+@pytest.mark.parametrize("protocol", ALL)
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_gradient_of_auxk_is_that_of_the_equations(kind: str, protocol: str) -> None:
+    check_gradient(kind, "topk", LAYERS, ALL[protocol], 0.5, dead=(2, 5, 11))
 
 
 @pytest.mark.parametrize("part", PARTS)
@@ -353,7 +386,7 @@ def test_the_kl_that_trains_is_the_rulers(kind: str) -> None:
     """Under every protocol, on the same tokens: one layer alone, all on clean codes, all following the stream."""
     target, tokens = make_tiny(2), some_tokens(3)
     replacement = KINDS[kind](TopK(3), LAYERS)
-    points = evaluate(target, [replacement], tokens).points
+    points = evaluate(target, [replacement], each_by_itself(tokens)).points
     frame = frame_of(target, unembedding(target), tokens, LAYERS)
     runs = [run for plan in ALL.values() for run in plan]
     assert [(p.protocol, p.layers) for p in points] == [

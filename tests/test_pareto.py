@@ -40,7 +40,7 @@ def point(
 
 def test_columns_are_those_of_the_plan_and_the_tail_after_them(tmp_path: Path) -> None:
     write_points(tmp_path / "points.csv", [])
-    assert (tmp_path / "points.csv").read_text() == DESIGN.replace(" ", "") + ",tail_p999,tail_max\n"
+    assert (tmp_path / "points.csv").read_text() == DESIGN.replace(" ", "") + ",tail_p999,tail_max,documents\n"
     assert read_points(tmp_path / "points.csv") == []
 
 
@@ -106,8 +106,8 @@ def test_a_column_with_a_default_may_be_absent_and_columns_stand_in_any_order(tm
     file = tmp_path / "points.csv"
     write_points(file, [point()])
     rows = [line.split(",") for line in file.read_text().splitlines()]
-    file.write_text("\n".join(",".join(reversed(row[:-2])) for row in rows) + "\n")
-    assert read_points(file) == [point(tail_p999=None, tail_max=None)]
+    file.write_text("\n".join(",".join(reversed(row[:-3])) for row in rows) + "\n")
+    assert read_points(file) == [point(tail_p999=None, tail_max=None, documents=None)]
 
 
 @given(st.lists(st.tuples(st.integers(1, 6), st.integers(1, 6)), min_size=1, max_size=12))

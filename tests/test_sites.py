@@ -18,6 +18,7 @@ from recipes import new_coder, sae_configs
 from replacement import replaced_logits
 from sae import BaseAutoencoder, build_sae
 from target_models import TargetModel, at_site
+from token_stream import each_by_itself
 from training import train_group
 
 SITES: tuple[Site, ...] = ("mlp_out", "attn_out", "resid")
@@ -49,7 +50,9 @@ def exact_sae(layer: int, site: Site) -> BaseAutoencoder:
 def test_an_exact_sae_changes_nothing_at_its_site(small_target: TargetModel, site: Site) -> None:
     view = at_site(small_target, site)
     measured = evaluation.evaluate(
-        view, [SAEReplacement([exact_sae(i, site) for i in (0, 1)]), IdentityReplacement((0, 1))], TOKENS
+        view,
+        [SAEReplacement([exact_sae(i, site) for i in (0, 1)]), IdentityReplacement((0, 1))],
+        each_by_itself(TOKENS),
     )
     for point in measured.points:
         assert abs(point.ce_degradation) < 1e-5 and point.kl < 1e-5 and point.fvu < 1e-10, f"{point}"
@@ -99,10 +102,12 @@ def test_saes_of_a_site_are_trained_and_measured_by_the_command_line(
 
 def test_a_site_is_never_mistaken_for_another(small_target: TargetModel, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="sae-resid writes resid, the target is read at mlp_out.*at_site"):
-        evaluation.evaluate(small_target, [SAEReplacement([exact_sae(0, "resid")])], TOKENS)
+        evaluation.evaluate(small_target, [SAEReplacement([exact_sae(0, "resid")])], each_by_itself(TOKENS))
     transcoder = new_coder(EncoderConfig(layer=0, d_in=16, d_out=16, d_dict=32, rule=BatchTopK(4)), 0)
     with pytest.raises(ValueError, match="transcoder writes mlp_out, the target is read at resid"):
-        evaluation.evaluate(at_site(small_target, "resid"), [TranscoderReplacement([transcoder])], TOKENS)  # type: ignore[list-item]
+        evaluation.evaluate(
+            at_site(small_target, "resid"), [TranscoderReplacement([transcoder])], each_by_itself(TOKENS)
+        )  # type: ignore[list-item]
     with pytest.raises(ValueError, match="is of attn_out, the target is read at mlp_out"):
         train_group(
             [exact_sae(0, "attn_out")],

@@ -8,6 +8,7 @@ from config import GateConfig, SPDConfig
 from evaluation import evaluate
 from spd_model import ComponentModel
 from spd_replacement import SPDReplacement
+from token_stream import each_by_itself
 
 SCALAR = GateConfig(kind="mlp", hidden=(4,))
 GLOBAL = GateConfig(kind="global_shared_mlp", hidden=(16,))
@@ -19,7 +20,7 @@ GATES = [LOCAL, SCALAR, GLOBAL, ATTENDING]
 def test_all_components_with_delta_are_the_target(gate: GateConfig) -> None:
     target, tokens = make_tiny(2), some_tokens()
     spd = SPDReplacement(target, decomposition(target, gate), top_k=max(C_FC, C_DOWN), delta=True)
-    for p in evaluate(target, [spd], tokens).points:
+    for p in evaluate(target, [spd], each_by_itself(tokens)).points:
         assert abs(p.ce_degradation) < 1e-4 and p.fvu == pytest.approx(0, abs=1e-5)
 
 
@@ -28,7 +29,7 @@ def test_axes_of_spd_are_those_of_the_table(gate: GateConfig) -> None:
     """Per MLP L0_fc + L0_down; parameters Σ L0_fc (d_in + d_h) + L0_down (d_h + d_out); the gate's beside them."""
     target, tokens = make_tiny(2), some_tokens()
     model = decomposition(target, gate)
-    measured = evaluate(target, [SPDReplacement(target, model, top_k=5)], tokens)
+    measured = evaluate(target, [SPDReplacement(target, model, top_k=5)], each_by_itself(tokens))
     for protocol in ("frozen", "free"):
         p = the(measured, "spd-topk", protocol, (0, 1))
         assert (p.l0, p.l0_p95, p.l0_per_mlp, p.active_params) == (5, 5, 10, 2 * 2 * 5 * (D + H))
@@ -47,7 +48,7 @@ def test_thresholds_and_variants_are_named_and_counted() -> None:
         SPDReplacement(target, model), SPDReplacement(target, model, threshold=0.5), SPDReplacement(target, model, delta=True),
         SPDReplacement(target, model, top_k=3, matrices=["c_fc"]),
     ]  # fmt: skip
-    all_on, half, delta, fc = evaluate(target, variants, tokens, ["frozen"]).points
+    all_on, half, delta, fc = evaluate(target, variants, each_by_itself(tokens), ["frozen"]).points
     assert [p.method for p in (all_on, half, delta, fc)] == ["spd", "spd-0.5", "spd-delta", "spd-c_fc-topk"]
     assert half.l0 < all_on.l0 == delta.l0
     assert delta.active_params == pytest.approx(all_on.active_params + 2 * 2 * D * H)
@@ -105,7 +106,7 @@ def test_a_single_layer_of_a_decomposition_is_measured_with_a_gate_that_reads_al
     target, tokens = make_tiny(3), some_tokens()
     for gate in (LOCAL, GLOBAL):
         spd = SPDReplacement(target, decomposition(target, gate), layers=[1])
-        single, frozen, _ = evaluate(target, [spd], tokens).points
+        single, frozen, _ = evaluate(target, [spd], each_by_itself(tokens)).points
         assert single.layers == (1,) and single.ce == frozen.ce
 
 

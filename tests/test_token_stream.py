@@ -12,12 +12,12 @@ from tokenizers import processors
 from transformers import PreTrainedTokenizerFast
 
 from python_corpus import SourceFile, drop_near_duplicates
-from token_stream import DatasetSpec, TokenStream, documents, take_tokens, text_fingerprint
+from token_stream import DatasetSpec, TokenStream, documents, held_out_text, shuffled, text_fingerprint, text_pieces
 
 
 def test_packing_loses_and_pads_nothing(tmp_path: Path) -> None:
     spec, tokenizer = DatasetSpec(str(write_corpus(tmp_path, 40)), val_split="val"), word_tokenizer()
-    stream = TokenStream(spec, tokenizer, "train", batch=2, seq=10)
+    stream = TokenStream(spec, tokenizer, "train", batch=2, seq=64)  # rows that the longest document fits into
     packed = torch.cat([rows.flatten() for rows in stream]).tolist() + stream.leftover
     words = [line.split('"')[3].split() for line in (tmp_path / "train.jsonl").read_text().splitlines()]
     documents = [
@@ -34,10 +34,71 @@ def test_a_stream_resumes_exactly_and_ends_visibly(tmp_path: Path) -> None:
     other.load_state_dict(stream.state_dict())
     rest, again = list(stream), list(other)
     assert len(rest) == len(again) > 0 and all(torch.equal(a, b) for a, b in zip(rest, again))
-    with pytest.raises(ValueError, match="holds only"):
-        take_tokens(TokenStream(spec, word_tokenizer(), "val", batch=4, seq=16), 10**6)
-    with pytest.raises(ValueError, match="holds only 0 tokens of the 10 asked for, in batches of 1000 sequences"):
-        take_tokens(TokenStream(spec, word_tokenizer(), "val", batch=1000, seq=16), 10)
+
+
+@pytest.mark.parametrize("length", [1, 7, 64, 10_000])
+def test_pieces_are_the_text_cut_at_ends_of_lines_and_words(length: int) -> None:
+    text = "\n".join("word " * (i % 9) + "x" * (i % 30) for i in range(200))
+    pieces = list(text_pieces(text, length))
+    assert "".join(pieces) == text and all(0 < len(piece) <= length for piece in pieces)
+    if length == 64:
+        assert all(piece[-1] in " \n" for piece in pieces[:-1]) and sum(piece[-1] == "\n" for piece in pieces) > 40
+
+
+def test_shuffling_loses_nothing_and_mixes_what_the_buffer_holds() -> None:
+    mixed = list(shuffled(iter(range(1000)), 100, seed=1))
+    assert sorted(mixed) == list(range(1000)) and mixed != list(shuffled(iter(range(1000)), 100, seed=2))
+    assert all(value < place + 100 for place, value in enumerate(mixed)), "drawn before it was read"
+    assert sorted(shuffled(iter(range(7)), 100, seed=1)) == list(range(7))
+
+
+def test_training_rows_come_from_all_documents_and_not_from_the_first(tmp_path: Path) -> None:
+    """Twenty documents of one word each, 1,000 times: the first 60 rows of 16 hold almost all of the words."""
+    lines = [json.dumps({"text": f"w{i} " * 1000}) for i in range(20)]
+    (tmp_path / "train.jsonl").write_text("\n".join(lines))
+    stream = TokenStream(DatasetSpec(str(tmp_path), val_split="train"), word_tokenizer(), "train", 60, 16)
+    assert len(set(next(stream).flatten().tolist())) > 17
+
+
+def long_and_short(folder: Path) -> TokenStream:
+    """Documents 2 to 21 hold one word each, 70 times; a hundred others hold three words. All are for testing."""
+    texts = [f"w{i} " * 70 for i in range(20)] + [f"w{20 + i % 40} w{20 + i // 40} w59" for i in range(100)]
+    (folder / "train.jsonl").write_text("")
+    (folder / "val.jsonl").write_text("\n".join(json.dumps({"text": text}) for text in texts))
+    return TokenStream(DatasetSpec(str(folder), val_split="val"), word_tokenizer(), "test", 1, 16)
+
+
+@pytest.mark.parametrize("n", [10, 45])
+def test_held_out_sequences_are_spread_over_the_documents(tmp_path: Path, n: int) -> None:
+    stream = long_and_short(tmp_path)
+    tokens, numbers = held_out_text(stream, n * 16)
+    assert tokens.shape == (n, 16)
+    words = [set(row.tolist()) - {0} for row in tokens]
+    of_long = {min(own): number for own, number in zip(words, numbers.tolist()) if max(own) < 22}
+    counts = numbers.bincount()
+    assert (numbers.diff() >= 0).all() and len(counts) == counts.count_nonzero()
+    for own, number in zip(words, numbers.tolist()):
+        if max(own) < 22:
+            assert len(own) == 1 and of_long[min(own)] == number, f"a sequence of two documents: {own}"
+        else:
+            assert min(own) >= 22 and counts[number] == 1, f"a packed sequence shares a document: {own}"
+    assert counts.max() <= (1 if n == 10 else 3), f"{counts=}"
+    again = held_out_text(long_and_short(tmp_path), n * 16)
+    assert torch.equal(again.tokens, tokens) and torch.equal(again.documents, numbers)
+
+
+def test_tuning_and_test_text_share_no_document(tmp_path: Path) -> None:
+    spec = DatasetSpec(str(write_corpus(tmp_path, 400)), val_split="val")
+    tuning, test = (list(documents(spec, split, 0)) for split in ("tuning", "test"))  # type: ignore[arg-type]
+    lines = (json.loads(line)["text"] for line in (tmp_path / "val.jsonl").read_text().splitlines())
+    assert sorted(tuning + test) == sorted(lines) and 10 < len(tuning) < 40
+
+
+def test_more_held_out_text_than_there_is_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(
+        ValueError, match=r"holds only \d+ tokens of the 1000000 asked for, in sequences of 16: ask for"
+    ):
+        held_out_text(long_and_short(tmp_path), 10**6)
 
 
 def test_pretokenised_columns_are_taken_as_they_are(tmp_path: Path) -> None:
@@ -53,12 +114,16 @@ def write_tokens(folder: Path, split: str, ids: list[int]) -> DatasetSpec:
     return DatasetSpec(str(folder), tokenised=True)
 
 
-def test_a_token_folder_gives_the_stream_it_was_written_from(tmp_path: Path) -> None:
-    text = TokenStream(DatasetSpec(str(write_corpus(tmp_path, 200)), val_split="val"), word_tokenizer(), "train", 4, 16)
-    rows = list(text)
-    spec = write_tokens(tmp_path, "train", torch.cat(rows).flatten().tolist() + text.leftover)
-    again = TokenStream(spec, word_tokenizer(), "train", 4, 16)
-    assert torch.equal(torch.cat(list(again)), torch.cat(rows)) and again.leftover == text.leftover
+def test_a_token_folder_gives_the_documents_it_was_written_from(tmp_path: Path) -> None:
+    spec = DatasetSpec(str(write_corpus(tmp_path, 200)), val_split="val")
+    stream = TokenStream(spec, word_tokenizer(), "train", 1, 64)
+    written = torch.cat([rows.flatten() for rows in stream]).tolist() + stream.leftover
+    expected = [word_tokenizer()(text)["input_ids"] for text in documents(spec, "train", 0)]
+    tokens = write_tokens(tmp_path, "train", written)
+    assert sorted(documents(tokens, "train", 0)) == sorted(expected)
+    write_tokens(tmp_path, "val", written)
+    tuning, test = (list(documents(tokens, split, 0)) for split in ("tuning", "test"))  # type: ignore[arg-type]
+    assert sorted(tuning + test) == sorted(expected) and 20 < len(tuning) < 80
 
 
 def test_the_documents_of_a_token_folder_are_shuffled_whole(tmp_path: Path) -> None:
@@ -87,16 +152,14 @@ def tokenizer_with_bos() -> PreTrainedTokenizerFast:
 
 def test_every_row_begins_with_bos_where_the_tokenizer_adds_one_and_nothing_else_moves(tmp_path: Path) -> None:
     spec = DatasetSpec(str(write_corpus(tmp_path, 200)), val_split="val")
-    with_bos = TokenStream(spec, tokenizer_with_bos(), "train", 4, 17)
+    with_bos = TokenStream(spec, tokenizer_with_bos(), "test", 4, 17)
     rows = torch.cat(list(with_bos))
     assert (rows[:, 0] == 2).all()
-    plain = torch.cat(list(TokenStream(spec, word_tokenizer(), "train", 1, 16)))
+    plain = torch.cat(list(TokenStream(spec, word_tokenizer(), "test", 1, 16)))
     assert torch.equal(rows[:, 1:], plain[: len(rows)])
-    without = next(
-        TokenStream(DatasetSpec(spec.path, val_split="val", bos=False), tokenizer_with_bos(), "train", 4, 16)
-    )
+    without = next(TokenStream(DatasetSpec(spec.path, val_split="val", bos=False), tokenizer_with_bos(), "test", 4, 16))
     assert torch.equal(without, plain[:4])
-    again, other = (TokenStream(spec, tokenizer_with_bos(), "train", 4, 17) for _ in range(2))
+    again, other = (TokenStream(spec, tokenizer_with_bos(), "test", 4, 17) for _ in range(2))
     next(again)
     other.load_state_dict(again.state_dict())
     assert torch.equal(next(other), rows[4:8])
@@ -117,9 +180,9 @@ def test_rows_that_somebody_packed_stay_as_they_are(tmp_path: Path, length: int,
 def test_documents_that_bring_their_separators_get_no_second_one(tmp_path: Path) -> None:
     (tmp_path / "train.jsonl").write_text('{"input_ids": [0, 5, 6, 7, 0]}\n{"input_ids": [0]}\n{"input_ids": []}\n' * 2)
     stream = TokenStream(
-        DatasetSpec(str(tmp_path), "input_ids", True, val_split="train"), word_tokenizer(), "train", 1, 12
+        DatasetSpec(str(tmp_path), "input_ids", True, val_split="train"), word_tokenizer(), "train", 1, 8
     )
-    assert sorted(next(stream).flatten().tolist()) == [0] * 6 + [5, 5, 6, 6, 7, 7]
+    assert sorted(next(stream).flatten().tolist()) == [0, 0, 5, 5, 6, 6, 7, 7], "and an empty one gives nothing"
 
 
 def test_a_split_is_a_word_of_a_files_name_and_hidden_files_are_no_text(tmp_path: Path) -> None:
@@ -133,7 +196,8 @@ def test_a_split_is_a_word_of_a_files_name_and_hidden_files_are_no_text(tmp_path
             (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
             (tmp_path / name).write_text(json.dumps({"text": f"w{word}"}) + "\n")
     spec = DatasetSpec(str(tmp_path), val_split="val")
-    assert list(documents(spec, "val", 0)) == ["w0"] * 3 and list(documents(spec, "train", 0)) == ["w1"] * 2
+    held_out = [*documents(spec, "tuning", 0), *documents(spec, "test", 0)]
+    assert held_out == ["w0"] * 3 and list(documents(spec, "train", 0)) == ["w1"] * 2
     hidden = text_fingerprint(spec)
     (tmp_path / ".cache" / "huggingface" / "val.jsonl").write_text("changed")
     assert text_fingerprint(spec) == hidden
@@ -144,10 +208,12 @@ def test_a_split_is_a_word_of_a_files_name_and_hidden_files_are_no_text(tmp_path
 def test_a_file_of_no_split_is_all_there_is_only_where_no_split_is_named(tmp_path: Path) -> None:
     (tmp_path / "text.txt").write_text("\n".join(f"w{i % 60} w{i // 60}" for i in range(400)))
     for path in (tmp_path, tmp_path / "text.txt"):
-        train, val = (list(documents(DatasetSpec(str(path)), split, 0)) for split in ("train", "val"))  # type: ignore[arg-type]
-        assert train and val and not set(train) & set(val) and len(train) + len(val) == 400
+        train, tuning, test = (
+            list(documents(DatasetSpec(str(path)), split, 0)) for split in ("train", "tuning", "test")
+        )  # type: ignore[arg-type]
+        assert train and test and len({*train, *tuning, *test}) == len(train) + len(tuning) + len(test) == 400
         with pytest.raises(ValueError, match="holds no file of split 'val'"):
-            next(documents(DatasetSpec(str(path), val_split="val"), "val", 0))
+            next(documents(DatasetSpec(str(path), val_split="val"), "test", 0))
 
 
 WRONG_TEXTS = {
@@ -218,10 +284,10 @@ def test_a_tokenizers_own_tokens_are_checked_too(tmp_path: Path) -> None:
 
 
 def test_a_number_of_tokens_below_one_is_refused(tmp_path: Path) -> None:
-    stream = TokenStream(DatasetSpec(str(write_corpus(tmp_path, 40)), val_split="val"), word_tokenizer(), "val", 4, 16)
+    stream = TokenStream(DatasetSpec(str(write_corpus(tmp_path, 40)), val_split="val"), word_tokenizer(), "test", 4, 16)
     for n in (0, -5):
         with pytest.raises(ValueError, match=rf"^{n} held-out tokens were asked for \(--tokens, --eval-tokens\)"):
-            take_tokens(stream, n)
+            held_out_text(stream, n)
 
 
 def test_an_empty_dataset_is_refused(tmp_path: Path) -> None:
@@ -230,8 +296,8 @@ def test_an_empty_dataset_is_refused(tmp_path: Path) -> None:
     (tmp_path / "train.txt").write_text("\n")
     (tmp_path / "val.txt").write_text("\n")
     spec = DatasetSpec(str(tmp_path), tokenised=False)
-    with pytest.raises(ValueError, match="has no documents in its val split"):
-        next(TokenStream(spec, word_tokenizer(), "val", 1, 8))
+    with pytest.raises(ValueError, match="has no documents in its test split"):
+        next(TokenStream(spec, word_tokenizer(), "test", 1, 8))
 
 
 def test_near_duplicates_go_and_the_held_out_copy_stays(tmp_path: Path) -> None:

@@ -22,7 +22,7 @@ from baselines import IdentityReplacement, ZeroReplacement, baselines
 from checkpoints import TrainingRecord, check_target, coder_name, held, load_checkpoint, save_checkpoint
 from clt import CrossLayerTranscoder
 from config import BatchTopK, CLTConfig, EncoderConfig, Gated, JumpReLU, Relu, SAEConfig, TopK, TrainConfig
-from evaluation import evaluate, held_out_tokens
+from evaluation import evaluate, held_out
 from pareto import markdown_table
 from patching import capture
 from sae import build_sae
@@ -109,7 +109,7 @@ def test_the_buffer_keeps_to_its_stated_memory(small_target: TargetModel) -> Non
 
 def test_a_text_that_ends_is_served_to_its_end(small_target: TargetModel) -> None:
     """All tokens but a last part of a batch are given out once, then the store stops; too little text is refused."""
-    store = ActivationsStore(small_target, DATA, split="val")
+    store = ActivationsStore(small_target, DATA, split="test")
     batches = list(store)
     n = store.forwards * 4 * 15
     assert len(batches) == n // 32, f"{len(batches)=} {n=}"
@@ -176,7 +176,7 @@ def test_a_layer_that_writes_a_constant_is_named_in_training_and_has_no_fvu(
     with pytest.raises(ValueError, match="^layer 1 of 'pruned' writes the same on every token: leave it out"):
         train_group(coders(), target, data=DATA, config=TRAIN, folder=tmp_path)
     replacements = [IdentityReplacement((0, 1)), ZeroReplacement((0, 1)), *baselines(target, (0, 1), (4,))]
-    measured = evaluate(target, replacements, held_out_tokens(target, 160))
+    measured = evaluate(target, replacements, held_out(target, 160))
     for point in measured.points:
         assert (point.fvu is None) == (1 in point.layers) and point.mse is not None and math.isfinite(point.mse)
         assert (point.tail_max is None) == (1 in point.layers and bias == 0)
@@ -207,7 +207,7 @@ def test_numbers_that_cannot_be_meant_are_refused_in_one_line(small_target: Targ
             dataclasses.replace(DATA, **wrong)
     for n in (0, -5):
         with pytest.raises(ValueError, match=rf"^{n} held-out tokens were asked for \(--tokens, --eval-tokens\)"):
-            held_out_tokens(small_target, n)
+            held_out(small_target, n)
 
 
 def test_a_layer_out_of_range_is_refused(small_target: TargetModel) -> None:
@@ -329,7 +329,7 @@ def test_the_deployed_coder_has_the_trained_sparsity(small_target: TargetModel, 
     checkpoint = train_encoder(
         coders()[0], small_target, data=DATA, config=dataclasses.replace(TRAIN, tokens=32 * 100), folder=tmp_path
     )
-    store = ActivationsStore(small_target, DATA, split="val")
+    store = ActivationsStore(small_target, DATA, split="test")
     x = torch.cat([next(store).inputs[0] for _ in range(8)])
     l0 = (to_dense(checkpoint.coder.encode(x)) > 0).sum(1).float().mean().item()
     assert 3 < l0 < 5, f"{l0=} for k=4"

@@ -1,6 +1,6 @@
 """Theorems about a training step: all that it does is done again in float64, by plain autograd from the equations.
 
-    loss = mean over targets of FVU + penalty + aux · min(n_dead / k_aux, 1) · AuxK
+    loss = mean over targets of FVU + penalty + aux · AuxK
     step = project the gradient (SAE) → clip → Adam at the scheduled rate → renormalise (SAE)
 
 The reference calls nothing of the project: it takes a coder's tensors and the numbers of its configuration.
@@ -8,6 +8,7 @@ The reference calls nothing of the project: it takes a coder's tensors and the n
 
 import dataclasses
 import json
+import math
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -30,6 +31,7 @@ from replacement import Origin
 from sae import build_sae
 from sparse_ops import to_dense
 from target_models import TargetModel
+from token_stream import each_by_itself
 from training import CoderRun, start_run, train_encoder, train_group, training_step
 from transcoder import build_transcoder
 
@@ -99,7 +101,7 @@ def put_to_sleep(coder: Coder, dead: list[list[int]]) -> None:
     for encoder, own in zip(coder.encoders, dead):
         encoder.tokens_since_fired.fill_(7)
         encoder.tokens_since_fired[own] = DEAD_AFTER
-    coder.refresh_dead(DEAD_AFTER)
+    coder.count_dead(DEAD_AFTER)
 
 
 # ----------------------------------------------------------------------------------------------------------- the reference
@@ -132,13 +134,17 @@ class Equations:
         y = self.written(codes, [own(W) for W in self.W_dec]) + own(self.b_dec) / self.y_scale
         return y + x * self.x_scale @ own(self.p["W_skip"]).T / self.y_scale if "W_skip" in self.p else y
 
+    def encoded(self, x: Tensor, b_dec: Tensor) -> tuple[list[Tensor], list[Tensor]]:
+        """(x̃ W_encᵀ, x̃ W_encᵀ + b_enc) of every layer, where an SAE reads x̃ − b_dec."""
+        read = x * self.x_scale - b_dec if self.config.kind == "sae" else x * self.x_scale
+        linear = [of_layer @ W.T for of_layer, W in zip(read, self.of_encoder("W_enc"))]
+        return linear, [own + b for own, b in zip(linear, self.of_encoder("b_enc"))]
+
     def loss(
         self, x: Tensor, y: Tensor, *, variance: Tensor, k: int, dead: list[list[int]], aux: float
     ) -> tuple[Tensor, Tensor, list[Tensor]]:
         """(loss, mean FVU, codes)."""
-        read = x * self.x_scale - self.b_dec if self.config.kind == "sae" else x * self.x_scale
-        linear = [of_layer @ W.T for of_layer, W in zip(read, self.of_encoder("W_enc"))]
-        pre = [own + b for own, b in zip(linear, self.of_encoder("b_enc"))]
+        linear, pre = self.encoded(x, self.b_dec)
         norms = [W.norm(dim=1) for W in self.W_dec]
         penalty, rule = torch.zeros((), dtype=torch.float64), self.config.rule
         if isinstance(rule, TopK):
@@ -164,21 +170,25 @@ class Equations:
             penalty = penalty + fvu(y, self.reconstruction(gates, x, learns=False), variance)
         y_hat = self.reconstruction(codes, x)
         error = fvu(y, y_hat, variance)
-        return error + penalty + aux * self.aux_term(pre, y, y_hat, dead), error, codes
+        term = self.aux_term(x, y - y_hat.detach(), variance=variance, dead=dead)
+        return error + penalty + aux * term, error, codes
 
-    def aux_term(self, pre: list[Tensor], y: Tensor, y_hat: Tensor, dead: list[list[int]]) -> Tensor:
-        """min(n_dead / k_aux, 1) · mean over targets of ‖e − ê‖² / ‖e − ē‖², e a constant, k_aux = d_in / 2 per layer.
+    def aux_term(self, x: Tensor, e: Tensor, *, variance: Tensor, dead: list[list[int]]) -> Tensor:
+        """Mean over targets of Σ‖e − αê‖² / (N · variance), e and α constants, α = e·ê / ‖ê‖² within [0, 1], 1 where ê = 0.
 
-        ê is what the d_in / 2 largest pre-activations among each layer's dead latents write, signs and all.
+        ê is what the dead latents write, each at the hundredth of the tokens (one) where its pre-activation is largest, lifted
+        by a constant, so that the next largest is not below zero. An SAE's b_dec is a constant too.
         """
-        k, e, codes = self.config.d_in // 2, (y - y_hat).detach(), []
-        for own, latents in zip(pre, dead):
-            of_dead = own[:, latents]
-            kth = of_dead.topk(min(k, len(latents)), 1).values[:, -1:]
-            codes.append(torch.zeros_like(own).index_add(1, torch.tensor(latents), of_dead * (of_dead >= kth)))
-        left = (e - self.written(codes, self.W_dec)).square().sum((1, 2))
-        share = min(sum(map(len, dead)) / (k * self.n), 1.0)
-        return share * (left / (e - e.mean(1, keepdim=True)).square().sum((1, 2))).mean()
+        codes = []
+        for own, latents in zip(self.encoded(x, self.b_dec.detach())[1], dead):
+            of_dead, rank = own[:, latents], math.ceil(BATCH / 100)
+            theta = of_dead.sort(0, descending=True).values[rank].detach()
+            a = (of_dead - theta.clamp(max=0)) * (of_dead > theta)
+            codes.append(torch.zeros_like(own).index_add(1, torch.tensor(latents), a))
+        e_hat = self.written(codes, self.W_dec)
+        square = e_hat.square().sum(2, keepdim=True)
+        alpha = torch.where(square > 0, (e * e_hat).sum(2, keepdim=True) / square, 1.0).clamp(0, 1).detach()
+        return fvu(e, alpha * e_hat, variance)
 
 
 def mean(values: list[Tensor]) -> Tensor:
@@ -199,7 +209,7 @@ def straight_through(pre: Tensor, theta: Tensor, bandwidth: float) -> Tensor:
 
 
 CONFIG = TrainConfig(tokens=1, lr=0.5, aux=0.25, betas=(0.8, 0.95), dead_after=DEAD_AFTER)
-STEPS = [  # (rate, k, longest gradient, dead latents of each layer): fewer than AuxK takes, then more
+STEPS = [  # (rate, k, longest gradient, dead latents of each layer): few, then many
     (3e-3, 5, 0.01, [[2, 5, 11], [7], [1, 3]]),
     (1e-3, 2, 1e3, [[2, 5, 6, 11, 13, 17], [0, 7, 8, 9, 10, 20], [1, 3, 4, 19, 21]]),
 ]
@@ -332,5 +342,5 @@ def test_latents_silent_at_the_end_of_training_are_the_tables_dead() -> None:
     for coder, silent in zip(coders, (8, 24)):
         coder.encoder.tokens_since_fired[:silent] = 1_000_000
     replacement = TranscoderReplacement(coders, origin=Origin(train_tokens=2_000_000))
-    (point,) = evaluate(make_tiny(2), [replacement], some_tokens(), ["free"]).points
+    (point,) = evaluate(make_tiny(2), [replacement], each_by_itself(some_tokens()), ["free"]).points
     assert point.dead == pytest.approx((8 + 24) / (2 * F))

@@ -1,6 +1,7 @@
 """The text that `tiny` is trained on, as tokens: a byte-pair encoding learnt from it, and all of a split in one row."""
 
 import itertools
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -30,10 +31,11 @@ def train_tokenizer(file: Path, *, vocab: int, files: int) -> None:
         tokenizer.save(str(temporary))
 
 
-def tokenise(file: Path, split: Split) -> tuple[Int[Tensor, "token"], int]:
-    """All tokens of a split, an end-of-text token before each document, and the documents' bytes."""
+def tokenise(file: Path, splits: Sequence[Split]) -> tuple[Int[Tensor, "token"], int]:
+    """All tokens of some splits, an end-of-text token before each document, and the documents' bytes."""
     tokenizer, parts, n_bytes = Tokenizer.from_file(str(file)), [], 0
-    for texts in itertools.batched(documents(CORPUS, split, 0), 512):
+    texts_of_all = itertools.chain.from_iterable(documents(CORPUS, split, 0) for split in splits)
+    for texts in itertools.batched(texts_of_all, 512):
         n_bytes += sum(len(text.encode()) for text in texts)
         parts += [np.array([0, *encoded.ids], dtype=np.uint16) for encoded in tokenizer.encode_batch(list(texts))]
     return torch.from_numpy(np.concatenate(parts).astype(np.int32)), n_bytes

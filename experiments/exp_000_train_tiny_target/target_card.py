@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 from devices import device_name
 from llama_simple_mlp import LlamaSimpleMLP
 from logs import atomic_path, write_json
-from python_corpus import environment_corpus, read_source
+from python_corpus import HELD_OUT, environment_corpus, read_source
 from target_models import load_tokenizer
 
 PROMPT = "import numpy as np\n\n\ndef "
@@ -42,7 +42,7 @@ def export(
     shutil.copy(tokenizer_file, folder / "tokenizer.json")
     config = {"model_type": "LlamaSimpleMLP", "use_grouped_query_attention": True} | dataclasses.asdict(model.config)
     (folder / "model_config.yaml").write_text(yaml.safe_dump(config, sort_keys=False))
-    text = "".join(read_source(f.path) for f in environment_corpus("val")).encode()
+    text = "".join(read_source(f.path) for split in HELD_OUT for f in environment_corpus(split)).encode()
     train = environment_corpus("train")
     results = {
         "bits_per_byte": held_out.nats / math.log(2) * held_out.tokens / held_out.bytes,

@@ -26,6 +26,7 @@ from tqdm import trange
 from checkpoints import CHECKPOINTS, load_tensors, save_tensors
 from llama_simple_mlp import LlamaSimpleMLP, LlamaSimpleMLPConfig, initialise
 from logs import errors_in_one_line, write_settings
+from python_corpus import HELD_OUT
 from target_models import ASSETS
 
 
@@ -111,7 +112,7 @@ def main(s: Settings) -> None:
     tokenizer_file = s.state / "tokenizer.json"
     if not tokenizer_file.exists():
         train_tokenizer(tokenizer_file, vocab=s.vocab, files=s.tokenizer_files)
-    (tokens, train_bytes), (val, val_bytes) = (tokenise(tokenizer_file, split) for split in ("train", "val"))
+    (tokens, train_bytes), (val, val_bytes) = (tokenise(tokenizer_file, splits) for splits in (("train",), HELD_OUT))
     model, log = train(s, tokens, val)
     held_out = HeldOut(held_out_nats(model.eval(), val, 10**9), len(val), val_bytes)
     export(

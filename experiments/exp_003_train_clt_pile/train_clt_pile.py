@@ -16,7 +16,7 @@ from baselines import baselines
 from checkpoints import checkpoint_folder
 from coder_replacements import as_replacements
 from config import BatchTopK
-from evaluation import evaluate, held_out_tokens
+from evaluation import evaluate, held_out
 from recipes import clt_configs, train_coders
 from study import CoderStudySettings, run_study, write_report
 from target_models import load_target
@@ -43,7 +43,7 @@ def main(s: Settings) -> None:
         configs, target, tokens=s.tokens, batch=s.batch, seed=s.seed, folder=checkpoint_folder(s.target)
     )
     replacements = as_replacements(trained) + baselines(target, s.layers, neurons=(16, 64))
-    measured = evaluate(target, replacements, held_out_tokens(target, s.eval_tokens), ("single", "frozen", "free"))
+    measured = evaluate(target, replacements, held_out(target, s.eval_tokens), ("single", "frozen", "free"))
     write_report(s, measured, "Cross-layer transcoders", __doc__)
 
 

@@ -18,7 +18,7 @@ from pathlib import Path
 
 from baselines import baselines
 from checkpoints import checkpoint_folder, save_checkpoint
-from evaluation import evaluate, held_out_tokens
+from evaluation import evaluate, held_out
 from recipes import SPDRecipe, train_decomposition
 from spd_replacement import spd_replacements
 from study import StudySettings, run_study, write_report
@@ -58,7 +58,7 @@ def main(s: Settings) -> None:
     if s.ship is not None:
         save_checkpoint(s.ship, copy.deepcopy(decomposition.model).half(), decomposition.record)
     replacements = spd_replacements(target, decomposition, s.layers) + baselines(target, s.layers, (16, 64, 256))
-    measured = evaluate(target, replacements, held_out_tokens(target, s.eval_tokens))
+    measured = evaluate(target, replacements, held_out(target, s.eval_tokens))
     write_report(s, measured, "SPD of MLP matrices", __doc__)
 
 

@@ -16,7 +16,7 @@ from baselines import baselines
 from checkpoints import checkpoint_folder
 from coder_replacements import as_replacement
 from config import BatchTopK
-from evaluation import evaluate, held_out_tokens
+from evaluation import evaluate, held_out
 from recipes import train_coders, transcoder_configs
 from spd_replacement import spd_sweep
 from study import CoderStudySettings, run_study, write_report
@@ -52,7 +52,7 @@ def main(s: Settings) -> None:
         *spd_sweep(target, (s.layer,), s.l0, each_matrix=True),
         *baselines(target, (s.layer,), neurons=s.l0),
     ]
-    measured = evaluate(target, replacements, held_out_tokens(target, s.eval_tokens), ("single",))
+    measured = evaluate(target, replacements, held_out(target, s.eval_tokens), ("single",))
     write_report(s, measured, "One MLP of GPT-2", __doc__)
 
 

@@ -16,7 +16,7 @@ from baselines import baselines
 from checkpoints import checkpoint_folder
 from coder_replacements import as_replacement
 from config import BatchTopK
-from evaluation import evaluate, held_out_tokens
+from evaluation import evaluate, held_out
 from recipes import clt_configs, train_coders, transcoder_configs
 from spd_replacement import spd_sweep
 from study import CoderStudySettings, run_study, write_report
@@ -51,7 +51,7 @@ def main(s: Settings) -> None:
         *spd_sweep(target, s.layers, s.l0),
         *baselines(target, s.layers, neurons=s.l0),
     ]
-    measured = evaluate(target, replacements, held_out_tokens(target, s.eval_tokens), ("frozen", "free"))
+    measured = evaluate(target, replacements, held_out(target, s.eval_tokens), ("frozen", "free"))
     write_report(s, measured, "All MLPs replaced, L0 swept", __doc__)
 
 

@@ -27,7 +27,7 @@ from latent_activations import Activations, all_activations, draw_latents
 from methods_and_nulls import TINY, InterpSettings
 from torch import Tensor
 
-from evaluation import held_out_tokens
+from evaluation import held_out
 from logs import read_csv, write_settings
 from study import run_study
 from target_models import load_target
@@ -118,7 +118,7 @@ def score(answer: set[int], truth: list[bool]) -> tuple[float, float]:
 
 def main(s: Settings) -> None:
     client, target, rows = make_client(s.client, s.device), load_target(s.target, s.device), []
-    for method, acts in all_activations(s, target, held_out_tokens(target, s.eval_tokens)).items():
+    for method, acts in all_activations(s, target, held_out(target, s.eval_tokens).tokens).items():
         generator, density = torch.Generator().manual_seed(s.seed), acts.density
         drawn = draw_latents(acts, s.latents, active=ACTIVE, generator=generator, silent=SCORED_RANDOM)
         for how, latents in drawn.items():

@@ -23,7 +23,7 @@ from latent_activations import Activations, collect, draw_latents
 from methods_and_nulls import TINY, InterpSettings, replacements
 from torch import Tensor
 
-from evaluation import held_out_tokens
+from evaluation import held_out
 from logs import atomic_path, read_csv, write_settings
 from patching import patched
 from replacement import Coded
@@ -112,7 +112,7 @@ def latent_card(
 
 def main(s: Settings) -> None:
     target = load_target(s.target, s.device)
-    tokens = held_out_tokens(target, s.eval_tokens)
+    tokens = held_out(target, s.eval_tokens).tokens
     replacement = replacements(s, target, (s.method,))[s.method][1]
     acts = collect(target, replacement, tokens, layer=s.layer)
     rows = read_csv(s.explanations) if s.explanations.exists() else []

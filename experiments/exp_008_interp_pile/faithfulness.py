@@ -29,7 +29,7 @@ from torch import Tensor
 
 from baselines import baselines
 from coder_replacements import CLTReplacement
-from evaluation import held_out_tokens
+from evaluation import held_out
 from logs import read_csv, write_settings
 from patching import Captured, capture
 from replacement import Coded, Pass
@@ -105,7 +105,7 @@ def measure(
 
 def main(s: Settings) -> None:
     target = load_target(s.target, s.device)
-    tokens = held_out_tokens(target, s.samples * target.context)[:, : s.seq]
+    tokens = held_out(target, s.samples * target.context).tokens[:, : s.seq]
     methods = {n: r for n, (_, r) in replacements(s, target, ("transcoder", "clt", "neurons")).items()}
     if s.spd:
         methods["spd"] = spd_sweep(target, s.layers, (s.k // 2,))[0]

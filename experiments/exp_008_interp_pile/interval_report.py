@@ -8,7 +8,7 @@ import matplotlib.pyplot as plt
 import torch
 
 from logs import atomic_path, write_csv
-from metrics import bootstrap_interval
+from metrics import bootstrap_interval, document_draws
 from pareto_figure import STYLES
 
 Rows = Sequence[dict[str, str]]
@@ -29,7 +29,7 @@ class Interval(NamedTuple):
 def interval(values: Sequence[float], seed: int = 0) -> Interval:
     """Mean with its 95 % percentile bootstrap over the values (latents, or tokens of different sequences)."""
     sample = torch.tensor(values, dtype=torch.float64)
-    draws = torch.randint(len(sample), (1000, len(sample)), generator=torch.Generator().manual_seed(seed))
+    draws = document_draws(torch.arange(len(sample)), 1000, seed)
     return Interval(sample.mean().item(), *bootstrap_interval(sample, draws))
 
 

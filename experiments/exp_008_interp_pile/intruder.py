@@ -24,7 +24,7 @@ from latent_activations import all_activations, draw_latents
 from methods_and_nulls import TINY, InterpSettings
 from torch import nn
 
-from evaluation import held_out_tokens
+from evaluation import held_out
 from logs import read_csv, write_settings
 from study import run_study
 from target_models import load_target
@@ -70,7 +70,7 @@ def main(s: Settings) -> None:
     target = load_target(s.target, s.device)
     embedding = next(m for m in target.model.modules() if isinstance(m, nn.Embedding)).weight.float().cpu()
     embedding, rows = embedding - embedding.mean(0), []
-    everything = all_activations(s, target, held_out_tokens(target, s.eval_tokens))
+    everything = all_activations(s, target, held_out(target, s.eval_tokens).tokens)
     texts = windows(everything["transcoder"].tokens).tolist()
     frequency = Counter(gram for row in texts for gram in set(grams(row)))
     for method, acts in everything.items():

@@ -24,7 +24,7 @@ from latent_activations import WIDTH, all_activations, draw_latents
 from methods_and_nulls import TINY, InterpSettings
 from torch import Tensor, nn
 
-from evaluation import held_out_tokens
+from evaluation import held_out
 from logs import read_csv, write_settings
 from study import run_study
 from target_models import load_target
@@ -92,7 +92,7 @@ def predictability(train: Tensor, y: Tensor, test: Tensor, y_test: Tensor, *, n_
 
 def main(s: Settings) -> None:
     target, rows = load_target(s.target, s.device), []
-    everything = all_activations(s, target, held_out_tokens(target, s.eval_tokens))
+    everything = all_activations(s, target, held_out(target, s.eval_tokens).tokens)
     tokens = everything["transcoder"].tokens
     half, n_features = len(tokens) // 2, (2 * REACH + 1) * (target.vocab_size + 1)
     train, test = (context(part, target.vocab_size) for part in (tokens[:half], tokens[half:]))

@@ -23,7 +23,7 @@ from jaxtyping import Bool, Float
 from tail_figure import Component, draw, write_components
 from torch import Tensor
 
-from evaluation import evaluate, held_out_tokens
+from evaluation import evaluate, held_out
 from logs import write_settings
 from pareto import write_points
 from patching import Captured, capture
@@ -99,10 +99,8 @@ def main(s: Settings) -> None:
     target = load_target(s.target, s.device)
     model, record = find_spd(target, ())  # the one there is
     origin = Origin(record.seed, record.train_tokens, record.train_seconds, record.name)
-    held_out = held_out_tokens(target, s.rank_tokens + s.eval_tokens)
-    n_rank = s.rank_tokens // target.context
     whole = OneCleanPass(target, model, origin=origin)
-    components, ranked = rank(whole, held_out[:n_rank])
+    components, ranked = rank(whole, held_out(target, s.rank_tokens, "tuning").tokens)
     generator = torch.Generator().manual_seed(s.seed)
     shuffled = {path: order[torch.randperm(len(order), generator=generator)] for path, order in ranked.items()}
 
@@ -116,7 +114,7 @@ def main(s: Settings) -> None:
     for n in s.kept:
         if n < max(map(len, ranked.values())):
             cuts.append(Cut(whole, keep(shuffled, n), n, always=True, delta=True, order="-random"))
-    measured = evaluate(target, cuts, held_out[n_rank:], ("frozen",))
+    measured = evaluate(target, cuts, held_out(target, s.eval_tokens), ("frozen",))
     s.output.mkdir(parents=True, exist_ok=True)
     write_points(s.output / "points.csv", measured.points)
     write_components(s.output / "components.csv", components)

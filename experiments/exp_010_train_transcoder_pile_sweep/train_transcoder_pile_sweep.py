@@ -19,7 +19,7 @@ from baselines import baselines
 from checkpoints import Checkpoint, checkpoint_folder
 from coder_replacements import as_replacements
 from config import BatchTopK
-from evaluation import evaluate, held_out_tokens
+from evaluation import evaluate, held_out
 from recipes import train_coders, transcoder_configs
 from study import CoderStudySettings, run_study, write_report
 from target_models import TargetModel, load_target
@@ -58,7 +58,7 @@ def main(s: Settings) -> None:
     target = load_target(s.target, s.device)
     trained = train(s, target, s.layers)  # all are there
     replacements = as_replacements(trained) + baselines(target, s.layers, neurons=(s.top_k[0], s.top_k[-1]))
-    measured = evaluate(target, replacements, held_out_tokens(target, s.eval_tokens), ("single", "frozen", "free"))
+    measured = evaluate(target, replacements, held_out(target, s.eval_tokens), ("single", "frozen", "free"))
     write_report(s, measured, "Transcoders, k swept", __doc__)
 
 

@@ -17,7 +17,7 @@ from baselines import baselines
 from checkpoints import checkpoint_folder
 from coder_replacements import as_replacements
 from config import BatchTopK
-from evaluation import evaluate, held_out_tokens
+from evaluation import evaluate, held_out
 from recipes import clt_configs, sae_configs, train_coders, transcoder_configs
 from spd_replacement import spd_replacements
 from spd_runs import find_spd
@@ -68,7 +68,7 @@ def main(s: Settings) -> None:
         *(spd_replacements(target, find_spd(target, s.layers), s.layers) if s.spd else []),
         *baselines(target, s.layers, s.neurons),
     ]
-    measured = evaluate(target, replacements, held_out_tokens(target, s.eval_tokens), ("frozen", "free"))
+    measured = evaluate(target, replacements, held_out(target, s.eval_tokens), ("frozen", "free"))
     write_report(s, measured, "Natively trained coders, all MLPs replaced", __doc__)
 
 

@@ -27,13 +27,14 @@ from tqdm import trange
 
 from config import GateConfig, Recon, SPDTrainConfig
 from devices import bf16_is_fast
+from evaluation import held_out
 from logs import atomic_path, read_csv, write_csv, write_settings
 from spd_model import ComponentModel
 from spd_runs import find_spd, load_decomposition
 from spd_training import SPDTrainer
 from study import StudySettings, run_study
 from target_models import TargetModel, load_target
-from token_stream import TokenStream, take_tokens
+from token_stream import TokenStream
 
 COLUMNS = ["gate", "probe_ce", "shuffled_ce", "current_token_ce", "model_ce", "l0", "tokens", "classes", "gate_steps"]
 
@@ -100,7 +101,7 @@ def with_gate(own: ComponentModel, target: TargetModel, s: Settings, *, causal: 
 def main(s: Settings) -> None:
     target = load_target(s.target, s.device)
     own, _ = find_spd(target, ()) if s.checkpoint is None else load_decomposition(s.checkpoint, target)
-    tokens = take_tokens(TokenStream(target.data, target.tokenizer, "val", 16, target.context), s.eval_tokens)
+    tokens = held_out(target, s.eval_tokens).tokens
     tokens = tokens[torch.randperm(len(tokens), generator=torch.Generator().manual_seed(s.seed))]
     nexts, current = tokens[:, 1:].flatten(), tokens[:, :-1].flatten()
     common = torch.bincount(nexts, minlength=target.vocab_size).topk(s.classes).indices

@@ -17,7 +17,7 @@ from baselines import baselines
 from checkpoints import checkpoint_folder
 from coder_replacements import as_replacements
 from config import BatchTopK, Site
-from evaluation import Measurement, evaluate, held_out_tokens
+from evaluation import Measurement, evaluate, held_out
 from recipes import sae_configs, train_coders
 from study import CoderStudySettings, run_study, write_report
 from target_models import at_site, load_target
@@ -45,14 +45,14 @@ affine map is fitted to MLPs alone: at the other sites what is read is what is w
 
 def main(s: Settings) -> None:
     target, folder = load_target(s.target, s.device), checkpoint_folder(s.target)
-    measured = Measurement([], [])
+    measured = Measurement([], [], [], [])
     for site in s.sites:
         view = at_site(target, site)
         configs = sae_configs(view, layers=s.layers, rules=[BatchTopK(k) for k in s.top_k], d_dict=s.d_dict)
         trained = train_coders(configs, view, tokens=s.tokens, batch=s.batch, seed=s.seed, folder=folder)
         replacements = as_replacements(trained) + baselines(view, s.layers, neurons=())
-        points, layers = evaluate(view, replacements, held_out_tokens(view, s.eval_tokens))
-        measured = Measurement(measured.points + points, measured.layers + layers)
+        own = evaluate(view, replacements, held_out(view, s.eval_tokens))
+        measured = Measurement(*(before + more for before, more in zip(measured, own)))
     write_report(s, measured, "SAEs at every site of a layer", f"{__doc__}\n\n{TEXT}")
 
 
