@@ -201,9 +201,7 @@ class OutputGroup:
         self.stream = TokenStream(
             target.data, target.tokenizer, "train", sequences, target.context, config.seed + stages, target.vocab_size
         )  # fmt: skip
-        data = DataConfig(
-            layers=self.layers, batch_tokens=1, buffer_tokens=STATISTICS_TOKENS, model_batch=sequences, seed=config.seed
-        )
+        data = DataConfig(layers=self.layers, batch_tokens=1, buffer_tokens=STATISTICS_TOKENS, seed=config.seed)
         store = ActivationsStore(target, data)
         self.sets = [
             start_set(own, [ends[start].name for start in own], store, config=config, folder=folder) for own in sets
@@ -219,15 +217,16 @@ class OutputGroup:
     def start(self) -> None:
         """`start_set` initialised what had to be."""
 
-    def frame(self, step: int) -> Frame:
+    def frame(self) -> Frame | None:
+        """The next batch under the original model; None where the text has ended."""
         tokens = next(self.stream, None)
-        if tokens is None:
-            seen = f"{step * self.seen:,} of {self.config.tokens:,} training tokens"
-            raise ValueError(f"dataset {self.target.data.path!r} ended after {seen}: ask for fewer")
-        return frame_of(self.target, self.head, tokens.to(self.target.device), self.layers)
+        return None if tokens is None else frame_of(self.target, self.head, tokens.to(self.target.device), self.layers)
 
     def step(self, step: int) -> Float[Tensor, "set 4"]:
-        frame, config = self.frame(step), self.config
+        frame, config = self.frame(), self.config
+        if frame is None:
+            seen = f"{step * self.seen:,} of {config.tokens:,} training tokens"
+            raise ValueError(f"dataset {self.target.data.path!r} ended after {seen}: ask for fewer")
         plan, lr = planned(self.objective, self.layers, self.generator), config.lr * schedule(step, self.steps, config)
         for own, fresh in zip(self.sets, self.fresh):
             for member in own.members:
@@ -289,19 +288,20 @@ def _train(group: OutputGroup) -> None:
 
 def calibrate(group: OutputGroup) -> None:
     """Set what deployment needs on the text after the last batch, where the trained protocol has coders read."""
-    n = max(1, group.config.calibration_tokens // group.seen)
-    inputs = [what_is_read(group, i) for i in range(n)]
+    frames = (group.frame() for _ in range(max(1, group.config.calibration_tokens // group.seen)))
+    inputs = [what_is_read(group, frame, i) for i, frame in enumerate(frames) if frame is not None]
+    if not inputs:
+        raise ValueError(f"dataset {group.target.data.path!r} leaves no tokens to calibrate on: ask for fewer")
     for i, own in enumerate(group.sets):
         for member in own.members:
             member.coder.calibrate([as_read(member, batch[i]) for batch in inputs])
 
 
 @torch.no_grad()
-def what_is_read(group: OutputGroup, i: int) -> list[dict[int, Float[Tensor, "token d_in"]]]:
-    """What the encoders of each set read of the i-th batch after the last one, by layer."""
-    frame, protocol = group.frame(group.steps), group.objective.protocol
+def what_is_read(group: OutputGroup, frame: Frame, i: int) -> list[dict[int, Float[Tensor, "token d_in"]]]:
+    """What the encoders of each set read of the i-th batch, by layer; of a mixed objective, every other one is clean."""
+    protocol, read = group.objective.protocol, []
     follows = i % 2 == 1 if isinstance(protocol, Mixed) else protocol == "free"
-    read = []
     for own in group.sets:
         pass_ = TrainingPass(own.replacement, frame.captured(own.replacement), group.layers if follows else ())
         if follows:
