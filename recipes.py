@@ -113,13 +113,9 @@ def tune_coders(
     require(isinstance(objective, Output), f"{objective} asks nothing of the model's output: use train_coders")
     seen = tokens + max(checkpoint.record.train_tokens or 0 for checkpoint in checkpoints)
     train = TrainConfig(
-        objective=objective,
-        tokens=tokens,
-        lr=default_tuning_rate(tokens),
-        anneal=0.0,
-        dead_after=dead_after(seen),
-        seed=seed,
-    )
+        objective=objective, tokens=tokens, lr=default_tuning_rate(tokens), anneal=0.0, dead_after=dead_after(seen),
+        calibration_tokens=32_768, seed=seed,
+    )  # fmt: skip
     return train_on_output(checkpoints, target, batch=batch, config=train, folder=folder)
 
 
