@@ -20,6 +20,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
+from einops import rearrange, reduce
 from jaxtyping import Float, Int
 from torch import Tensor
 
@@ -117,7 +118,9 @@ class ActivationsStore:
 
     def _first_scales(self, captured: Captured) -> Float[Tensor, "two layer"]:
         """1 where the activations are far below fp16's largest number, else the power of two that brings them there."""
-        largest = torch.stack([part[:, :, 1:].float().abs().amax((1, 2, 3)) for part in captured])
+        largest = torch.stack(
+            [reduce(part[:, :, 1:].float().abs(), "layer batch seq d -> layer", "max") for part in captured]
+        )
         for layer, sides in zip(self.config.layers, largest.isfinite().all(0).tolist()):
             if not sides:
                 raise ValueError(f"layer {layer} of {self.target.name!r} writes or is given NaN or infinity")
@@ -187,7 +190,7 @@ def stack_tokens(
     captured: Captured, scales: Float[Tensor, "two layer"] | None = None
 ) -> Float[Tensor, "two layer token d"]:
     """Inputs and outputs side by side in fp16, divided by `scales`, without the first position of each sequence."""
-    parts = (part[:, :, 1:].flatten(1, 2) for part in captured)
+    parts = (rearrange(part[:, :, 1:], "layer batch seq d -> layer (batch seq) d") for part in captured)
     if scales is None:
         return torch.stack([part.half() for part in parts])
     return torch.stack([(part / scale[:, None, None]).half() for part, scale in zip(parts, scales)])

@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple
 
 import torch
+from einops import einsum, repeat
 from jaxtyping import Float
 from torch import Tensor
 
@@ -46,7 +47,7 @@ class NeuronsReplacement(Coded):
     def encode(self, layer: int, x: Tensor, y: Tensor) -> Codes:
         h = self.target.hidden(layer, x.to(self.target.down_weight(layer).dtype)).float()
         cols = (h.abs() * self.W_out[layer].norm(dim=1)).topk(self.k, dim=1).indices.sort(dim=1).values
-        rows = torch.arange(len(h), device=h.device).repeat_interleave(self.k, output_size=len(h) * self.k)
+        rows = repeat(torch.arange(len(h), device=h.device), "token -> (token k)", k=self.k)
         return Codes(h.gather(1, cols).flatten(), Layout(rows, cols.flatten(), *h.shape))
 
     def write(self, pass_: CodedPass, layer: int, x: Tensor, y: Tensor) -> Tensor:
@@ -79,10 +80,11 @@ def fit_affine(
     if n == 0:
         raise ValueError("fit_affine got no activations: give it at least one batch of training tokens")
     x_mean, y_mean = x_sum / n, y_sum / n
-    cov_xx = xx / n - x_mean[:, :, None] * x_mean[:, None, :]
-    cov_xy = xy / n - x_mean[:, :, None] * y_mean[:, None, :]
+    cov_xx = xx / n - einsum(x_mean, x_mean, "layer a, layer b -> layer a b")
+    cov_xy = xy / n - einsum(x_mean, y_mean, "layer d_in, layer d_out -> layer d_in d_out")
     weight = (torch.linalg.pinv(cov_xx.cpu(), rtol=1e-10, hermitian=True).to(xy.device) @ cov_xy).mT
-    return AffineMap(weight.float(), (y_mean - (weight @ x_mean[:, :, None])[..., 0]).float(), y_mean.float())
+    mapped = einsum(weight, x_mean, "layer d_out d_in, layer d_in -> layer d_out")
+    return AffineMap(weight.float(), (y_mean - mapped).float(), y_mean.float())
 
 
 class _Baseline(Replacement):

@@ -23,7 +23,17 @@ from torch.utils._pytree import tree_leaves
 
 from clt import CrossLayerTranscoder
 from coder import Coder
-from config import CLTConfig, CoderConfig, EncoderConfig, SAEConfig, SPDConfig, from_fields, from_json, to_json
+from config import (
+    CLTConfig,
+    CoderConfig,
+    EncoderConfig,
+    SAEConfig,
+    SPDConfig,
+    from_fields,
+    from_json,
+    full_kind,
+    to_json,
+)
 from logs import atomic_path, cache_folder, download_artifact, load_tensors, write_json
 from sae import build_sae
 from spd_model import ComponentModel
@@ -86,12 +96,13 @@ def coder_name(target: str, config: CoderConfig, seed: int) -> str:
 
     A rule is named by its first value, a whole number k of active latents or a coefficient c.
     """
-    kind = "-".join(filter(None, [config.kind, config.variant]))
     layers = "-".join(str(layer) for layer in config.layers)
     first = dataclasses.astuple(config.rule)[0]
     sparsity = f"k{first}" if isinstance(first, int) else f"c{first:g}"
     safe = target.replace("/", "--").replace(":", "-")
-    return f"{safe}_{kind}_{type(config.rule).__name__.lower()}_L{layers}_{sparsity}_d{config.d_dict}_s{seed}"
+    return (
+        f"{safe}_{full_kind(config)}_{type(config.rule).__name__.lower()}_L{layers}_{sparsity}_d{config.d_dict}_s{seed}"
+    )
 
 
 def save_checkpoint(folder: Path, model: Coder | ComponentModel, record: TrainingRecord) -> None:

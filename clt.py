@@ -10,6 +10,7 @@ Norms are free; the scales make every layer's target count alike. Ameisen et al.
 from collections.abc import Sequence
 
 import torch
+from einops import rearrange
 from jaxtyping import Float
 from torch import Tensor, nn
 
@@ -71,15 +72,20 @@ class CrossLayerTranscoder(Coder[tuple[Codes, ...]]):
     def decode_layer(self, j: int, codes: Sequence[Codes]) -> Float[Tensor, "batch d_out"]:
         """ŷ of the j-th layer from the codes of layers 0…j."""
         assert len(codes) == j + 1, f"layer {j} is written by {j + 1} layers, not {len(codes)}"
-        d = self.config.d_out
-        parts = [decode(codes[i], self.W_dec[i][:, (j - i) * d : (j - i + 1) * d]) for i in range(j + 1)]
+        by_target = (
+            rearrange(W_dec, "d_dict (target d_out) -> target d_dict d_out", d_out=self.config.d_out)
+            for W_dec in self.W_dec
+        )
+        parts = [decode(codes_i, W_dec[j - i]) for i, (codes_i, W_dec) in enumerate(zip(codes, by_target))]
         return unscaled(sum(parts), self.b_dec[j], self.y_scale[j])
 
     def _gather(self, per_source: list[Float[Tensor, "batch targets_d_out"]]) -> Float[Tensor, "layer batch d_out"]:
         """Sum what each source writes: per_source[i] holds targets i…n−1 side by side."""
         n, d = len(self.config.layers), self.config.d_out
-        split = [wide.split(d, dim=1) for wide in per_source]
-        return torch.stack([sum(split[i][j - i] for i in range(j + 1)) for j in range(n)])  # type: ignore[misc]
+        writes = [
+            rearrange(wide, "batch (target d_out) -> batch target d_out", d_out=d).unbind(1) for wide in per_source
+        ]
+        return torch.stack([sum(writes[i][j - i] for i in range(j + 1)) for j in range(n)])  # type: ignore[misc]
 
     def decode(self, codes: tuple[Codes, ...]) -> Float[Tensor, "layer batch d_out"]:
         wide = [decode(codes_i, self.W_dec[i]) for i, codes_i in enumerate(codes)]

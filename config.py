@@ -186,9 +186,7 @@ class Mixed:
     """Which layers a batch replaces is drawn: one alone, some of them, or all, so that coders stay good alone and together."""
 
     alone: float = 0.25  # share of the batches in which a single layer is replaced
-    some: float = (
-        0.25  # share in which more than one but not all are; two layers have no such set, and all are replaced
-    )
+    some: float = 0.25  # share in which more than one but not all are; of two layers, all
     running: float = 0.5  # share of the other batches in which codes follow the stream; else a clean pass gives them
 
     def __post_init__(self) -> None:
@@ -226,13 +224,18 @@ Objective = Local | Output
 LOCAL = Local()
 
 
+def full_kind(config: CoderConfig) -> str:
+    """E.g. `transcoder-skip`: the kind of coder and what tells it from the plain one."""
+    return "-".join(filter(None, [config.kind, config.variant]))
+
+
 @dataclass(frozen=True, kw_only=True)
 class TrainConfig:
     """How a group of coders is trained; one value serves every coder of the group."""
 
     objective: Objective = LOCAL
     tokens: int  # training tokens seen by every coder
-    lr: float  # peak learning rate of Adam
+    lr: float | None = None  # peak learning rate of Adam; None: what `default_learning_rate` says of each coder
     warmup: float = 0.05  # fraction of the steps with a rising learning rate
     decay: float = 0.2  # fraction of the steps, at the end, in which it falls linearly to zero
     anneal: float = 0.1  # fraction of the steps in which k falls from 4k to k

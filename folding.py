@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
+from einops import repeat
 from jaxtyping import Float
 from torch import Tensor
 
@@ -48,7 +49,7 @@ def fold(coder: Coder) -> tuple[FoldedLayer, ...]:
         FoldedLayer(
             W_enc=encoder.W_enc * coder.x_scale[i],
             b_enc=encoder.b_enc.clone(),
-            W_dec=decoders[i] / coder.y_scale[i:].repeat_interleave(d_out),
+            W_dec=decoders[i] / repeat(coder.y_scale[i:], "target -> (target d_out)", d_out=d_out),
             b_dec=coder.b_dec.view(n, d_out)[i] / coder.y_scale[i],
             W_skip=None if skip is None else skip * coder.x_scale / coder.y_scale,
             theta=_threshold(encoder),

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from einops import rearrange
 from jaxtyping import Float
 from torch import Tensor
 
@@ -118,8 +119,8 @@ def read_upstream(folder: Path, given: Place) -> list[Dictionary]:
         shapes |= {upstream_log_threshold(at): (f,)} if rule == JUMPRELU else {}
     t = check(folder / ENCODER, read_tensors(folder / ENCODER), shapes)
     parts = []
-    for i, at in enumerate(ats):
-        W_dec = t[f"W_dec{at}"].view(n - i, f, d_out).transpose(0, 1).reshape(f, -1)
+    for at in ats:
+        W_dec = rearrange(t[f"W_dec{at}"], "... d_dict d_out -> d_dict (... d_out)")
         theta = t[upstream_log_threshold(at)].exp() if rule == JUMPRELU else None
         parts.append(FoldedLayer(t[f"W_enc{at}"].T, t[f"b_enc{at}"], W_dec, t[f"b_dec{at}"], None, theta))
     config: CoderConfig
@@ -414,7 +415,7 @@ def read_circuit_tracer(folder: Path, given: Place) -> list[Dictionary]:
         if theta in t and (t[theta] < 0).any():
             raise ValueError(f"{path}: {theta} is negative, which lets negative values through, as no coder here does")
         skip, rule = t.get("W_skip"), JUMPRELU if theta in t else RELU
-        W_dec = t[f"W_dec{at}"].reshape(f, -1)
+        W_dec = rearrange(t[f"W_dec{at}"], "d_dict ... d_out -> d_dict (... d_out)")
         part = FoldedLayer(t[f"W_enc{at}"], t[f"b_enc{at}"], W_dec, t[f"b_dec{at}"], skip, t.get(theta))
         parts.append(part)
         if is_set:

@@ -1,12 +1,15 @@
 """What other libraries' loaders open, written from our coders: a pure function per format, from coders to named files.
 
 Everything passes through `FoldedLayer` (folding.py). A BatchTopK coder leaves as a JumpReLU with one threshold for
-all latents: the same function of a token. A format that cannot say what a coder computes refuses it.
+all latents: the same function of a token. A format that cannot say what a coder computes refuses it, a ValueError; a rule
+that no format has been told of is a bug, an AssertionError: it is never written as another rule.
 """
 
 from collections.abc import Sequence
+from typing import assert_never
 
 import torch
+from einops import rearrange
 
 from checkpoints import CONFIG, ENCODER
 from config import (
@@ -17,6 +20,7 @@ from config import (
     Gated,
     JumpReLU,
     Relu,
+    Rule,
     SAEConfig,
     TopK,
 )
@@ -40,7 +44,8 @@ def without_none(tensors: dict[str, torch.Tensor | None]) -> Tensors:
 
 
 def refuse(format_name: str, config: CoderConfig, allowed: str) -> ValueError:
-    """What to raise for a coder that a format cannot say, or may not be able to: one of a rule unknown here, too."""
+    """What to raise for a coder that a format cannot say. AssertionError for a rule that is none of `Rule`'s."""
+    assert isinstance(config.rule, Rule), f"no format knows the rule {config.rule}"
     kind = {"sae": "SAE", "clt": "cross-layer transcoder"}.get(config.kind, config.kind)
     kind = f"skip {kind}" if config.variant == "skip" else kind
     return ValueError(f"{format_name} has no {type(config.rule).__name__} {kind}: it takes {allowed}")
@@ -65,8 +70,10 @@ def write_upstream(dictionaries: Sequence[Dictionary]) -> Files:
                 kind, own = "jumprelu", {"top_k": k}
             case JumpReLU(bandwidth=bandwidth):
                 kind, own = "jumprelu", {"bandwidth": bandwidth}
-            case _:
+            case Gated():
                 raise refuse("upstream", config, refusal)
+            case _:
+                assert_never(config.rule)
         n, f, is_clt = len(parts), config.d_dict, config.kind == "clt"
         blob = {
             "input_size": config.d_in, "output_size": config.d_out, "dict_size": f, "encoder_type": kind, "seed": 0,
@@ -80,11 +87,11 @@ def write_upstream(dictionaries: Sequence[Dictionary]) -> Files:
         state: Tensors = {}
         for i, part in enumerate(parts):
             at = f".{i}" if is_clt else ""
-            W_dec = part.W_dec.view(f, n - i, -1).transpose(0, 1) if is_clt else part.W_dec
+            by_target = rearrange(part.W_dec, "d_dict (target d_out) -> target d_dict d_out", target=n - i)
             state |= {
                 f"W_enc{at}": part.W_enc.T,
                 f"b_enc{at}": part.b_enc,
-                f"W_dec{at}": W_dec,
+                f"W_dec{at}": by_target if is_clt else part.W_dec,
                 f"b_dec{at}": part.b_dec,
             }
             state |= {} if part.theta is None else {upstream_log_threshold(at): log_threshold(part.theta)}
@@ -170,8 +177,10 @@ def write_dictionary_learning(dictionaries: Sequence[Dictionary]) -> Files:
             case JumpReLU():  # it subtracts nothing from the input
                 state = {"W_enc": W_enc.T, "b_enc": part.b_enc - W_enc @ b_dec, "W_dec": W_dec, "b_dec": b_dec}
                 state |= without_none({"threshold": part.theta})
-            case _:
+            case Gated():
                 raise refuse("dictionary_learning", config, refusal)
+            case _:
+                assert_never(config.rule)
         trainer = {
             "dict_class": DICTIONARIES[type(config.rule)], "activation_dim": config.d_in, "dict_size": config.d_dict,
             "k": coder.k or 0, "layer": config.layer, "lm_name": model_name(target),
@@ -201,8 +210,8 @@ def write_circuit_tracer(dictionaries: Sequence[Dictionary]) -> Files:
             at, theta = (f"_{i}", f"threshold_{i}") if is_clt else ("", "activation_function.threshold")
             state = {f"W_enc{at}": part.W_enc, f"b_enc{at}": part.b_enc, f"b_dec{at}": part.b_dec}
             state |= without_none({theta: part.theta, "W_skip": part.W_skip})
-            shape = (len(part.W_dec), -1, entry.coder.config.d_out) if is_clt else part.W_dec.shape
-            W_dec = {f"W_dec{at}": part.W_dec.view(shape)}
+            by_target, d_out = "d_dict (target d_out) -> d_dict target d_out", entry.coder.config.d_out
+            W_dec = {f"W_dec{at}": rearrange(part.W_dec, by_target, d_out=d_out) if is_clt else part.W_dec}
             named = {f"W_enc_{i}": state, f"W_dec_{i}": W_dec} if is_clt else {f"layer_{i}": state | W_dec}
             files |= {f"{name}.safetensors": tensors for name, tensors in named.items()}
     kind = "cross_layer_transcoder" if is_clt else "transcoder_set"

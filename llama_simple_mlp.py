@@ -15,6 +15,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 import yaml
+from einops import rearrange, repeat
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
@@ -50,7 +51,8 @@ def rotary_tables(
     """cos and sin of position · base^(−2i/head), each repeated for the two halves of a head."""
     frequency = base ** (-torch.arange(0, head, 2, dtype=torch.float32, device=device) / head)
     angle = torch.outer(torch.arange(seq, dtype=torch.float32, device=device), frequency)
-    return torch.cat([angle.cos(), angle.cos()], -1), torch.cat([angle.sin(), angle.sin()], -1)
+    halves = repeat(angle, "seq half -> seq (halves half)", halves=2)
+    return halves.cos(), halves.sin()
 
 
 def rotate(
@@ -77,11 +79,14 @@ class Attention(nn.Module):
 
     def forward(self, x: Float[Tensor, "batch seq d"]) -> Float[Tensor, "batch seq d"]:
         seq = x.shape[1]
-        q, k, v = (p(x).unflatten(-1, (-1, self.head)).transpose(1, 2) for p in (self.q_proj, self.k_proj, self.v_proj))
+        q, k, v = (
+            rearrange(project(x), "batch seq (heads head) -> batch heads seq head", head=self.head)
+            for project in (self.q_proj, self.k_proj, self.v_proj)
+        )
         cos, sin = self.cos[:seq].to(x.dtype), self.sin[:seq].to(x.dtype)
         q, k = rotate(q, cos, sin), rotate(k, cos, sin)
         z = F.scaled_dot_product_attention(q, k.to(v.dtype), v, is_causal=True, enable_gqa=q.shape[1] != k.shape[1])
-        return self.o_proj(z.transpose(1, 2).flatten(-2))
+        return self.o_proj(rearrange(z, "batch heads seq head -> batch seq (heads head)"))
 
 
 class MLP(nn.Module):
@@ -126,7 +131,10 @@ class LlamaSimpleMLP(nn.Module):
         for block in self.h:
             h = block(h)
         logits = self.lm_head(self.ln_f(h))
-        return logits, None if targets is None else F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten())
+        if targets is None:
+            return logits, None
+        by_token = rearrange(logits, "batch seq vocab -> (batch seq) vocab").float()
+        return logits, F.cross_entropy(by_token, rearrange(targets, "batch seq -> (batch seq)"))
 
 
 def initialise(model: LlamaSimpleMLP, generator: torch.Generator) -> None:

@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
+from einops import rearrange
 from jaxtyping import Float, Int
 from torch import Tensor
 
@@ -59,8 +60,9 @@ def cross_entropy(
     logits: Float[Tensor, "batch seq vocab"], tokens: Int[Tensor, "batch seq"]
 ) -> Float[Tensor, "batch seq-1"]:
     """−log q(tokens[t+1]) at every position but the last, in nats."""
-    flat = F.cross_entropy(logits[:, :-1].flatten(0, 1).float(), tokens[:, 1:].flatten(), reduction="none")
-    return flat.view(tokens.shape[0], -1)
+    predicted = rearrange(logits[:, :-1], "batch seq vocab -> (batch seq) vocab").float()
+    flat = F.cross_entropy(predicted, rearrange(tokens[:, 1:], "batch seq -> (batch seq)"), reduction="none")
+    return rearrange(flat, "(batch seq) -> batch seq", batch=len(tokens))
 
 
 def kl_divergence(
@@ -207,7 +209,7 @@ def squared_error(target: Float[Tensor, "*batch"], prediction: Float[Tensor, "*b
 class _ChunkedKL(torch.autograd.Function):
     @staticmethod
     def forward(ctx, logits_p: Tensor, logits_q: Tensor, rows: int) -> Tensor:  # type: ignore[no-untyped-def,override]
-        p_flat, q_flat = logits_p.flatten(0, -2), logits_q.flatten(0, -2)
+        p_flat, q_flat = (rearrange(logits, "... vocab -> (...) vocab") for logits in (logits_p, logits_q))
         grad, total = torch.empty_like(q_flat), torch.zeros((), device=q_flat.device)
         for p, q, g in zip(p_flat.split(rows), q_flat.split(rows), grad.split(rows)):
             log_p, log_q = p.float().log_softmax(-1), q.float().log_softmax(-1)

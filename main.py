@@ -22,7 +22,7 @@ from evaluation import evaluate, held_out
 from recipes import SPDRecipe, clt_configs, train_coders, train_decomposition, transcoder_configs
 from spd_replacement import spd_replacements
 from spd_runs import find_spd
-from study import CoderStudySettings, run_study, write_report
+from study import CoderStudySettings, Report, run_study
 from target_models import load_target
 
 
@@ -47,6 +47,7 @@ class Settings(CoderStudySettings):
 TEXT = """Every row is one method under one protocol, on held-out text. `single`: one layer replaced. `frozen`: all layers
 replaced, codes from a clean pass. `free`: all layers replaced, every encoder reads the stream that the replacements
 produced."""
+REPORT = Report("The main job", TEXT)
 
 
 def main(s: Settings) -> None:
@@ -64,8 +65,8 @@ def main(s: Settings) -> None:
     elif s.target == "tiny":
         replacements += spd_replacements(target, find_spd(target, s.layers), s.layers, deltas=(False,))
     measured = evaluate(target, replacements, held_out(target, s.eval_tokens), ("single", "frozen", "free"))
-    write_report(s, measured, "The main job", TEXT)
+    REPORT.write(s, measured)
 
 
 if __name__ == "__main__":
-    run_study(main, [Settings()], __doc__)
+    run_study(main, [Settings()], __doc__, redraw=REPORT.redraw)

@@ -13,6 +13,7 @@ from functools import cached_property
 from typing import NamedTuple
 
 import torch
+from einops import rearrange, reduce
 from jaxtyping import Float, Int
 from torch import Tensor
 
@@ -86,7 +87,8 @@ class Tally:
         for key, count in self._counts.items():
             rows, cols = active[key]
             cols = cols[rows % seq != 0]
-            l0 = torch.bincount(rows, minlength=batch * seq).view(batch, seq)[:, 1:].flatten()
+            by_token = rearrange(torch.bincount(rows, minlength=batch * seq), "(batch seq) -> batch seq", seq=seq)
+            l0 = by_token[:, 1:].flatten()
             count.histogram.add_(torch.bincount(l0, minlength=len(count.histogram)))
             count.fired.add_(torch.bincount(cols, minlength=len(count.fired)))
 
@@ -129,10 +131,10 @@ class OriginalTally:
 
     def add(self, ce: Float[Tensor, "batch"], y: Float[Tensor, "layer batch seq d"]) -> None:
         self._ce.append(ce.cpu())
-        kept = y[:, :, 1:].flatten(1, 2).double()
-        self.n += kept.shape[1]
-        self._total = self._total + kept.sum(1)
-        self._squared = self._squared + kept.square().sum((1, 2))
+        kept = y[:, :, 1:].double()
+        self.n += kept.shape[1] * kept.shape[2]
+        self._total = self._total + reduce(kept, "layer batch seq d -> layer d", "sum")
+        self._squared = self._squared + reduce(kept.square(), "layer batch seq d -> layer", "sum")
         self.d = y.shape[-1]
 
     @property

@@ -37,17 +37,10 @@ from logs import Logger, git_commit
 from output_objective import CoderSet, Frame, Run, TrainingPass, as_read, backward, frame_of, planned
 from target_models import TargetModel, unembedding
 from token_stream import TokenStream
-from training import CoderRun, Progress, annealed_k, descend, recipe, run_training, schedule
+from training import CoderRun, Progress, annealed_k, descend, peak_rate, recipe, run_training, schedule
 
 LOGITS_AT_MOST = 2**29  # of the original model, held for a batch: 2 GiB in float32
 STATISTICS_TOKENS = 16_384  # that give scales, means and variances
-
-
-def default_tuning_rate(tokens: int) -> float:
-    """Default peak learning rate of Adam where the objective is the model's output: 4e-4."""
-    if tokens < 1:
-        raise ValueError(f"{tokens} training tokens: ask for 1 or more (--tokens)")
-    return 4e-4
 
 
 def train_on_output(
@@ -122,7 +115,7 @@ def record_after(start: Checkpoint, target: TargetModel, *, batch: int, config: 
     assert isinstance(config.objective, Output), f"{config.objective=}"
     old = start.record
     seen = None if old.train_tokens is None else old.train_tokens + config.tokens
-    how = f"{recipe(config, batch)}, seed {config.seed}"
+    how = f"{recipe(config, batch, lr=peak_rate(start.coder, config))}, seed {config.seed}"
     new = dataclasses.replace(
         old, target=target.name, target_fingerprint=target.fingerprint, train_tokens=seen, commit=git_commit(),
         recipe="; then ".join(filter(None, [old.recipe, how])), objectives=(*old.objectives, config.objective.name),
@@ -153,10 +146,11 @@ def start_set(
         coder.train()
         if is_fresh(own[0]):
             coder.initialise(stats)
-        optimiser = torch.optim.Adam(coder.parameters(), lr=config.lr, betas=config.betas, fused=True)
+        lr = peak_rate(coder, config)
+        optimiser = torch.optim.Adam(coder.parameters(), lr=lr, betas=config.betas, fused=True)
         name = order[coder.config.layers]
         logger = Logger(name, folder / name, {"coder": to_json(coder.config), "train": to_json(config)})
-        members.append(CoderRun(name, coder, rows, coder.variance(stats), optimiser, logger))
+        members.append(CoderRun(name, coder, rows, coder.variance(stats), optimiser, logger, lr))
     return CoderSet(replacement, members)
 
 
@@ -166,13 +160,16 @@ def is_fresh(start: Checkpoint) -> bool:
 
 
 def set_step(
-    coders: CoderSet, frame: Frame, plan: Sequence[Run], *, config: TrainConfig, lr: float
+    coders: CoderSet, frame: Frame, plan: Sequence[Run], *, config: TrainConfig, factor: float
 ) -> Float[Tensor, "4"]:
-    """One step of the coders of a set that a plan calls on; returns (loss, KL, FVU, L0 per layer), still on the device."""
+    """One step of the coders of a set that a plan calls on, each at its rate times `factor`.
+
+    Returns (loss, KL, FVU, L0 per layer), still on the device.
+    """
     began = time.perf_counter()
     members, codes, readings = backward(coders, frame, plan, config=config)
     for member in members:
-        descend(member, config=config, lr=lr)
+        descend(member, config=config, lr=member.lr * factor)
         for encoder, layer in zip(member.coder.encoders, member.coder.config.layers):
             if layer in codes:
                 encoder.update_statistics(codes[layer])
@@ -227,12 +224,12 @@ class OutputGroup:
         if frame is None:
             seen = f"{step * self.seen:,} of {config.tokens:,} training tokens"
             raise ValueError(f"dataset {self.target.data.path!r} ended after {seen}: ask for fewer")
-        plan, lr = planned(self.objective, self.layers, self.generator), config.lr * schedule(step, self.steps, config)
+        plan, factor = planned(self.objective, self.layers, self.generator), schedule(step, self.steps, config)
         for own, fresh in zip(self.sets, self.fresh):
             for member in own.members:
                 if fresh and member.coder.k is not None:
                     member.coder.set_k(annealed_k(member.coder.k, step, steps=self.steps, config=config))
-        return torch.stack([set_step(own, frame, plan, config=config, lr=lr) for own in self.sets])
+        return torch.stack([set_step(own, frame, plan, config=config, factor=factor) for own in self.sets])
 
     def read(self, readings: list[list[float]], progress: Progress) -> str:
         speed = progress.pace * self.seen

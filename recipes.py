@@ -41,12 +41,12 @@ from config import (
 )
 from devices import bf16_is_fast
 from logs import git_commit
-from output_training import default_tuning_rate, train_on_output
+from output_training import train_on_output
 from spd_model import ComponentModel
 from spd_training import train_spd
 from target_models import TargetModel, mlp_matrices
 from token_stream import TokenStream
-from training import dead_after, default_learning_rate, train_group
+from training import dead_after, train_group
 
 
 def new_coder(config: CoderConfig, seed: int) -> Coder:
@@ -91,14 +91,11 @@ def train_coders(
     """Train from scratch what is not yet in `folder`, on one stream over all the layers, with the project's default recipe."""
     if isinstance(objective, Output):
         starts = [untrained(config, target, seed) for config in configs]
-        train = TrainConfig(
-            objective=objective, tokens=tokens, lr=default_tuning_rate(tokens), dead_after=dead_after(tokens), seed=seed
-        )
+        train = TrainConfig(objective=objective, tokens=tokens, dead_after=dead_after(tokens), seed=seed)
         return train_on_output(starts, target, batch=batch, config=train, folder=folder)
     layers = tuple(sorted({layer for config in configs for layer in config.layers}))
     data = DataConfig(layers=layers, batch_tokens=batch, seed=seed)
-    lr = default_learning_rate(tokens, configs[0].d_dict)
-    train = TrainConfig(tokens=tokens, lr=lr, dead_after=dead_after(tokens), seed=seed)
+    train = TrainConfig(tokens=tokens, dead_after=dead_after(tokens), seed=seed)
     return train_group([new_coder(config, seed) for config in configs], target, data=data, config=train, folder=folder)
 
 
@@ -113,9 +110,13 @@ def tune_coders(
     require(isinstance(objective, Output), f"{objective} asks nothing of the model's output: use train_coders")
     seen = tokens + max(checkpoint.record.train_tokens or 0 for checkpoint in checkpoints)
     train = TrainConfig(
-        objective=objective, tokens=tokens, lr=default_tuning_rate(tokens), anneal=0.0, dead_after=dead_after(seen),
-        calibration_tokens=32_768, seed=seed,
-    )  # fmt: skip
+        objective=objective,
+        tokens=tokens,
+        anneal=0.0,
+        dead_after=dead_after(seen),
+        calibration_tokens=32_768,
+        seed=seed,
+    )
     return train_on_output(checkpoints, target, batch=batch, config=train, folder=folder)
 
 

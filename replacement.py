@@ -21,6 +21,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import ClassVar, NamedTuple
 
 import torch
+from einops import rearrange
 from jaxtyping import Float, Int
 from torch import Tensor
 
@@ -185,7 +186,7 @@ class CodedPass(Pass):
         if layer not in self.codes:
             if self.clean is not None:
                 i = self.replacement.reads.index(layer)
-                x, y = (kept[i].flatten(0, 1).float() for kept in self.clean)
+                x, y = (rearrange(kept[i], "batch seq d -> (batch seq) d").float() for kept in self.clean)
             assert x is not None and y is not None, f"layer {layer} is read before the running stream came by"
             self.codes[layer] = self.replacement.encode(layer, x, y)
             self.active[layer, self.replacement.part_name] = Active.of(self.codes[layer])
@@ -198,8 +199,8 @@ def by_token(
     y: Float[Tensor, "batch own d_out"],
 ) -> Float[Tensor, "batch seq d_out"]:
     """`write` of all tokens of a batch as rows, in float32."""
-    written = write(x.flatten(0, 1).float(), y.flatten(0, 1).float())
-    return written.view(*x.shape[:-1], -1).to(y.dtype)
+    written = write(*(rearrange(given, "batch seq d -> (batch seq) d").float() for given in (x, y)))
+    return rearrange(written, "(batch seq) d_out -> batch seq d_out", batch=len(x)).to(y.dtype)
 
 
 Observer = Callable[[int, Float[Tensor, "batch seq d_out"]], None]

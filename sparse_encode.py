@@ -25,6 +25,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from einops import reduce
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from torch.autograd.function import once_differentiable
@@ -242,7 +243,8 @@ class _UpperBounds:
             else:
                 torch.mm(self.x_low[part], self.W_low.T, out=block)
             if floor is None:
-                maxima = _ordered(block)[:, : d_dict // GROUP * GROUP].unflatten(1, (GROUP, -1)).amax(1)
+                even = _ordered(block)[:, : d_dict // GROUP * GROUP]
+                maxima = reduce(even, "token (member group) -> token group", "max", member=GROUP)
                 start = _kth_largest(maxima.view(block.dtype).float(), k)
                 own = self._under(start, part)
             else:

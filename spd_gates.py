@@ -14,6 +14,7 @@ from collections.abc import Iterable, Mapping
 
 import torch
 import torch.nn.functional as F
+from einops import einsum, rearrange
 from jaxtyping import Float
 from torch import Tensor, nn
 
@@ -58,11 +59,9 @@ class _ParallelAffine(nn.Module):
         self.b = nn.Parameter(torch.zeros(*lead, n, d_out))
 
     def forward(self, x: Tensor) -> Tensor:
-        lead = self.W.shape[:-3]
-        batch = x.shape[len(lead) : -2]
-        flat = x.reshape(*lead, -1, *x.shape[-2:]).transpose(-3, -2)  # (*lead, C, N, d_in)
-        y = flat @ self.W + self.b[..., None, :]
-        return y.transpose(-3, -2).reshape(*lead, *batch, *y.shape[-3:-2], y.shape[-1])
+        stack = "" if self.W.ndim == 3 else "stack "
+        maps = f"{stack}... component d_in, {stack}component d_in d_out -> {stack}... component d_out"
+        return einsum(x, self.W, maps) + align(self.b, x, 2)
 
 
 def _mlp(
@@ -202,11 +201,12 @@ class _GateAttention(nn.Module):
 
     def forward(self, x: Float[Tensor, "batch seq d"]) -> Float[Tensor, "batch seq d"]:
         q, k, v = (
-            p(x).unflatten(-1, (self.heads, -1)).transpose(1, 2) for p in (self.q_proj, self.k_proj, self.v_proj)
+            rearrange(project(x), "batch seq (heads head) -> batch heads seq head", heads=self.heads)
+            for project in (self.q_proj, self.k_proj, self.v_proj)
         )
         cos, sin = (t.to(x) for t in rotary_tables(x.shape[1], q.shape[-1], 10_000.0, x.device))
         z = F.scaled_dot_product_attention(rotate(q, cos, sin), rotate(k, cos, sin), v, is_causal=self.causal)
-        return self.out_proj(z.transpose(1, 2).flatten(-2))
+        return self.out_proj(rearrange(z, "batch heads seq head -> batch seq (heads head)"))
 
 
 class _GateBlock(nn.Module):

@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
+from einops import rearrange
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
@@ -157,7 +158,8 @@ class SPDPass(Pass):
         z = self.replacement.model.importance_logit(path, x.float()) if self.z is None else self.z[path]
         on = self.replacement.on(path, z)
         self.inputs[path] = x.float()
-        self.active[layer, name] = Active(*on.flatten(0, 1).nonzero().unbind(1))
+        by_token = rearrange(on, "batch seq component -> (batch seq) component")
+        self.active[layer, name] = Active(*by_token.nonzero().unbind(1))
         return on.to(x.dtype)
 
 

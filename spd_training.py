@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
+from einops import rearrange
 from jaxtyping import Float
 from torch import Tensor
 
@@ -102,8 +103,9 @@ class SPDTrainer:
         c, model = self.config, self.model
         z, clean = self.importances(batch)
         g_lo = {path: model.lower(logit) for path, logit in z.items()}
-        lead = () if model.stack is None else (model.stack,)
-        g_up = {path: model.upper(logit).reshape(*lead, -1, logit.shape[-1]) for path, logit in z.items()}
+        stack = "" if model.stack is None else "stack "
+        by_position = f"{stack}... component -> {stack}(...) component"
+        g_up = {path: rearrange(model.upper(logit), by_position) for path, logit in z.items()}
         p = annealed_p(c.p, c.p_between, self.steps_done / c.steps)
         minimality = importance_minimality(g_up, p, c.frequency)
         n = len(c.recon) if c.split else 1

@@ -11,7 +11,6 @@ from logs import errors_in_one_line, write_settings
 from pareto import ParetoPoint, markdown_table, read_points, write_layers, write_pairs, write_points
 from pareto_figure import draw
 
-FIGURE = "![Pareto curves](pareto.png)"  # in a report, the table follows it
 SUMMARY = ("method", "k", "l0", "ce_degradation", "active_params")
 
 
@@ -24,7 +23,7 @@ class StudySettings:
     device: str = "cuda"
     seed: int = 0
     output: Path
-    replot: bool = False  # draw the figure again from the tables in `output`, and stop
+    replot: bool = False  # draw figure and README again from the tables in `output`, and stop
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,23 +35,30 @@ class CoderStudySettings(StudySettings):
     batch: int = 4096  # tokens per training batch
 
 
-def write_report(s: StudySettings, measured: Measurement, title: str, text: str) -> None:
-    """points.csv, layers.csv, pairs.csv, pareto.png, settings.json and a README with figure and table; prints a short table."""
-    s.output.mkdir(parents=True, exist_ok=True)
-    write_points(s.output / "points.csv", measured.points)
-    write_layers(s.output / "layers.csv", measured.layers)
-    write_pairs(s.output / "pairs.csv", measured.pairs)
-    write_settings(s.output, s, s.device)
-    (s.output / "README.md").write_text(f"# {title}\n\n{text}\n\n{FIGURE}\n")
-    replot(s.output)
+@dataclass(frozen=True)
+class Report:
+    """What an experiment leaves in its output folder: tables, settings, and a README of title, text, figure and table."""
 
+    title: str
+    text: str
 
-def replot(folder: Path) -> None:
-    """Draw pareto.png and write the README's table from points.csv alone; prints a short table."""
-    points, readme = read_points(folder / "points.csv"), folder / "README.md"
-    draw(points, folder / "pareto.png")
-    readme.write_text(f"{readme.read_text().partition(FIGURE)[0]}{FIGURE}\n\n{markdown_table(points)}\n")
-    print(f"{summary(points)}\n\nAll {len(points)} rows, and the figure: {readme}")
+    def write(self, s: StudySettings, measured: Measurement) -> None:
+        """points.csv, layers.csv, pairs.csv and settings.json, then what is drawn from them; prints a short table."""
+        s.output.mkdir(parents=True, exist_ok=True)
+        write_points(s.output / "points.csv", measured.points)
+        write_layers(s.output / "layers.csv", measured.layers)
+        write_pairs(s.output / "pairs.csv", measured.pairs)
+        write_settings(s.output, s, s.device)
+        self.redraw(s.output)
+
+    def redraw(self, folder: Path) -> None:
+        """pareto.png and README.md from points.csv alone; what a notes.md there says of the run stands below the text."""
+        points, notes = read_points(folder / "points.csv"), folder / "notes.md"
+        draw(points, folder / "pareto.png")
+        said = [notes.read_text().strip()] if notes.exists() else []
+        parts = [f"# {self.title}", self.text.strip(), *said, "![Pareto curves](pareto.png)", markdown_table(points)]
+        (folder / "README.md").write_text("\n\n".join(parts) + "\n")
+        print(f"{summary(points)}\n\nAll {len(points)} rows, and the figure: {folder / 'README.md'}")
 
 
 def summary(points: Sequence[ParetoPoint]) -> str:
@@ -79,7 +85,7 @@ def settings_for[S: StudySettings](presets: Sequence[S], doc: str) -> S:
 
 
 def run_study[S: StudySettings](
-    main: Callable[[S], None], presets: Sequence[S], doc: str, redraw: Callable[[Path], None] = replot
+    main: Callable[[S], None], presets: Sequence[S], doc: str, *, redraw: Callable[[Path], None]
 ) -> None:
     """An experiment's command line: `main` with the settings it was given, or `redraw` of its output with `--replot`."""
     errors_in_one_line()

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from einops import reduce, repeat
 from jaxtyping import Float
 from torch import Tensor, nn
 
@@ -50,7 +51,7 @@ class TMS(nn.Module):
         self, W: Float[Tensor, "stack hidden feature"], b: Float[Tensor, "stack feature"], identities: int
     ) -> None:
         super().__init__()
-        eye = torch.eye(W.shape[1]).expand(W.shape[0], -1, -1).clone()
+        eye = repeat(torch.eye(W.shape[1]), "hidden out -> stack hidden out", stack=len(W)).clone()
         self.linear1 = StackedLinear(W, None)
         self.hidden_layers = nn.ModuleList(StackedLinear(eye, None) for _ in range(identities))
         self.linear2 = StackedLinear(W.mT, b)
@@ -153,6 +154,7 @@ def train_target(toy: Toy, stack: int, seed: int) -> nn.Module:
         cosine.step()
     if toy.kind == "tms":
         x = next(batches)
-        best = (forward(x) - x).square().mean((1, 2)).argsort()[:keep].sort().values
+        losses = reduce((forward(x) - x).square(), "stack batch feature -> stack", "mean")
+        best = losses.argsort()[:keep].sort().values
         return TMS(W.detach()[best], b.detach()[best], toy.layers).requires_grad_(False).eval()
     return target.requires_grad_(False).eval()

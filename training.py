@@ -41,7 +41,7 @@ from checkpoints import (
     save_tensors,
 )
 from coder import Coder, codes_by_layer
-from config import LOCAL, TrainConfig, to_json
+from config import LOCAL, CoderConfig, TrainConfig, full_kind, to_json
 from devices import in_threads, keep_freed_memory
 from logs import Logger, git_commit
 from losses import auxk, fvu
@@ -50,17 +50,37 @@ from target_models import TargetModel
 ANNEAL_FROM = 4  # times k; the field starts at 10k, whose first steps cost more than all the others together
 
 
-def default_learning_rate(tokens: int, d_dict: int) -> float:
-    """Default peak learning rate of Adam: 2e-4 / √(d_dict / 2¹⁴) · max(1, 10⁸ / tokens)^0.4.
+RATE_EXPONENT = {"sae": 0.61, "transcoder": 0.49, "transcoder-skip": 0.45, "clt": 0.38}  # fitted to a sweep
 
-    The first factor is the field's rule for runs of 10⁸ tokens and more (sparsify, dictionary_learning); the second
-    corrects it for short runs, in which it is several times too low: held-out FVU of BatchTopK transcoders of `tiny` (k 16,
-    1,536 latents, 3·10⁵ tokens, no AuxK, mean over layers) is .292, .247, .212 and .198 at 1e-3, 2e-3, 4e-3 and 8e-3; the
-    first factor alone is 6.5e-4, both are 6.7e-3 (benchmarks/learning_rate.py and its results).
+
+def default_learning_rate(tokens: int, coder: CoderConfig) -> float:
+    """Default peak learning rate of Adam: 2e-4 / √(d_dict / 2¹⁴) · max(1, 10⁸ / tokens)^p, p a constant of the kind of coder.
+
+    The first factor is the field's rule for runs of 10⁸ tokens and more (sparsify, dictionary_learning); the second corrects
+    it for short runs, in which it is many times too low.
     """
-    if min(tokens, d_dict) < 1:
-        raise ValueError(f"{tokens} training tokens, {d_dict} latents: ask for 1 or more (--tokens, --d-dict)")
-    return 2e-4 / math.sqrt(d_dict / 2**14) * max(1.0, 1e8 / tokens) ** 0.4
+    if min(tokens, coder.d_dict) < 1:
+        raise ValueError(f"{tokens} training tokens, {coder.d_dict} latents: ask for 1 or more (--tokens, --d-dict)")
+    exponent = RATE_EXPONENT.get(full_kind(coder), RATE_EXPONENT[coder.kind])
+    return 2e-4 / math.sqrt(coder.d_dict / 2**14) * max(1.0, 1e8 / tokens) ** exponent
+
+
+def default_tuning_rate(tokens: int) -> float:
+    """Default peak learning rate of Adam where the objective is the model's output: 4e-4."""
+    if tokens < 1:
+        raise ValueError(f"{tokens} training tokens: ask for 1 or more (--tokens)")
+    return 4e-4
+
+
+def peak_rate(coder: Coder, config: TrainConfig) -> float:
+    """The rate a configuration gives, or the default of its objective, the coder's kind and the run's length."""
+    if config.lr is not None:
+        return config.lr
+    return (
+        default_learning_rate(config.tokens, coder.config)
+        if config.objective == LOCAL
+        else default_tuning_rate(config.tokens)
+    )
 
 
 def dead_after(tokens: int) -> int:
@@ -86,12 +106,12 @@ def annealed_k(k: int, step: int, *, steps: int, config: TrainConfig) -> int:
     return round(k * (ANNEAL_FROM - (ANNEAL_FROM - 1) * progress))
 
 
-def recipe(config: TrainConfig, batch_tokens: int) -> str:
+def recipe(config: TrainConfig, batch_tokens: int, *, lr: float) -> str:
     """Training settings that change the result, as text; two coders with equal recipes are interchangeable."""
     c = config
     objective = "" if c.objective == LOCAL else f"{c.objective}, "
     return (
-        f"{objective}lr {c.lr:.6g}, warmup {c.warmup:g}, decay {c.decay:g}, anneal {ANNEAL_FROM}k over {c.anneal:g}, "
+        f"{objective}lr {lr:.6g}, warmup {c.warmup:g}, decay {c.decay:g}, anneal {ANNEAL_FROM}k over {c.anneal:g}, "
         f"clip {c.max_grad_norm:g}, aux {c.aux:g} after {c.dead_after}, betas {c.betas}, batch {batch_tokens}"
     )
 
@@ -106,6 +126,7 @@ class CoderRun:
     variance: Float[Tensor, "*layer"]  # E‖y − ȳ‖² of its targets
     optimiser: torch.optim.Adam
     logger: Logger
+    lr: float  # peak learning rate
     seconds: float = 0.0  # wall-clock seconds attributed to this coder
 
 
@@ -150,13 +171,13 @@ def _side_by_side[B](function: Callable[[CoderRun], B], runs: Sequence[CoderRun]
 
 
 def group_step(
-    runs: Sequence[CoderRun], batch: ActivationBatch, *, config: TrainConfig, lr: float
+    runs: Sequence[CoderRun], batch: ActivationBatch, *, config: TrainConfig, factor: float
 ) -> Float[Tensor, "run 3"]:
-    """`training_step` of every run, on a CPU side by side; the clock's time is divided among them."""
+    """`training_step` of every run at `factor` times its peak rate, on a CPU side by side; their seconds share the clock's."""
 
     def timed(run: CoderRun) -> tuple[Tensor, float]:
         begin = time.perf_counter()
-        return training_step(run, batch, config=config, lr=lr), time.perf_counter() - begin
+        return training_step(run, batch, config=config, lr=run.lr * factor), time.perf_counter() - begin
 
     began = time.perf_counter()
     readings, spent = zip(*_side_by_side(timed, runs, batch.inputs.device))
@@ -177,14 +198,17 @@ def train_group(
     the same folder; RuntimeError when a loss is not finite.
     """
     names = [coder_name(target.name, coder.config, config.seed) for coder in coders]
-    fingerprint, how = target.fingerprint, recipe(config, data.batch_tokens)
+    fingerprint = target.fingerprint
     if twice := sorted({name for name in names if names.count(name) > 1}):
         raise ValueError(f"{', '.join(twice)} was asked for more than once: name every layer and k once")
 
     def untrained() -> list[tuple[str, Coder]]:
         return [
             (name, coder) for name, coder in zip(names, coders)
-            if not is_trained(folder / name, coder.config, train_tokens=config.tokens, fingerprint=fingerprint, recipe=how)
+            if not is_trained(
+                folder / name, coder.config, train_tokens=config.tokens, fingerprint=fingerprint,
+                recipe=recipe(config, data.batch_tokens, lr=peak_rate(coder, config)),
+            )
         ]  # fmt: skip
 
     with held(folder / name for name, _ in untrained()):
@@ -293,7 +317,7 @@ def _train(
         record = TrainingRecord(
             name=run.name, target=target.name, target_fingerprint=target.fingerprint, train_tokens=config.tokens,
             train_seconds=run.seconds + max(overhead, 0.0), seed=config.seed, commit=git_commit(),
-            recipe=recipe(config, data.batch_tokens),
+            recipe=recipe(config, data.batch_tokens, lr=run.lr),
         )  # fmt: skip
         save_checkpoint(folder / run.name, run.coder, record)
         run.logger.close()
@@ -311,9 +335,10 @@ def start_run(name: str, coder: Coder, *, store: ActivationsStore, config: Train
     check_varies(store.target, coder.config.layers, stats)
     coder.to(store.target.device).train()
     coder.initialise(stats)
-    optimiser = torch.optim.Adam(coder.parameters(), lr=config.lr, betas=config.betas, fused=True)
+    lr = peak_rate(coder, config)
+    optimiser = torch.optim.Adam(coder.parameters(), lr=lr, betas=config.betas, fused=True)
     logger = Logger(name, folder / name, {"coder": to_json(coder.config), "train": to_json(config)})
-    return CoderRun(name, coder, rows, coder.variance(stats), optimiser, logger)
+    return CoderRun(name, coder, rows, coder.variance(stats), optimiser, logger, lr)
 
 
 class _Group:
@@ -336,7 +361,7 @@ class _Group:
         for run in self.runs:
             if run.coder.k is not None:
                 run.coder.set_k(annealed_k(run.coder.k, step, steps=self.steps, config=config))
-        return group_step(self.runs, batch, config=config, lr=config.lr * schedule(step, self.steps, config))
+        return group_step(self.runs, batch, config=config, factor=schedule(step, self.steps, config))
 
     def read(self, readings: list[list[float]], progress: Progress) -> str:
         speed = progress.pace * self.store.config.batch_tokens

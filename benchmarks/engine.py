@@ -109,13 +109,13 @@ def run_of(coder) -> CoderRun:  # type: ignore[no-untyped-def]
     n = len(rows)
     means, ones = torch.zeros(n, d), torch.ones(n)
     variance = coder.variance(ActivationStats(means, ones, means, ones, d * ones, n_tokens=1))
-    return CoderRun("", coder, rows, variance, optimiser, None)  # type: ignore[arg-type]
+    return CoderRun("", coder, rows, variance, optimiser, None, 1e-4)  # type: ignore[arg-type]
 
 
 def our_step(runs: Sequence[CoderRun], x: Tensor, y: Tensor) -> Step:
     """One step of all runs, side by side; x, y: (layer, batch, d)."""
     batch, config = ActivationBatch(x, y), TrainConfig(tokens=1, lr=1e-4)
-    return lambda: group_step(runs, batch, config=config, lr=1e-4)
+    return lambda: group_step(runs, batch, config=config, factor=1.0)
 
 
 def coder_of(size: Size, rule: TopK | BatchTopK, layer: int = 0):  # type: ignore[no-untyped-def]

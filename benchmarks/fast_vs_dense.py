@@ -24,7 +24,7 @@ from logs import write_csv
 from sparse_encode import dense_encode_batch_topk
 from sparse_ops import Codes, dense_decode, from_dense, to_dense
 from target_models import load_target
-from training import annealed_k, default_learning_rate, schedule, start_run, training_step
+from training import annealed_k, schedule, start_run, training_step
 from transcoder import BatchTopKTranscoder
 
 matplotlib.use("Agg")
@@ -71,7 +71,7 @@ def main(s: Settings) -> None:
     target = load_target("tiny", "cpu")
     store = ActivationsStore(target, DataConfig(layers=(s.layer,), batch_tokens=s.batch, seed=s.seed))
     tokens = s.steps * s.batch
-    config = TrainConfig(tokens=tokens, lr=default_learning_rate(tokens, s.d_dict), seed=s.seed)
+    config = TrainConfig(tokens=tokens, seed=s.seed)
     runs = []
     for cls in (BatchTopKTranscoder, DenseTranscoder):
         shape = EncoderConfig(
@@ -81,10 +81,10 @@ def main(s: Settings) -> None:
         runs.append(start_run("", coder, store=store, config=config, folder=Path(tempfile.mkdtemp())))
     rows: list[tuple[object, ...]] = []
     for step in range(s.steps):
-        batch, lr, fvus = next(store), config.lr * schedule(step, s.steps, config), []
+        batch, factor, fvus = next(store), schedule(step, s.steps, config), []
         for run in runs:
             run.coder.set_k(annealed_k(s.k, step, steps=s.steps, config=config))
-            fvus.append(training_step(run, batch, config=config, lr=lr)[1].item())
+            fvus.append(training_step(run, batch, config=config, lr=run.lr * factor)[1].item())
         last = step % 50 == 0 or step + 1 == s.steps
         missed = f"{missed_by_bf16(runs[0].coder, runs[0].coder.view(*batch, runs[0].rows)[0]):.5f}" if last else ""
         rows.append((step, f"{fvus[0]:.6f}", f"{fvus[1]:.6f}", missed))

@@ -4,7 +4,8 @@
     python benchmarks/gpu.py --output RESULTS           # on the GPU machine; called again, it goes on where it stopped
     python benchmarks/gpu.py --device cpu --miniature   # every part at toy sizes, in seconds: what the tests run
 
-It needs torch, transformers and what they bring, jaxtyping, pytest and hypothesis: none of this project's other packages.
+It needs torch, transformers and what they bring, jaxtyping, einops, pytest and hypothesis: none of this project's other
+packages. einops is taken from a wheel in wheels/ where it is not installed.
 A failure costs its own measurement alone: this is the one place of the project where every exception is caught, its
 traceback written to the log, and the next measurement begun. The parts, in their order:
 
@@ -38,6 +39,7 @@ from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # nothing is installed on a bare machine
+sys.path.extend(map(str, Path(__file__).parent.glob("wheels/einops-*.whl")))  # pure Python, imported as it lies
 
 import numpy as np
 import torch
@@ -58,7 +60,7 @@ from sparse_ops import Layout
 from spd_training import SPDTrainer, train_spd
 from target_models import ASSETS, Loaded, TargetModel, load_target, load_tokenizer, make_target
 from token_stream import DatasetSpec, TokenStream
-from training import dead_after, default_learning_rate, train_group
+from training import dead_after, train_group
 
 HERE = Path(__file__).parent
 ROW = 2**12  # tokens that are written at a time
@@ -107,8 +109,9 @@ def tests(bench: Bench) -> None:
     if bench.device == "cpu":
         return bench.row("pytest -m cuda", note="skipped: needs CUDA")
     command = [sys.executable, "-m", "pytest", "-m", "cuda", "-q", "-p", "no:cacheprovider", "tests/test_cuda.py"]
-    began = time.monotonic()
-    code = subprocess.run(command, cwd=HERE.parent, stdout=bench.log, stderr=subprocess.STDOUT, timeout=100).returncode
+    began, out = time.monotonic(), {"stdout": bench.log, "stderr": subprocess.STDOUT}
+    env = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
+    code = subprocess.run(command, cwd=HERE.parent, env=env, timeout=100, **out).returncode
     last = (bench.output / "gpu.log").read_text().splitlines()[-1]
     assert code == 0, f"pytest ended with {code}: {last}"
     bench.row("pytest -m cuda", ms=1e3 * (time.monotonic() - began), note=last)
@@ -259,7 +262,6 @@ def training(bench: Bench) -> None:
             data = replace(data, buffer_tokens=256, model_batch=4) if bench.mini else data
             train = TrainConfig(
                 tokens=tokens,
-                lr=default_learning_rate(tokens, size.d_dict),
                 dead_after=dead_after(tokens),
                 calibration_tokens=size.batch,
             )

@@ -32,7 +32,7 @@ def run_of(config: CoderConfig, device: str) -> CoderRun:
     rows, variance = list(range(len(config.layers))), float(config.d_in)
     stats = ActivationStats(*[torch.full((len(rows),), variance, device=device)] * 5, n_tokens=1)
     optimiser = torch.optim.Adam(coder.parameters(), lr=1e-4, fused=True)
-    return CoderRun("", coder, rows, coder.variance(stats), optimiser, None)  # type: ignore[arg-type]
+    return CoderRun("", coder, rows, coder.variance(stats), optimiser, None, 1e-4)  # type: ignore[arg-type]
 
 
 def batches(size: Size, layers: int, device: str) -> Iterator[ActivationBatch]:
@@ -85,7 +85,7 @@ def dense_loss(run: CoderRun, batch: ActivationBatch) -> Tensor:
 
 def our_step(config: CoderConfig, given: Iterator[ActivationBatch], device: str) -> Step:
     run, train = run_of(config, device), TrainConfig(tokens=1, lr=1e-4)
-    return lambda: group_step([run], next(given), config=train, lr=1e-4)
+    return lambda: group_step([run], next(given), config=train, factor=1.0)
 
 
 def adam_step(parameters: Sequence[Tensor], loss: Callable[[], Tensor]) -> Step:

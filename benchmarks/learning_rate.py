@@ -26,7 +26,7 @@ from logs import atomic_path, git_commit, read_csv, write_csv
 from recipes import clt_configs, new_coder, sae_configs, transcoder_configs
 from replacement import Origin
 from target_models import TargetModel, load_target
-from training import CoderRun, annealed_k, dead_after, schedule, start_run, training_step
+from training import CoderRun, annealed_k, dead_after, default_learning_rate, schedule, start_run, training_step
 
 
 @dataclass(frozen=True)
@@ -126,20 +126,21 @@ def main(s: Settings) -> None:
 
 
 def draw(table: Path) -> None:
-    """ΔCE free against the rate: a panel per number of tokens, a line per kind, the default rate as an upright."""
+    """ΔCE free against the rate: a panel per number of tokens; a line, and the default rate as an upright, per kind."""
     import matplotlib.pyplot as plt
-
-    from training import default_learning_rate
 
     rows = read_csv(table)
     budgets = sorted({int(row["tokens"]) for row in rows})
     figure, axes = plt.subplots(1, len(budgets), figsize=(4.2 * len(budgets), 3.6), squeeze=False, layout="constrained")
     for axis, tokens in zip(axes[0], budgets):
         own = [row for row in rows if int(row["tokens"]) == tokens]
-        for kind in dict.fromkeys(row["kind"] for row in own):
-            line = sorted((float(r["rate"]), float(r["free"])) for r in own if r["kind"] == kind)
-            axis.plot(*zip(*line), marker="o", label=kind)
-        axis.axvline(default_learning_rate(tokens, int(own[0]["d_dict"])), color="grey", linestyle=":")
+        for i, kind in enumerate(dict.fromkeys(row["kind"] for row in own)):
+            rows_of = sorted((r for r in own if r["kind"] == kind), key=lambda r: float(r["rate"]))
+            columns = {c: [float(r[c]) for r in rows_of] for c in ("rate", "free", "free_low", "free_high")}
+            axis.plot(columns["rate"], columns["free"], marker="o", color=f"C{i}", label=kind)
+            axis.fill_between(columns["rate"], columns["free_low"], columns["free_high"], color=f"C{i}", alpha=0.12)
+            config = configs(kind, load_target("tiny", "cpu"), Settings(d_dict=int(own[0]["d_dict"])))[0]
+            axis.axvline(default_learning_rate(tokens, config), color=f"C{i}", linestyle=":")
         axis.set(xscale="log", yscale="log", title=f"{tokens:,} tokens", xlabel="peak learning rate")
     axes[0][0].set_ylabel("ΔCE, all layers, free (nats; tuning text)")
     axes[0][0].legend(frameon=False)

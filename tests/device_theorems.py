@@ -163,7 +163,7 @@ def stepped(
     run = enrolled(target, kind, rule, folder, store)
     readings = []
     for batch in itertools.islice(store, 4):
-        readings.append(group_step([run], batch, config=TRAIN, lr=1e-3))
+        readings.append(group_step([run], batch, config=TRAIN, factor=0.5))
         run.coder.count_dead(1)
         assert run.coder.n_dead >= SILENT * len(run.coder.encoders)
     return readings, run
@@ -189,11 +189,11 @@ def test_a_step_never_waits_for_the_device(
     target = on(cpu, device)
     store = ActivationsStore(target, DATA)
     run = enrolled(target, kind, rule, tmp_path, store)
-    group_step([run], next(store), config=TRAIN, lr=1e-3)
+    group_step([run], next(store), config=TRAIN, factor=0.5)
     run.coder.count_dead(1)
-    group_step([run], next(store), config=TRAIN, lr=1e-3)
+    group_step([run], next(store), config=TRAIN, factor=0.5)
     with waiting() as waits:
-        group_step([run], next(store), config=TRAIN, lr=1e-3)
+        group_step([run], next(store), config=TRAIN, factor=0.5)
     assert not waits, waits
 
 
@@ -231,11 +231,11 @@ def test_an_interrupted_run_ends_on_the_device_as_if_it_had_not_been(
     target, step = on(cpu, device), training.group_step
     straight = trained(target, tmp_path / "straight", GROUP[-3:])
 
-    def interrupted(runs: Any, batch: Any, *, config: Any, lr: float) -> Tensor:
+    def interrupted(runs: Any, batch: Any, *, config: Any, factor: float) -> Tensor:
         if len(steps) == 8:
             raise KeyboardInterrupt
-        steps.append(lr)
-        return step(runs, batch, config=config, lr=lr)
+        steps.append(factor)
+        return step(runs, batch, config=config, factor=factor)
 
     steps: list[float] = []
     monkeypatch.setattr(training, "group_step", interrupted)

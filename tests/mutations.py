@@ -37,7 +37,9 @@ class Mutation(NamedTuple):
 STEP = "test_training_step.py::test_a_step_is_that_of_the_equations"
 RATES = "test_training_step.py::test_rate_and_k_of_a_run_rise_stay_and_fall[batchtopk]"
 LATER = "test_training_step.py::test_the_threshold_is_set_on_the_text_after_the_last_batch"
-LISTED = "test_training_step.py::test_a_run_lists_the_dead_while_it_trains"
+COUNTED = "test_training_step.py::test_a_run_counts_the_dead_while_it_trains"
+AUXK = "test_auxk.py"
+RESUMED = "test_training.py::test_a_killed_run_ends_bit_identical"
 SPD = "test_spd_step.py::test_a_step_is_that_of_the_equations"
 SPD_RATES = "test_spd_step.py::test_rate_and_p_of_a_run_are_the_schedules[cosine]"
 RECOVERED = "experiments/exp_012_spd_known_mechanisms/recovered.py"
@@ -53,19 +55,81 @@ CODERS = [
         "[of_layer.penalty for of_layer in trained]).sum()", f"{STEP}[clt-relu]",
     ),
     Mutation("AuxK never added", "training.py", "    if coder.n_dead:\n", "    if False:\n", f"{STEP}[transcoder-topk]"),
-    Mutation("AuxK: residual attached", "losses.py", "    e = e.detach()\n", "", f"{STEP}[transcoder-topk]"),
+    Mutation("AuxK: residual attached", "losses.py", "e = (y - y_hat).detach()", "e = y - y_hat", f"{STEP}[transcoder-topk]"),
+    Mutation("AuxK: scale wrong", "training.py", "loss + config.aux * auxk(", "loss + auxk(", f"{STEP}[transcoder-topk]"),
     Mutation(
-        "AuxK: scale wrong", "training.py", "config.aux * min(coder.n_dead / k_aux, 1.0) * aux", "config.aux * aux",
-        f"{STEP}[transcoder-topk]",
-    ),
-    Mutation("AuxK: summed over targets", "training.py", "zip(e, e_hat)]).mean()", "zip(e, e_hat)]).sum()", f"{STEP}[clt-topk]"),
-    Mutation(
-        "AuxK: rectified", "sparsity.py", ".scatter(1, indices, values)", ".scatter(1, indices, values.relu())",
-        f"{STEP}[skip-batchtopk]",
+        "AuxK: summed over targets", "training.py", "e_hat=e_hat, variance=run.variance).mean()",
+        "e_hat=e_hat, variance=run.variance).sum()", f"{STEP}[clt-topk]",
     ),
     Mutation(
-        "AuxK: dead latents never listed", "training.py",
-        "            run.coder.refresh_dead(self.config.dead_after)\n            dead", "            dead", LISTED,
+        "AuxK: ê not shortened", "losses.py", "torch.where(along < square, along.clamp_min(0) / square, 1.0)", "1.0",
+        f"{AUXK}::test_auxk_lies_between_zero_and_the_fvu",
+    ),
+    Mutation(
+        "AuxK: ê turned round", "losses.py", "along.clamp_min(0) / square", "along / square",
+        f"{AUXK}::test_at_no_token_does_auxk_pull_harder_at_e_hat_than_the_fvu_at_y_hat",
+    ),
+    Mutation(
+        "AuxK: no gradient at ê = 0", "losses.py", "torch.where(along < square, along.clamp_min(0) / square, 1.0)",
+        "(along.clamp_min(0) / square.clamp_min(1e-30)).clamp_max(1.0)",
+        f"{AUXK}::test_auxk_with_nothing_written_is_the_fvu_and_pulls_towards_the_residual",
+    ),
+    Mutation(
+        "AuxK: ê shortened below the best", "losses.py", "fvu(e, alpha * e_hat, variance)", "fvu(e, alpha**2 * e_hat, variance)",
+        f"{AUXK}::test_what_already_helps_best_is_not_pushed_further",
+    ),
+    Mutation(
+        "AuxK: shortened as a whole", "losses.py", "(e * e_hat.detach()).sum(-1, keepdim=True)",
+        "(e * e_hat.detach()).sum(-1, keepdim=True).mean(-2, keepdim=True)",
+        f"{AUXK}::test_auxk_is_the_least_error_over_all_shortenings",
+    ),
+    Mutation(
+        "AuxK: signed", "sparsity.py", "(pre - theta.clamp(max=0))", "pre",
+        f"{AUXK}::test_a_dead_latent_is_active_at_its_own_largest_tokens_and_never_negative",
+    ),
+    Mutation(
+        "AuxK: signed, in a step", "sparsity.py", "(pre - theta.clamp(max=0))", "pre", f"{STEP}[skip-batchtopk]",
+    ),
+    Mutation(
+        "AuxK: active at every token", "sparsity.py", "active = (pre > theta) &", "active = (pre > -torch.inf) &",
+        f"{STEP}[sae-relu]",
+    ),
+    Mutation(
+        "AuxK: the lift has a gradient", "sparsity.py", "theta = pre.detach().topk(", "theta = pre.topk(",
+        f"{AUXK}::test_the_lift_carries_no_gradient",
+    ),
+    Mutation(
+        "AuxK: who fired stays", "sparsity.py", " & (silence >= dead_after)[:, None]", "",
+        f"{AUXK}::test_who_has_fired_since_the_last_count_is_left_out",
+    ),
+    Mutation(
+        "AuxK: the liveliest for the dead", "sparsity.py", ".topk(self.n_dead)", ".topk(self.n_dead, largest=False)",
+        f"{AUXK}::test_a_step_adds_auxk_to_the_dead_and_leaves_all_else_alone[TopK-transcoder]",
+    ),
+    Mutation(
+        "AuxK: an SAE's b_dec learns", "sae.py", "self.b_dec.detach(), dead_after", "self.b_dec, dead_after",
+        f"{AUXK}::test_a_step_adds_auxk_to_the_dead_and_leaves_all_else_alone[TopK-sae]",
+    ),
+    Mutation(
+        "AuxK: one layer's dead in another's", "clt.py", "zip(pairs, self.W_dec)]", "zip(pairs[::-1], self.W_dec)]",
+        f"{AUXK}::test_in_a_clt_only_the_layers_that_have_dead_latents_are_taught",
+    ),
+    Mutation(
+        "AuxK: nothing wakes", "sparsity.py", "(pre - theta.clamp(max=0)) * active", "pre.relu() * active",
+        f"{AUXK}::test_sleeping_latents_wake[transcoder]",
+    ),
+    Mutation(
+        "dead after a fifth of the run", "training.py", "tokens // 10", "tokens // 5",
+        f"{AUXK}::test_dead_means_a_tenth_of_a_short_run_and_ten_million_tokens_of_a_long_one",
+    ),
+    Mutation(
+        "dead latents never counted", "training.py",
+        "            run.coder.count_dead(self.config.dead_after)\n            dead", "            dead", COUNTED,
+    ),
+    Mutation(
+        "dead latents not counted on resuming", "training.py",
+        '            run.seconds = own["seconds"]\n            run.coder.count_dead(self.config.dead_after)\n',
+        '            run.seconds = own["seconds"]\n', RESUMED,
     ),
     Mutation("silence not counted", "training.py", "    coder.update_statistics(codes)\n", "", f"{STEP}[sae-topk]"),
     Mutation("Gated: the gates' decoder learns", "coder.py", "with frozen(self):", "if True:", f"{STEP}[transcoder-gated]"),
@@ -90,7 +154,7 @@ CODERS = [
     Mutation("no step", "training.py", "    optimiser.step()\n", "", f"{STEP}[transcoder-relu]"),
     Mutation("Adam's betas not those asked for", "training.py", "betas=config.betas, ", "", f"{STEP}[transcoder-relu]"),
     Mutation("rate given, not used", "training.py", 'group["lr"] = lr\n', "pass\n", f"{STEP}[transcoder-relu]"),
-    Mutation("rate not scheduled", "training.py", "lr=config.lr * schedule(step, self.steps, config)", "lr=config.lr", RATES),
+    Mutation("rate not scheduled", "training.py", "factor=schedule(step, self.steps, config)", "factor=1.0", RATES),
     Mutation("k not annealed", "training.py", "run.coder.set_k(annealed_k(", "(annealed_k(", RATES),
     Mutation("not calibrated", "training.py", "    _side_by_side(calibrate, runs, store.target.device)\n", "", LATER),
     Mutation(

@@ -253,7 +253,7 @@ def test_a_gated_training_step_is_the_published_one(tmp_path: Path) -> None:
         torch.testing.assert_close(parameter.grad.double(), twin[name].grad, rtol=1e-4, atol=1e-5, msg=says)
     coder.zero_grad()
     optimiser = torch.optim.Adam(coder.parameters(), lr=1e-2)
-    student = CoderRun("", coder, [0], torch.tensor(5.0), optimiser, Logger("gated", tmp_path, {}))
+    student = CoderRun("", coder, [0], torch.tensor(5.0), optimiser, Logger("gated", tmp_path, {}), 1e-2)
     loss, _, _ = training_step(student, ActivationBatch(x, x), config=TrainConfig(tokens=1, lr=1e-2), lr=1e-2)
     torch.testing.assert_close(loss.double(), expected.detach(), rtol=1e-5, atol=0)
     W_dec = twin["W_dec"]

@@ -194,7 +194,7 @@ def large_steps(kind: str, rule: str, device: str, folder: Path) -> list[Tensor]
     run = start_run(kind, coder, store=store, config=TRAIN, folder=folder)
     for _ in range(3):
         run.coder.count_dead(1)
-        group_step([run], ActivationBatch(*random(device, (2, n, d), (2, n, d))), config=TRAIN, lr=1e-3)
+        group_step([run], ActivationBatch(*random(device, (2, n, d), (2, n, d))), config=TRAIN, factor=0.5)
     return list(run.coder.state_dict().values())
 
 

@@ -40,6 +40,8 @@ def test_the_exported_target_is_the_trained_one(tmp_path: Path, monkeypatch: pyt
         "results.json",
         "settings.json",
     }
+    committed = SCRIPT.parent / "output" / "README.md"
+    assert (tmp_path / "output" / "README.md").read_text() == committed.read_text()
     assert f"{results['bits_per_byte']:.3f}" in (tmp_path / "assets" / "tiny" / "README.md").read_text()
     monkeypatch.setattr(target_models, "ASSETS", tmp_path / "assets")
     target = target_models.load_target("tiny", "cpu")

@@ -1,4 +1,5 @@
-"""The GPU benchmark: in miniature on a CPU, without the packages that a machine with a GPU may lack; and its guards."""
+"""The GPU benchmark: in miniature on a CPU, without the packages that a machine with a GPU may lack (einops is carried there
+as a wheel, and so is not among them); and its guards."""
 
 import argparse
 import csv
@@ -31,7 +32,7 @@ from importlib.machinery import PathFinder
 class Bare(PathFinder):
     @classmethod
     def find_spec(cls, name, path=None, target=None):
-        absent = name.partition(".")[0] in ("wandb", "datasets", "transformer_lens", "tyro", "typeguard", "einops")
+        absent = name.partition(".")[0] in ("wandb", "datasets", "transformer_lens", "tyro", "typeguard")
         return None if absent else super().find_spec(name, path, target)
 
 sys.meta_path[:] = [Bare if finder is PathFinder else finder for finder in sys.meta_path]

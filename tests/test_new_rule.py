@@ -95,13 +95,23 @@ def test_gated_coders_of_every_kind_are_trained_and_measured(small_target: Targe
     trained_and_measured(Gated(l1=0.003), small_target, tmp_path)
 
 
-def test_a_rule_defined_here_is_no_relu_to_any_format(shrunk: Shrunk) -> None:
-    for name, form in FORMATS.items():
-        for own in configs(shrunk) if form.write is not None else ():  # type: ignore[arg-type]
-            with pytest.raises(
-                ValueError, match=rf"{name} has no Shrunk (SAE|(skip )?transcoder|cross-layer transcoder)"
-            ):
-                form.write([Dictionary("x", "tiny", new_coder(own, 0))])
+WRITABLE = [name for name, form in FORMATS.items() if form.write is not None]
+
+
+@pytest.mark.parametrize("name", WRITABLE)
+def test_a_rule_that_formats_were_not_told_of_is_a_bug_and_no_relu(name: str, shrunk: Shrunk) -> None:
+    for own in configs(shrunk):  # type: ignore[arg-type]
+        with pytest.raises(AssertionError, match=r"Shrunk\(by=0.4\)"):
+            FORMATS[name].write([Dictionary("x", "tiny", new_coder(own, 0))])  # type: ignore[misc]
+
+
+@pytest.mark.parametrize("name", [name for name in WRITABLE if name != "saelens"])
+def test_a_rule_that_a_format_cannot_say_is_refused(name: str) -> None:
+    for own in configs(Gated(l1=0.003)):
+        with pytest.raises(
+            ValueError, match=rf"{name} has no Gated (SAE|(skip )?transcoder|cross-layer transcoder): it takes"
+        ):
+            FORMATS[name].write([Dictionary("x", "tiny", new_coder(own, 0))])  # type: ignore[misc]
 
 
 def test_a_rule_defined_here_computes_what_it_says(shrunk: Shrunk) -> None:

@@ -98,7 +98,7 @@ def set_of(replacement: CoderReplacement, frame: Frame) -> CoderSet:
     for coder in replacement.members:
         rows = [frame.layers.index(layer) for layer in coder.config.layers]
         own = variance[rows] if len(rows) > 1 else variance[rows[0]]
-        runs.append(CoderRun("", coder, rows, own, None, None))  # type: ignore[arg-type]
+        runs.append(CoderRun("", coder, rows, own, None, None, 0.0))  # type: ignore[arg-type]
     return CoderSet(replacement, runs)
 
 

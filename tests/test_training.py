@@ -201,7 +201,7 @@ def test_numbers_that_cannot_be_meant_are_refused_in_one_line(small_target: Targ
         train_group(twice, small_target, data=DATA, config=TRAIN, folder=tmp_path)
     for tokens, d_dict in ((0, 32), (-5, 32), (100, 0)):
         with pytest.raises(ValueError, match=f"^{tokens} training tokens, {d_dict} latents: ask for 1 or more"):
-            default_learning_rate(tokens, d_dict)
+            default_learning_rate(tokens, a_transcoder(d_dict))
     for wrong in ({"batch_tokens": 0}, {"batch_tokens": -32}, {"model_batch": 0}):
         with pytest.raises(ValueError, match=r"^a batch of [^\n]*: choose 1 or more$"):
             dataclasses.replace(DATA, **wrong)
@@ -230,8 +230,26 @@ def test_k_anneals_from_four_k_to_k() -> None:
     assert ks[0] == 32 and ks[20:] == [8] * 80 and sorted(ks, reverse=True) == ks
 
 
+def a_transcoder(d_dict: int) -> EncoderConfig:
+    return EncoderConfig(layer=0, d_in=16, d_out=16, d_dict=d_dict, rule=TopK(1))
+
+
 def test_learning_rate_is_the_fields_rule_in_long_runs() -> None:
-    assert default_learning_rate(10**9, 2**14) == 2e-4 and default_learning_rate(10**6, 2**14) > 1e-3
+    assert default_learning_rate(10**9, a_transcoder(2**14)) == 2e-4
+    assert default_learning_rate(10**6, a_transcoder(2**14)) > 1e-3
+
+
+def test_coders_of_one_group_step_at_their_kinds_rates_and_say_so(small_target: TargetModel, tmp_path: Path) -> None:
+    config = dataclasses.replace(TRAIN, lr=None, warmup=0.1, decay=0.2, checkpoint_every=29)
+    for checkpoint in train_group(coders(), small_target, data=DATA, config=config, folder=tmp_path / "whole"):
+        expected = default_learning_rate(config.tokens, checkpoint.coder.config)
+        assert f"lr {expected:.6g}, " in checkpoint.record.recipe
+    store = ActivationsStore(small_target, DATA)
+    runs = [start_run(str(i), coder, store=store, config=config, folder=tmp_path) for i, coder in enumerate(coders())]
+    group_step(runs, next(store), config=config, factor=0.25)
+    used = [run.optimiser.param_groups[0]["lr"] for run in runs]
+    assert used == [0.25 * default_learning_rate(config.tokens, run.coder.config) for run in runs]
+    assert len(set(used)) > 2, "SAE, transcoder and CLT have rates of their own"
 
 
 # ------------------------------------------------------------------------------------------------------------ training
@@ -283,7 +301,7 @@ def test_coders_side_by_side_step_as_one_after_another(small_target: TargetModel
             start_run(str(i), coder, store=store, config=TRAIN, folder=tmp_path) for i, coder in enumerate(coders())
         ]
         began = time.perf_counter()
-        readings = torch.stack([group_step(coder_runs, batch, config=TRAIN, lr=1e-3) for batch in batches])
+        readings = torch.stack([group_step(coder_runs, batch, config=TRAIN, factor=0.5) for batch in batches])
         clock = time.perf_counter() - began
         spent = sum(coder_run.seconds for coder_run in coder_runs)
         assert 0.5 * clock < spent <= clock and min(coder_run.seconds for coder_run in coder_runs) > 0

@@ -20,7 +20,7 @@ from coder_replacements import as_replacement
 from config import BatchTopK
 from evaluation import evaluate, held_out
 from recipes import train_coders, transcoder_configs
-from study import CoderStudySettings, run_study, write_report
+from study import CoderStudySettings, Report, run_study
 from target_models import load_target
 
 
@@ -35,6 +35,7 @@ PRESETS = (
     Settings(),
     Settings(target="tiny", d_dict=1536, tokens=1_000_000, batch=2048, eval_tokens=102_400, device="cpu", seed=1),
 )
+REPORT = Report("Transcoders on SimpleStories", __doc__)
 
 
 def main(s: Settings) -> None:
@@ -49,8 +50,8 @@ def main(s: Settings) -> None:
     )
     replacements = [as_replacement(trained), *baselines(target, layers, neurons=(16, 64))]
     measured = evaluate(target, replacements, held_out(target, s.eval_tokens), ("frozen", "free"))
-    write_report(s, measured, "Transcoders on SimpleStories", __doc__)
+    REPORT.write(s, measured)
 
 
 if __name__ == "__main__":
-    run_study(main, PRESETS, __doc__)
+    run_study(main, PRESETS, __doc__, redraw=REPORT.redraw)

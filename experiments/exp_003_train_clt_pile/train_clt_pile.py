@@ -18,7 +18,7 @@ from coder_replacements import as_replacements
 from config import BatchTopK
 from evaluation import evaluate, held_out
 from recipes import clt_configs, train_coders
-from study import CoderStudySettings, run_study, write_report
+from study import CoderStudySettings, Report, run_study
 from target_models import load_target
 
 
@@ -34,6 +34,7 @@ PRESETS = (
     Settings(),
     Settings(target="tiny", top_k=(8, 16), d_dict=1536, tokens=1_000_000, batch=2048, device="cpu"),
 )
+REPORT = Report("Cross-layer transcoders", __doc__)
 
 
 def main(s: Settings) -> None:
@@ -44,8 +45,8 @@ def main(s: Settings) -> None:
     )
     replacements = as_replacements(trained) + baselines(target, s.layers, neurons=(16, 64))
     measured = evaluate(target, replacements, held_out(target, s.eval_tokens), ("single", "frozen", "free"))
-    write_report(s, measured, "Cross-layer transcoders", __doc__)
+    REPORT.write(s, measured)
 
 
 if __name__ == "__main__":
-    run_study(main, PRESETS, __doc__)
+    run_study(main, PRESETS, __doc__, redraw=REPORT.redraw)

@@ -21,7 +21,7 @@ from checkpoints import checkpoint_folder, save_checkpoint
 from evaluation import evaluate, held_out
 from recipes import SPDRecipe, train_decomposition
 from spd_replacement import spd_replacements
-from study import StudySettings, run_study, write_report
+from study import Report, StudySettings, run_study
 from target_models import load_target
 
 
@@ -46,6 +46,7 @@ PRESETS = (
         device="cpu",
     ),
 )  # fmt: skip
+REPORT = Report("SPD of MLP matrices", __doc__)
 
 
 def main(s: Settings) -> None:
@@ -59,8 +60,8 @@ def main(s: Settings) -> None:
         save_checkpoint(s.ship, copy.deepcopy(decomposition.model).half(), decomposition.record)
     replacements = spd_replacements(target, decomposition, s.layers) + baselines(target, s.layers, (16, 64, 256))
     measured = evaluate(target, replacements, held_out(target, s.eval_tokens))
-    write_report(s, measured, "SPD of MLP matrices", __doc__)
+    REPORT.write(s, measured)
 
 
 if __name__ == "__main__":
-    run_study(main, PRESETS, __doc__)
+    run_study(main, PRESETS, __doc__, redraw=REPORT.redraw)

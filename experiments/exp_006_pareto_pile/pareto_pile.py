@@ -19,7 +19,7 @@ from config import BatchTopK
 from evaluation import evaluate, held_out
 from recipes import train_coders, transcoder_configs
 from spd_replacement import spd_sweep
-from study import CoderStudySettings, run_study, write_report
+from study import CoderStudySettings, Report, run_study
 from target_models import load_target
 
 
@@ -36,6 +36,7 @@ PRESETS = (
     Settings(),
     Settings(target="tiny", layer=3, d_dict=1536, tokens=1_000_000, batch=2048, eval_tokens=102_400, device="cpu"),
 )
+REPORT = Report("One MLP of the primary target", __doc__)
 
 
 def main(s: Settings) -> None:
@@ -51,8 +52,8 @@ def main(s: Settings) -> None:
         *baselines(target, (s.layer,), neurons=s.l0),
     ]
     measured = evaluate(target, replacements, held_out(target, s.eval_tokens), ("single",))
-    write_report(s, measured, "One MLP of the primary target", __doc__)
+    REPORT.write(s, measured)
 
 
 if __name__ == "__main__":
-    run_study(main, PRESETS, __doc__)
+    run_study(main, PRESETS, __doc__, redraw=REPORT.redraw)

@@ -142,4 +142,4 @@ def redraw(folder: Path) -> None:
 
 
 if __name__ == "__main__":
-    run_study(main, PRESETS, __doc__, redraw)
+    run_study(main, PRESETS, __doc__, redraw=redraw)

@@ -128,4 +128,4 @@ def draw(folder: Path) -> None:
 
 
 if __name__ == "__main__":
-    run_study(main, PRESETS, __doc__, draw)
+    run_study(main, PRESETS, __doc__, redraw=draw)

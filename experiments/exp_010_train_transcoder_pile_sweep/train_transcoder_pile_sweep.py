@@ -21,7 +21,7 @@ from coder_replacements import as_replacements
 from config import BatchTopK
 from evaluation import evaluate, held_out
 from recipes import train_coders, transcoder_configs
-from study import CoderStudySettings, run_study, write_report
+from study import CoderStudySettings, Report, run_study
 from target_models import TargetModel, load_target
 
 
@@ -53,14 +53,17 @@ def train_layer(s: Settings, layer: int, device: str) -> None:
     train(s, load_target(s.target, device), (layer,))
 
 
+REPORT = Report("Transcoders, k swept", __doc__)
+
+
 def main(s: Settings) -> None:
     run_jobs([Job(f"layer {layer}", train_layer, (s, layer)) for layer in s.layers], s.devices)
     target = load_target(s.target, s.device)
     trained = train(s, target, s.layers)  # all are there
     replacements = as_replacements(trained) + baselines(target, s.layers, neurons=(s.top_k[0], s.top_k[-1]))
     measured = evaluate(target, replacements, held_out(target, s.eval_tokens), ("single", "frozen", "free"))
-    write_report(s, measured, "Transcoders, k swept", __doc__)
+    REPORT.write(s, measured)
 
 
 if __name__ == "__main__":
-    run_study(main, PRESETS, __doc__)
+    run_study(main, PRESETS, __doc__, redraw=REPORT.redraw)

@@ -21,7 +21,7 @@ from evaluation import evaluate, held_out
 from recipes import clt_configs, sae_configs, train_coders, transcoder_configs
 from spd_replacement import spd_replacements
 from spd_runs import find_spd
-from study import CoderStudySettings, run_study, write_report
+from study import CoderStudySettings, Report, run_study
 from target_models import load_target
 
 HERE = Path(__file__).parent
@@ -50,6 +50,7 @@ PRESETS = (
         output=HERE / "output" / "smollm2",
     ),
 )  # fmt: skip
+REPORT = Report("Natively trained coders, all MLPs replaced", __doc__)
 
 
 def main(s: Settings) -> None:
@@ -69,8 +70,8 @@ def main(s: Settings) -> None:
         *baselines(target, s.layers, s.neurons),
     ]
     measured = evaluate(target, replacements, held_out(target, s.eval_tokens), ("frozen", "free"))
-    write_report(s, measured, "Natively trained coders, all MLPs replaced", __doc__)
+    REPORT.write(s, measured)
 
 
 if __name__ == "__main__":
-    run_study(main, PRESETS, __doc__)
+    run_study(main, PRESETS, __doc__, redraw=REPORT.redraw)

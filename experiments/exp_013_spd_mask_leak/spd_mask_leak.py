@@ -146,4 +146,4 @@ def draw(folder: Path) -> None:
 
 
 if __name__ == "__main__":
-    run_study(main, [Settings()], __doc__, draw)
+    run_study(main, [Settings()], __doc__, redraw=draw)

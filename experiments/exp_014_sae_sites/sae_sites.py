@@ -19,7 +19,7 @@ from coder_replacements import as_replacements
 from config import BatchTopK, Site
 from evaluation import Measurement, evaluate, held_out
 from recipes import sae_configs, train_coders
-from study import CoderStudySettings, run_study, write_report
+from study import CoderStudySettings, Report, run_study
 from target_models import at_site, load_target
 
 
@@ -41,6 +41,7 @@ PRESETS = (Settings(), Settings(target="gpt2", d_dict=16_384, tokens=100_000_000
 TEXT = """`sae`: of MLP outputs; `sae-attn_out`: of what attention wrote; `sae-resid`: of the residual stream after each block.
 Each replaces the value of its own site; zero and mean ablation, and CE recovered against them, are those of the site too. An
 affine map is fitted to MLPs alone: at the other sites what is read is what is written."""
+REPORT = Report("SAEs at every site of a layer", f"{__doc__}\n{TEXT}")
 
 
 def main(s: Settings) -> None:
@@ -53,8 +54,8 @@ def main(s: Settings) -> None:
         replacements = as_replacements(trained) + baselines(view, s.layers, neurons=())
         own = evaluate(view, replacements, held_out(view, s.eval_tokens))
         measured = Measurement(*(before + more for before, more in zip(measured, own)))
-    write_report(s, measured, "SAEs at every site of a layer", f"{__doc__}\n\n{TEXT}")
+    REPORT.write(s, measured)
 
 
 if __name__ == "__main__":
-    run_study(main, PRESETS, __doc__)
+    run_study(main, PRESETS, __doc__, redraw=REPORT.redraw)
