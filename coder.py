@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from config import CoderConfig
 from losses import fvu
 from sparse_ops import Codes, decode
-from sparsity import SparseEncoder, TrainingCodes
+from sparsity import SparseEncoder
 
 
 class ActivationStats(NamedTuple):
@@ -66,12 +66,8 @@ class Coder[C: (Codes, tuple[Codes, ...])](nn.Module, ABC):
         """The training face in train mode, the deployed face in eval mode."""
 
     @abstractmethod
-    def encode_layer(self, i: int, x: Float[Tensor, "batch d_in"]) -> Codes:
-        """Codes of the i-th layer spanned, of the face that `encode` has."""
-
-    @abstractmethod
-    def training_codes(self, i: int, x: Float[Tensor, "batch d_in"]) -> TrainingCodes:
-        """Codes of the i-th layer spanned with gradients of all that its encoder learns, and what its rule adds to the loss."""
+    def encoder_inputs(self, i: int, x: Float[Tensor, "batch d_in"]) -> Float[Tensor, "batch d_in"]:
+        """What the encoder of the i-th layer spanned reads, in scaled units."""
 
     @abstractmethod
     def encode_with_penalty(
@@ -190,19 +186,16 @@ class LayerCoder(Coder[Codes]):
     def decoders(self) -> tuple[nn.Parameter, ...]:
         return (self.W_dec,)
 
+    def encoder_inputs(self, i: int, x: Float[Tensor, "batch d_in"]) -> Float[Tensor, "batch d_in"]:
+        return self.encoder_input(x)
+
     def encode(self, x: Float[Tensor, "batch d_in"]) -> Codes:
         return self.encoder.encode(self.encoder_input(x))
-
-    def encode_layer(self, i: int, x: Float[Tensor, "batch d_in"]) -> Codes:
-        return self.encode(x)
-
-    def training_codes(self, i: int, x: Float[Tensor, "batch d_in"]) -> TrainingCodes:
-        return self.encoder.encode_with_penalty(self.encoder_input(x), self.W_dec)
 
     def encode_with_penalty(
         self, x: Float[Tensor, "batch d_in"], y: Float[Tensor, "batch d_out"], variance: Float[Tensor, ""]
     ) -> tuple[Codes, Float[Tensor, ""]]:
-        codes, penalty, gates = self.training_codes(0, x)
+        codes, penalty, gates = self.encoder.encode_with_penalty(self.encoder_input(x), self.W_dec)
         return codes, penalty if gates is None else penalty + self.frozen_error(gates, x, y=y, variance=variance)
 
     def decode(self, codes: Codes) -> Float[Tensor, "batch d_out"]:

@@ -33,8 +33,13 @@ def check_device(device: str) -> str:
         raise ValueError(
             f"{processes} processes were started, and each would repeat the whole job: start it without torchrun"
         )
-    if device.startswith("cuda") and not torch.cuda.is_available():
+    kind, _, number = device.partition(":")
+    if kind not in ("cpu", "cuda") or (number and not number.isdecimal()) or (number and kind == "cpu"):
+        raise ValueError(f"unknown device {device!r}: use cpu, cuda or cuda:NUMBER")
+    if kind == "cuda" and not torch.cuda.is_available():
         raise ValueError(f"device {device!r} was named, but this machine offers no CUDA device: use --device cpu")
+    if number and int(number) >= torch.cuda.device_count():
+        raise ValueError(f"device {device!r} was named, but there are {torch.cuda.device_count()}, counted from 0")
     return device
 
 

@@ -19,7 +19,9 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from checkpoints import check_named, load_tensors
-from config import EncoderConfig, SAEConfig, Site
+from coder import Coder
+from config import CLTConfig, CoderConfig, EncoderConfig, SAEConfig, Site
+from folding import FoldedLayer, build, fold
 from patching import patched
 from target_models import TARGETS, TargetModel, Written, at_site, equal_but_for_rounding, written
 
@@ -158,6 +160,7 @@ class Place(NamedTuple):
 
     layer: int | None = None
     site: Site | None = None
+    alone: bool = True  # False: one of several, whose layer must not be another than its file says
 
 
 class NoSite(ValueError):
@@ -174,10 +177,14 @@ SITE_PATTERNS: tuple[tuple[str, Site, int], ...] = (  # hook point or module pat
 
 def find_layer(source: Path, hook: str, given: Place, said: int | None = None) -> int:
     """The layer's number in a hook point or module path, or the one that the file says, unless it is given."""
-    if given.layer is not None:
-        return given.layer
     number = re.search(r"(?<![^\W_])\d+(?![^\W_])", hook)
     found = {said} - {None} | ({int(number.group())} if number else set())
+    if given.layer is not None:
+        if other := set() if given.alone else found - {given.layer}:
+            raise ValueError(
+                f"--layer {given.layer} was named, and {source} is of layer {other.pop()}: leave --layer out"
+            )
+        return given.layer
     if not found:
         raise ValueError(f"{source} does not say which layer it belongs to: name it with --layer")
     if len(found) > 1:
@@ -199,7 +206,8 @@ def find_place(source: Path, hook: str, given: Place, said: int | None = None) -
     return layer, site
 
 
-INPUT_HOOKS = r"(mlp\.hook_in|ln2\.hook_out)"  # the norm's output: what our transcoders read
+NORMALISED = "ln2.hook_normalized"  # the norm's output without its gain and bias, which `fitted` folds in
+INPUT_HOOKS = r"(mlp\.hook_in|ln2\.hook_out|ln2\.hook_normalized)"  # the norm's output: what our transcoders read
 OUTPUT_HOOKS = r"(hook_mlp_out|mlp\.hook_out)"
 
 
@@ -208,10 +216,6 @@ def check_transcoder_hooks(source: Path, reads: str, writes: str, *, prefix: str
 
     `prefix` is a pattern of what comes before a hook's own name; its group is the layer.
     """
-    if reads.endswith("ln2.hook_normalized"):
-        raise ValueError(
-            f"{source} reads {reads!r}, which lacks an RMSNorm's gain: fold it into W_enc, name mlp.hook_in"
-        )
     read, written = re.fullmatch(prefix + INPUT_HOOKS, reads), re.fullmatch(prefix + OUTPUT_HOOKS, writes)
     if read is None:
         raise ValueError(f"{source} reads {reads!r}: only transcoders of the MLP's own input, mlp.hook_in, fit")
@@ -219,8 +223,21 @@ def check_transcoder_hooks(source: Path, reads: str, writes: str, *, prefix: str
         raise ValueError(f"{source} reads {reads!r} and writes {writes!r}: only hook_mlp_out of the same layer fits")
 
 
+def named_hooks(given: Place, *hooks: str) -> tuple[str, ...]:
+    """Those that a file names, each once, at the given layer."""
+    block = r"\g<0>" if given.layer is None else f"blocks.{given.layer}"
+    return tuple(dict.fromkeys(re.sub(r"^blocks\.\d+", block, hook) for hook in hooks if hook))
+
+
+def hook_points(config: CoderConfig) -> tuple[str, ...]:
+    """Names of all TransformerLens hook points that a coder reads and writes, each once."""
+    if isinstance(config, CLTConfig):
+        return tuple(f"blocks.{layer}.{hook}" for layer in config.layers for hook in ("mlp.hook_in", "hook_mlp_out"))
+    return tuple(dict.fromkeys(hooks(config)))
+
+
 def hooks(config: SAEConfig | EncoderConfig) -> tuple[str, str]:
-    """Names of the TransformerLens hook points a coder reads and writes."""
+    """Names of the TransformerLens hook points that the coder of one layer reads and writes."""
     if isinstance(config, EncoderConfig):
         return f"blocks.{config.layer}.mlp.hook_in", f"blocks.{config.layer}.hook_mlp_out"
     name = {"resid": "hook_resid_post", "mlp_out": "hook_mlp_out", "attn_out": "hook_attn_out"}[config.site]
@@ -268,7 +285,7 @@ class HookScale(NamedTuple):
 def same_site(target: TargetModel, hook: str) -> HookScale | None:
     """Whether TransformerLens' hook of that name holds, for this target, the very tensor that the project reads or writes.
 
-    None where it does, a scale to fold into the dictionary where the two differ by a norm's gain and bias
+    None where it does, a scale that `fitted` folds into the dictionary where the two differ by a norm's gain and bias
     (`ln2.hook_normalized`), ValueError in one line where they differ otherwise: `hook_mlp_out` and `hook_attn_out` come
     behind the norm or the factor that Gemma 2 and Granite have after the module. Decided by comparing tensors, in the
     layer that the name gives (`blocks.3.hook_mlp_out`) or in every one. A name without a hook is a module's own path.
@@ -281,7 +298,7 @@ def same_site(target: TargetModel, hook: str) -> HookScale | None:
         raise ValueError(f"{hook!r} is of layer {outside[0]}: {target.name!r} has {target.n_layers} from 0 on")
     if "hook_" in hook and not hook.endswith(KNOWN_HOOKS):
         raise ValueError(f"{hook!r} is no place that the project reads or writes: {', '.join(KNOWN_HOOKS)} are")
-    if hook.endswith("ln2.hook_normalized"):
+    if hook.endswith(NORMALISED):
         scales = [_norm_scale(target, layer, hook) for layer in layers]
         if any(not torch.equal(a, b) for scale in scales[1:] for a, b in zip(scale, scales[0])):
             raise ValueError(f"{hook!r} differs from what the MLPs read by another gain in every layer: name the layer")
@@ -317,3 +334,34 @@ def _norm_scale(target: TargetModel, layer: int, hook: str) -> HookScale:
         if torch.allclose(normed, gain * unit + bias, rtol=1e-3, atol=1e-4 * normed.abs().max().item()):
             return HookScale(gain.clone(), bias[0].clone())
     raise ValueError(f"{hook!r}: {target.mlps[layer].read} of {target.name!r} is no norm with a gain: not supported")
+
+
+@torch.no_grad()
+def fitted(coder: Coder, named: Sequence[str], target: TargetModel) -> Coder:
+    """The coder as it is of the target's own tensors, x, where it was trained on what TransformerLens' hooks of these names hold.
+
+    Where that is h with x = gain ⊙ h + bias (`ln2.hook_normalized`), for W h + b is (W / gain) (x − bias) + b:
+
+        W_enc ← W_enc / gain,   b_enc ← b_enc − W_enc bias,   W_skip ← W_skip / gain,   b_dec ← b_dec − W_skip bias
+
+    Raises ValueError where a hook holds another tensor (`same_site`), or where a gain is zero: h is not in x then.
+    """
+    scales = {find_layer(Path(hook), hook, Place()): scale for hook in named if (scale := same_site(target, hook))}
+    if not scales:
+        return coder
+    parts = [
+        part if layer not in scales else _read_through(part, scales[layer], layer)
+        for layer, part in zip(coder.config.layers, fold(coder), strict=True)
+    ]
+    return build(coder.config, parts)
+
+
+def _read_through(part: FoldedLayer, scale: HookScale, layer: int) -> FoldedLayer:
+    if zeros := int((scale.gain == 0).sum()):
+        raise ValueError(
+            f"{zeros} gains of the norm before layer {layer}'s MLP are 0: what it normalised is lost there"
+        )
+    gain, bias = (value.to(part.W_enc.device) for value in scale)
+    W_enc, W_skip = part.W_enc / gain, None if part.W_skip is None else part.W_skip / gain
+    b_dec = part.b_dec if W_skip is None else part.b_dec - W_skip @ bias
+    return part._replace(W_enc=W_enc, b_enc=part.b_enc - W_enc @ bias, W_skip=W_skip, b_dec=b_dec)

@@ -31,14 +31,15 @@ class Format(NamedTuple):
     weights: str  # pattern of the files that lie beside it
     read: Callable[[Path, Place], list[Dictionary]]  # of one folder that holds the marker
     write: Callable[[Sequence[Dictionary]], Files] | None  # None: import only
+    names_hooks: bool = False  # whether what is written names TransformerLens' hook points
 
 
 FORMATS: dict[str, Format] = {
     "upstream": Format(CONFIG, ENCODER, read_upstream, write_upstream),
-    "saelens": Format("cfg.json", "sae_weights.safetensors", read_saelens, write_saelens),
+    "saelens": Format("cfg.json", "sae_weights.safetensors", read_saelens, write_saelens, names_hooks=True),
     "sparsify": Format("cfg.json", "sae.safetensors", read_sparsify, write_sparsify),
     "dictionary_learning": Format("config.json", "ae.pt", read_dictionary_learning, write_dictionary_learning),
-    "circuit-tracer": Format("config.yaml", "*.safetensors", read_circuit_tracer, write_circuit_tracer),
+    "circuit-tracer": Format("config.yaml", "*.safetensors", read_circuit_tracer, write_circuit_tracer, True),
     "crosslayer-coding": Format("cfg.json", "*.safetensors", read_crosslayer_coding, None),
 }
 
@@ -79,11 +80,25 @@ def import_dictionaries(name: str, source: str, given: Place) -> list[Dictionary
     if not folders:
         raise ValueError(f"{source} holds no {form.marker}, nor does a folder in it: no {name} dictionary")
     if folders == [root]:
-        return form.read(root, given)
-    found = [entry for folder in folders for entry in read_one_of_many(form, root, folder, given)]
+        found = form.read(root, given)
+    else:
+        each = given._replace(alone=len(folders) == 1)
+        found = [entry for folder in folders for entry in read_one_of_many(form, root, folder, each)]
     if not found:
         raise ValueError(f"{source} holds {len(folders)} dictionaries, none at a site known here: name one with --site")
+    for entry in found:
+        check_given(entry, given)
     return found
+
+
+def check_given(entry: Dictionary, given: Place) -> None:
+    """Raises ValueError where a dictionary stands at another layer or site than it was said to, for its format knows better."""
+    layers, site = entry.coder.config.layers, entry.coder.config.site
+    if given.layer is not None and layers != (given.layer,):
+        where = ", ".join(map(str, layers))
+        raise ValueError(f"--layer {given.layer} was named, and {entry.name} is of layer {where}: leave --layer out")
+    if given.site is not None and site != given.site:
+        raise ValueError(f"--site {given.site} was named, and {entry.name} is a {entry.coder.config.kind} of {site}")
 
 
 def read_one_of_many(form: Format, root: Path, folder: Path, given: Place) -> list[Dictionary]:

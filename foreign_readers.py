@@ -16,18 +16,7 @@ from torch import Tensor
 
 from checkpoints import CONFIG, ENCODER
 from coder import Coder
-from config import (
-    BatchTopK,
-    CLTConfig,
-    CoderConfig,
-    EncoderConfig,
-    Gated,
-    JumpReLU,
-    Relu,
-    Rule,
-    SAEConfig,
-    TopK,
-)
+from config import BatchTopK, CLTConfig, CoderConfig, EncoderConfig, Gated, JumpReLU, Relu, Rule, SAEConfig, TopK
 from folding import FoldedLayer, Magnitude, build
 from foreign_files import (
     Keys,
@@ -38,6 +27,7 @@ from foreign_files import (
     check_transcoder_hooks,
     find_layer,
     find_place,
+    named_hooks,
     read_blob,
     read_layer,
     read_tensors,
@@ -103,13 +93,8 @@ def read_upstream(folder: Path, given: Place) -> list[Dictionary]:
     d_in, d_out, f = (require_positive_int(source, blob, name) for name in ("input_size", "output_size", "dict_size"))
     if kind == "batchtopk":
         print(f"{source}: upstream stores no threshold, so BatchTopK becomes TopK: the same L0, and no neighbours")
-    rule: Rule = (
-        RELU
-        if kind == "vanilla"
-        else JUMPRELU
-        if kind == "jumprelu"
-        else TopK(require_positive_int(source, blob, "top_k"))
-    )
+    without_k = {"vanilla": RELU, "jumprelu": JUMPRELU}
+    rule: Rule = without_k[kind] if kind in without_k else TopK(require_positive_int(source, blob, "top_k"))
     layers = spanned_layers(source, blob)
     n, ats = (len(layers), [f".{i}" for i in range(len(layers))]) if layers else (1, [""])
     shapes: dict[str, tuple[int, ...]] = {}
@@ -232,16 +217,9 @@ def read_saelens(folder: Path, given: Place) -> list[Dictionary]:
             b_enc = b_enc + shift
             magnitude = magnitude and magnitude._replace(b=magnitude.b + magnitude.r.exp() * shift)
     part = FoldedLayer(W_enc, b_enc, W_dec, t["b_dec"], t.get("W_skip"), theta, magnitude)
-    named = named_hooks(given, read, written)
+    is_the_users_word = given.site is not None and not is_transcoder
+    named = () if is_the_users_word else named_hooks(given, read, written)
     return [Dictionary(folder.resolve().name, read_text(source, meta, "model_name"), build(config, [part]), named)]
-
-
-def named_hooks(given: Place, *hooks: str) -> tuple[str, ...]:
-    """Those that a file names, at the given layer; none where the site is given, which is the user's word."""
-    if given.site is not None:
-        return ()
-    block = r"\g<0>" if given.layer is None else f"blocks.{given.layer}"
-    return tuple(dict.fromkeys(re.sub(r"^blocks\.\d+", block, hook) for hook in hooks if hook))
 
 
 def by_decoder_norm(
@@ -260,8 +238,9 @@ def by_decoder_norm(
 
 
 SPARSIFY_KEYS = Keys(  # an absent key means what it does in 1.3.3, but for `transcode`
-    read="d_in k num_latents expansion_factor transcode",
+    read="d_in k num_latents expansion_factor",
     only={
+        "transcode": Only((None, False, True), "say true or false"),
         "activation": Only(("topk", None), "only topk is read"),
         "signed": Only((False, None), "top k by absolute value is no rule here"),  # of 2024
         "skip_connection": Only((False, True), "say true or false"),
@@ -273,19 +252,14 @@ SPARSIFY_KEYS = Keys(  # an absent key means what it does in 1.3.3, but for `tra
 def read_sparsify(folder: Path, given: Place) -> list[Dictionary]:
     """{hookpoint}/cfg.json + sae.safetensors, or {hookpoint}/seed0/…; the hookpoint says the layer.
 
-    Where `transcode` is absent the file is older than February 2025. Everything of that age subtracted b_dec from its
-    input, transcoders too; only one with a skip is surely a transcoder.
+    Where `transcode` is absent the file is older than February 2025 (pull request 49). Everything of that age subtracted
+    b_dec from its input, transcoders too; `old_transcodes` says which it is.
     """
-    source, weights = folder / "cfg.json", folder / "sae.safetensors"
-    blob = understood(source, read_blob(source), SPARSIFY_KEYS)
-    skip = blob["skip_connection"]
-    is_old = blob.get("transcode") is None
-    if is_old and not skip:
-        raise ValueError(
-            f'{source} is too old to say whether it transcodes: write "transcode": false for an SAE; for a transcoder '
-            "write true, and fold the b_dec that it subtracted into encoder.bias"
-        )
-    transcode = is_old or require_one_of(source, blob, "transcode", allowed=(True, False), remedy="say true or false")
+    source, weights, path = folder / "cfg.json", folder / "sae.safetensors", folder.resolve()
+    blob = understood(source, found := read_blob(source), SPARSIFY_KEYS)
+    hookpoint = path.parent if re.fullmatch(r"seed_?\d+", path.name) else path
+    skip, is_old = blob["skip_connection"], blob["transcode"] is None
+    transcode = old_transcodes(source, found, hookpoint.parent) if is_old else blob["transcode"]
     if skip and not transcode:
         raise ValueError(f"{source}: an autoencoder with a skip rebuilds nothing: only transcoders may have one")
     d, rule = require_positive_int(source, blob, "d_in"), TopK(require_positive_int(source, blob, "k"))
@@ -293,17 +267,35 @@ def read_sparsify(folder: Path, given: Place) -> list[Dictionary]:
     f = require_positive_int(source, blob, "num_latents") if blob.get("num_latents") else d * factor
     shapes = {"encoder.weight": (f, d), "encoder.bias": (f,), "W_dec": (f, d), "b_dec": (d,)}
     t = check(weights, read_tensors(weights), shapes | ({"W_skip": (d, d)} if skip else {}))
-    path = folder.resolve()
-    layer, site = find_place(source, path.parent.name if re.fullmatch(r"seed_?\d+", path.name) else path.name, given)
+    layer, site = find_place(source, hookpoint.name, given)
     if transcode:
         if site != "mlp_out":
             raise ValueError(f"{source} transcodes {site} of layer {layer}: only transcoders of an MLP fit")
         config: CoderConfig = EncoderConfig(layer=layer, d_in=d, d_out=d, d_dict=f, rule=rule, skip=skip)
     else:
         config = SAEConfig(layer=layer, site=site, d_in=d, d_dict=f, rule=rule)
-    b_enc = t["encoder.bias"] - t["encoder.weight"] @ t["b_dec"] if is_old else t["encoder.bias"]
+    b_enc = t["encoder.bias"] - t["encoder.weight"] @ t["b_dec"] if is_old and transcode else t["encoder.bias"]
     part = FoldedLayer(t["encoder.weight"], b_enc, t["W_dec"], t["b_dec"], t.get("W_skip"))
     return [Dictionary(path.name, "", build(config, [part]))]
+
+
+def old_transcodes(source: Path, blob: dict[str, Any], run: Path) -> bool:
+    """Whether a dictionary of before February 2025 is a transcoder, where its files leave no doubt.
+
+    One with a skip is. One whose cfg.json has no `multi_topk` is not: that key came in August 2024 (pull request 23), the
+    first transcoders in November (35). For those between, the run's config.json beside the hookpoints says it.
+    """
+    if blob.get("skip_connection"):
+        return True
+    if "multi_topk" not in blob:
+        return False
+    if (file := run / "config.json").exists() and isinstance((settings := read_blob(file)).get("sae"), dict):
+        said = {"transcode": False} | settings
+        return bool(require_one_of(file, said, "transcode", allowed=(True, False), remedy="say true or false"))
+    raise ValueError(
+        f'{source} does not say whether it transcodes, nor does its run\'s config.json: write "transcode": false for an SAE; '
+        "for a transcoder write true, and fold the b_dec that it subtracted into encoder.bias"
+    )
 
 
 # -------------------------------------------------------------------------------------------------- dictionary_learning
@@ -458,7 +450,6 @@ def read_crosslayer_coding(folder: Path, given: Place) -> list[Dictionary]:
     blob = understood(source, read_blob(source), CROSSLAYER_CODING_KEYS)
     remedy = "its top-k spans all layers: convert it to jumprelu there"
     kind = require_one_of(source, blob, "activation_fn", allowed=("relu", "jumprelu"), remedy=remedy)
-    check_templates(source, blob)
     found = sorted([*folder.glob("clt_checkpoint_*.safetensors"), *folder.glob("model.safetensors")])
     if len(found) != 1:
         raise ValueError(f"{folder} holds {len(found)} checkpoints: keep the one to read beside cfg.json")
@@ -485,16 +476,21 @@ def read_crosslayer_coding(folder: Path, given: Place) -> list[Dictionary]:
     ]
     rule = JUMPRELU if kind == "jumprelu" else RELU
     config = CLTConfig(layers=tuple(range(n)), d_in=d, d_out=d, d_dict=f, rule=rule)
-    return [Dictionary(folder.resolve().name, read_text(source, blob, "model_name"), build(config, parts))]
+    named = tuple(template.replace("{}", str(i)) for i in range(n) for template in check_templates(source, blob))
+    return [Dictionary(folder.resolve().name, read_text(source, blob, "model_name"), build(config, parts), named)]
 
 
-def check_templates(source: Path, blob: dict[str, Any]) -> None:
-    """Raises ValueError where it was trained on other tensors than MLPs' own; module paths go before hook points' names."""
+def check_templates(source: Path, blob: dict[str, Any]) -> tuple[str, ...]:
+    """The hook points that it names, of layer {}; module paths go before them.
+
+    Raises ValueError where it was trained on other tensors than MLPs' own.
+    """
     paths = [read_text(source, blob, f"mlp_{side}_template") for side in ("input", "output")]
     if any(paths):
         if not (re.search(r"(^|[._])mlp\.input$", paths[0]) and re.search(r"(^|[._])mlp\.output$", paths[1])):
             raise ValueError(f"{source} reads {paths[0]!r} and writes {paths[1]!r}: only CLTs of MLPs fit")
-        return
+        return ()
     read, written = (read_text(source, blob, f"tl_{side}_template") for side in ("input", "output"))
     if read or written:
         check_transcoder_hooks(source, read, written, prefix=r"blocks\.(\{\})\.")
+    return tuple(filter(None, (read, written)))

@@ -7,25 +7,44 @@
 Nothing is written before everything is read and found right.
 """
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import yaml
 from huggingface_hub import HfApi, get_token
 from safetensors.torch import save_file
 
-from checkpoints import TrainingRecord, load_checkpoint, save_checkpoint, save_tensors
+from checkpoints import Checkpoint, TrainingRecord, check_target, load_checkpoint, save_checkpoint, save_tensors
 from config import Site
-from foreign_files import Place, model_name
+from foreign_files import NORMALISED, Place, fitted, hook_points, model_name, same_site
 from foreign_formats import Dictionary, Files, format_named, import_dictionaries
 from logs import atomic_path, errors_in_one_line, write_json
+from target_models import TargetModel, load_target
+
+
+def prove_hooks(checkpoint: Checkpoint, target: TargetModel) -> None:
+    """Raises ValueError unless TransformerLens' hooks that an export names hold what the coder reads and writes of the target."""
+    check_target(checkpoint, target)
+    for hook in hook_points(checkpoint.coder.config):
+        same_site(target, hook)
+
+
+def is_named(checkpoint: Checkpoint) -> bool:
+    """Whether its hooks need no proof: the stream's is one tensor on every model, or the file it comes from has named them."""
+    named = hook_points(checkpoint.coder.config)
+    return checkpoint.coder.config.site == "resid" or set(named) <= set(checkpoint.record.hooks)
 
 
 def export_files(name: str, dictionaries: Sequence[Dictionary]) -> Files:
     """The files another library reads, with a model card; a lone dictionary needs no folder of its own."""
-    write = format_named(name).write
+    write, names = format_named(name).write, [entry.name for entry in dictionaries]
     if write is None:
         raise ValueError(f"{name} is read, not written: choose another format")
+    if not names:
+        raise ValueError("name at least one checkpoint to export")
+    if twice := {own for own in names if names.count(own) > 1}:
+        raise ValueError(f"several dictionaries are called {twice.pop()!r}, each needs a folder: export them apart")
     files = write(dictionaries)
     folders = {path.rpartition("/")[0] for path in files}
     if folders == {dictionaries[0].name}:
@@ -33,23 +52,35 @@ def export_files(name: str, dictionaries: Sequence[Dictionary]) -> Files:
     return files | {"README.md": model_card(name, dictionaries)}
 
 
-def write_files(folder: Path, files: Files) -> None:
-    """Each file to a temporary name, then renamed; raises ValueError where something is already there."""
-    if folder.exists() and any(folder.iterdir()):
+@contextlib.contextmanager
+def new_folder(folder: Path) -> Iterator[Path]:
+    """A temporary folder that takes the name of `folder` once all is in it, so that a killed writer leaves none of that name.
+
+    Raises ValueError where something is already there, or where nothing can take the name, as that of a mounted disk.
+    """
+    if folder.is_mount():
+        raise ValueError(f"{folder} is a disk of its own: name a folder in it")
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise ValueError(f"{folder} is not empty: choose another destination")
-    for name, value in files.items():
-        path = folder / name
-        match path.suffix:
-            case ".pt":
-                save_tensors(path, {key: tensor.contiguous() for key, tensor in value.items()})
-            case ".safetensors":
-                with atomic_path(path) as temporary:
-                    save_file({key: tensor.contiguous() for key, tensor in value.items()}, temporary)
-            case ".json":
-                write_json(path, value)
-            case _:
-                with atomic_path(path) as temporary:
-                    temporary.write_text(value if isinstance(value, str) else yaml.safe_dump(value, sort_keys=False))
+    with atomic_path(folder.resolve()) as temporary:
+        yield temporary
+
+
+def write_files(folder: Path, files: Files) -> None:
+    """All files in a folder that is new, or empty; raises ValueError where something is already there."""
+    with new_folder(folder) as temporary:
+        for name, value in files.items():
+            path = temporary / name
+            path.parent.mkdir(parents=True, exist_ok=True)
+            match path.suffix:
+                case ".pt":
+                    save_tensors(path, {key: tensor.contiguous() for key, tensor in value.items()})
+                case ".safetensors":
+                    save_file({key: tensor.contiguous() for key, tensor in value.items()}, path)
+                case ".json":
+                    write_json(path, value)
+                case _:
+                    path.write_text(value if isinstance(value, str) else yaml.safe_dump(value, sort_keys=False))
 
 
 def model_card(format_name: str, dictionaries: Sequence[Dictionary]) -> str:
@@ -72,6 +103,16 @@ def model_card(format_name: str, dictionaries: Sequence[Dictionary]) -> str:
     return "\n".join(["---", yaml.safe_dump(front).strip(), "---", "", heading, "", note, "", *table, ""])
 
 
+def with_gains(entry: Dictionary, target: str) -> Dictionary:
+    """The dictionary as it is of the MLP's own input, which `ln2.hook_normalized` lacks the norm's gain of."""
+    if not any(hook.endswith(NORMALISED) for hook in entry.hooks):
+        return entry
+    if not target:
+        raise ValueError(f"{entry.name} reads {NORMALISED}, which lacks the norm's gain: name the --target that has it")
+    coder = fitted(entry.coder, entry.hooks, load_target(target, "cpu"))
+    return entry._replace(coder=coder, hooks=tuple(hook.replace(NORMALISED, "mlp.hook_in") for hook in entry.hooks))
+
+
 def import_(
     format: str,
     source: str,
@@ -88,26 +129,32 @@ def import_(
         destination: New folder; several dictionaries get a folder each, as they lay in the source.
         layer: Layer of the target, where the files do not say.
         site: What an SAE reads, where the files do not say.
-        target: The target it belongs to, as measure.py's --target.
+        target: The target it belongs to, as measure.py's --target; needed, and loaded, where it reads ln2.hook_normalized.
     """
-    found = import_dictionaries(format, source, Place(layer, site))
-    if destination.exists() and any(destination.iterdir()):
-        raise ValueError(f"{destination} is not empty: choose another destination")
-    for name, model, coder, hooks in found:
-        folder = destination if len(found) == 1 else destination / name
-        save_checkpoint(folder, coder, TrainingRecord.imported(name, target or model, hooks))
-        print(folder)
+    found = [with_gains(entry, target) for entry in import_dictionaries(format, source, Place(layer, site))]
+    with new_folder(destination) as temporary:
+        for name, model, coder, hooks in found:
+            folder = temporary if len(found) == 1 else temporary / name
+            save_checkpoint(folder, coder, TrainingRecord.imported(name, target or model, hooks))
+    print("\n".join(str(destination if len(found) == 1 else destination / entry.name) for entry in found))
 
 
-def export(format: str, checkpoints: tuple[str, ...], destination: Path) -> None:
+def export(format: str, checkpoints: tuple[str, ...], destination: Path, target: str = "") -> None:
     """Turn checkpoints into another library's files.
 
     Args:
         format: upstream, saelens, sparsify, dictionary_learning or circuit-tracer.
         checkpoints: Folders or W&B artifacts.
         destination: New folder.
+        target: The target they belong to, as measure.py's --target; empty: the one they say. It is loaded where the files
+            name TransformerLens' hooks, some of which are other tensors on some models.
     """
     loaded = [load_checkpoint(reference, "cpu") for reference in checkpoints]
+    unproven = [c for c in loaded if format_named(format).names_hooks and not is_named(c)]
+    for name in dict.fromkeys(target or c.record.target for c in unproven):
+        model = load_target(name, "cpu")
+        for checkpoint in (c for c in unproven if (target or c.record.target) == name):
+            prove_hooks(checkpoint, model)
     entries = [Dictionary(c.record.name, c.record.target, c.coder) for c in loaded]
     write_files(destination, export_files(format, entries))
     print(destination)

@@ -20,11 +20,11 @@ from baselines import baselines
 from checkpoints import CHECKPOINTS
 from coder_replacements import as_replacements
 from config import BatchTopK, Mixed, Output
-from evaluation import evaluate, held_out
+from evaluation import PROTOCOLS, evaluate, held_out
 from recipes import SPDRecipe, clt_configs, train_coders, train_decomposition, transcoder_configs, tune_coders
 from spd_replacement import spd_replacements
 from spd_runs import find_spd
-from study import CoderStudySettings, Report, run_study
+from study import CoderStudySettings, Report, check_fits, run_study
 from target_models import load_target
 
 
@@ -48,14 +48,15 @@ class Settings(CoderStudySettings):
 
 
 TEXT = """Every row is one method under one protocol, on held-out text. `single`: one layer replaced. `frozen`: all layers
-replaced, codes from a clean pass. `free`: all layers replaced, every encoder reads the stream that the replacements
-produced. `kl-mixed`: trained further on the KL between the model's output and that with layers replaced, where which
-layers are replaced is drawn anew for each batch."""
+replaced, each reads the clean stream. `gates`: all layers replaced, a clean pass decides what is active, and what is active
+reads the stream. `free`: all layers replaced, everything reads the stream that the replacements produced. `kl-mixed`: trained
+further on the KL between the model's output and that with layers replaced, where which layers is drawn anew for each batch."""
 REPORT = Report("The main job", TEXT)
 
 
 def main(s: Settings) -> None:
     target = load_target(s.target, s.device)
+    check_fits(s, target)
     configs = [
         *transcoder_configs(target, layers=s.layers, rules=[BatchTopK(k) for k in s.transcoder_k], d_dict=s.d_dict),
         *clt_configs(target, layers=s.layers, rules=[BatchTopK(k) for k in s.clt_k], d_dict=s.d_dict),
@@ -73,7 +74,7 @@ def main(s: Settings) -> None:
         replacements += spd_replacements(target, decomposition, s.layers, deltas=(False,))
     elif s.target == "tiny":
         replacements += spd_replacements(target, find_spd(target, s.layers), s.layers, deltas=(False,))
-    measured = evaluate(target, replacements, held_out(target, s.eval_tokens), ("single", "frozen", "free"))
+    measured = evaluate(target, replacements, held_out(target, s.eval_tokens), PROTOCOLS)
     REPORT.write(s, measured)
 
 

@@ -8,7 +8,9 @@ Rows are added to a points.csv and its layers.csv; the table goes to standard ou
 """
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
@@ -17,10 +19,19 @@ from checkpoints import Checkpoint, TrainingRecord, check_target, load_checkpoin
 from coder_replacements import as_replacements
 from config import Site
 from evaluation import PROTOCOLS, Measurement, Protocol, evaluate, held_out
-from foreign_files import Place, same_site
+from foreign_files import Place, fitted
 from foreign_formats import import_dictionaries
 from logs import errors_in_one_line
-from pareto import markdown_table, read_layers, read_points, row_key, write_layers, write_points
+from pareto import (
+    LayerPoint,
+    ParetoPoint,
+    markdown_table,
+    read_layers,
+    read_points,
+    row_key,
+    write_layers,
+    write_points,
+)
 from replacement import Origin, Replacement
 from spd_replacement import SPDReplacement
 from spd_runs import is_decomposition, load_decomposition
@@ -42,17 +53,12 @@ def _load(reference: str, target: TargetModel, form: str, layer: int | None, sit
         loaded = [load_checkpoint(reference, str(target.device))]
     for checkpoint in loaded:
         check_target(checkpoint, target)
-        for hook in checkpoint.record.hooks:
-            if same_site(target, hook) is not None:
-                raise ValueError(
-                    f"{reference} names {hook!r}, which lacks the gain of what the MLPs read: fold it in first"
-                )
         config = checkpoint.coder.config
         if outside := [i for i in config.layers if not 0 <= i < target.n_layers]:
             raise ValueError(f"{reference} is for layer {outside[0]}: {target.name!r} has {target.n_layers} from 0 on")
         if {config.d_in, config.d_out} != {target.d_model}:
             raise ValueError(f"{reference} reads {config.d_in} dimensions: {target.name!r} has {target.d_model}")
-    return loaded
+    return [replace(c, coder=fitted(c.coder, c.record.hooks, target).to(target.device)) for c in loaded]
 
 
 def main(
@@ -76,7 +82,7 @@ def main(
             per-layer coders of one kind, rule and size are measured together.
         target: tiny, pile, simplestories, gpt2, smollm2, hf:NAME or tl:NAME.
         tokens: Held-out tokens to measure on.
-        protocols: single, frozen and free, or some of them.
+        protocols: single, frozen, gates and free, or some of them.
         top_k: Measure each coder also at these numbers of active latents, imposed in place of its rule.
         neurons: Numbers of neurons to measure beside.
         format: upstream, saelens, sparsify, dictionary_learning, circuit-tracer or crosslayer-coding; empty: our own.
@@ -88,6 +94,15 @@ def main(
     """
     if not checkpoints:
         raise ValueError("name at least one checkpoint to measure: a folder or a W&B artifact")
+    if twice := [reference for reference in checkpoints if checkpoints.count(reference) > 1]:
+        raise ValueError(f"{twice[0]} was named {len(twice)} times: once is enough")
+    if not format and (layer, site) != (None, None):
+        raise ValueError(
+            "--layer and --site are of foreign dictionaries, named with --format: ours say where they stand"
+        )
+    if few := [k for k in top_k if k < 1]:
+        raise ValueError(f"--top-k {few[0]}: a token needs at least one active part")
+    old = _read(points)  # before the measuring: it may be another kind of table
     model = load_target(target, device)
     coders: list[Checkpoint] = []
     replacements: list[Replacement] = []
@@ -108,19 +123,31 @@ def main(
     replacements += [r for k in (None, *top_k) for r in as_replacements(coders, k)]
     layers = sorted({layer for r in replacements for layer in r.layers})
     replacements += baselines(model, layers, neurons)
-    measured = evaluate(model, replacements, held_out(model, tokens), protocols)
-    _append(points, measured)
+    measured = evaluate(model, replacements, held_out(model, tokens), tuple(dict.fromkeys(protocols)))
+    _append(points, old, measured)
     print(markdown_table(measured.points))
 
 
-def _append(path: Path, measured: Measurement) -> None:
+class _Tables(NamedTuple):
+    """points.csv and the layers.csv beside it, as rows."""
+
+    points: list[ParetoPoint]
+    layers: list[LayerPoint]
+
+
+def _read(path: Path) -> _Tables:
+    """The rows that are there; raises ValueError for a file that is no such table."""
+    if path.is_dir():
+        raise ValueError(f"--points {path} is a folder: name a file in it, such as {path / 'points.csv'}")
+    detail = path.with_name("layers.csv")
+    return _Tables(read_points(path) if path.exists() else [], read_layers(detail) if detail.exists() else [])
+
+
+def _append(path: Path, old: _Tables, measured: Measurement) -> None:
     """Add rows to points.csv and layers.csv, in place of older ones of the same name."""
     new = {row_key(p) for p in measured.points}
-    detail = path.with_name("layers.csv")
-    old_points = read_points(path) if path.exists() else []
-    old_layers = read_layers(detail) if detail.exists() else []
-    write_points(path, [p for p in old_points if row_key(p) not in new] + measured.points)
-    write_layers(detail, [d for d in old_layers if row_key(d) not in new] + measured.layers)
+    write_points(path, [p for p in old.points if row_key(p) not in new] + measured.points)
+    write_layers(path.with_name("layers.csv"), [d for d in old.layers if row_key(d) not in new] + measured.layers)
 
 
 def command_line(arguments: Sequence[str] | None = None) -> None:

@@ -2,19 +2,19 @@
 
     loss = Σ_runs KL(original ‖ replaced) + Σ_coders [local · FVU + what the rule adds + aux · AuxK],   means over tokens
 
-    single   one run per layer, that layer replaced alone         codes of a clean pass
-    frozen   one run, all layers replaced                         codes of a clean pass
-    free     one run, all layers replaced                         codes follow the stream: gradients reach earlier coders
-    mixed    one run; which layers, and whose codes, are drawn    see `config.Mixed`
+    single   one run per layer, that layer replaced alone         coders read the clean stream
+    frozen   one run, all layers replaced                         coders read the clean stream
+    free     one run, all layers replaced                         coders read the running stream: later ones teach earlier ones
+    mixed    one run; which layers, and which stream, are drawn   see `config.Mixed`
 
 A run is the ruler's: the same replacement, its coders in train mode, in the same patched forward pass, which begins with the
-first layer that it replaces on the stream that the original model gave it. What is selected is a constant, and so is all
-that a clean code was computed from. FVU compares with what the original model's MLPs wrote on the clean stream, as the ruler's
-does. First positions are left to the model and enter nothing but the mean of the KL, which is over all positions.
+first layer that it replaces on the stream that the original model gave it. What is selected is a constant, and so is the
+clean stream. FVU compares with what the original model's MLPs wrote there, as the ruler's does. First positions are left to
+the model and enter nothing but the mean of the KL, which is over all positions.
 
 One clean pass serves all sets of coders that train on a stream and all their runs. Of what is as wide as the vocabulary, log p
-alone is held. Where no code follows the stream, the graph of each run ends at the codes, which are computed once, and what
-gradient came together there goes on to the encoders in one backward pass.
+alone is held. Where coders read the clean stream, the graph of each run ends at what they write, and its gradient goes on to
+them once, when all runs are over.
 """
 
 from collections.abc import Mapping, Sequence
@@ -22,6 +22,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
+from einops import rearrange
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
@@ -78,7 +79,7 @@ def _drawn(mixed: Mixed, layers: tuple[int, ...], generator: torch.Generator) ->
 class TrainingPass(CodedPass):
     """Forward passes with coders in training at every position but the first.
 
-    Codes of `follows` are computed from the running stream; those of other layers from the clean pass, once for all runs.
+    Layers of `follows` read the running stream, others the clean one, whatever runs are made.
     """
 
     replacement: CoderReplacement
@@ -89,12 +90,9 @@ class TrainingPass(CodedPass):
         self.follows = frozenset(follows)
         self.inputs: dict[int, Float[Tensor, "token d_in"]] = {}  # what each layer's encoder read
         self.trained: dict[int, TrainingCodes] = {}
-        self.gates: dict[int, Codes] = {}
         self.written: dict[int, Float[Tensor, "token d_out"]] = {}
         self.rebuilt: dict[int, Float[Tensor, "token d_out"]] = {}  # what the gates would write, were they codes
-        self._ends: list[
-            tuple[Tensor, Tensor]
-        ] = []  # values of clean codes, and the leaves that runs see in their place
+        self._ends: list[tuple[Tensor, Tensor]] = []  # what was written, and the leaf that a run sees in its place
 
     @property
     def reads_y(self) -> bool:
@@ -103,17 +101,18 @@ class TrainingPass(CodedPass):
     def __call__(
         self, layer: int, x: Float[Tensor, "batch seq d_in"], y: Float[Tensor, "batch own d_out"]
     ) -> Float[Tensor, "batch seq d_out"]:
-        write, own = self.replacement.write, (self._tokens(x), self._tokens(y))
+        own = (self._tokens(x), self._tokens(y)) if layer in self.follows else self.original(layer)
         with torch.autocast(x.device.type, enabled=False):
-            self.written[layer] = write(self, layer, *own)
-            if layer in self.gates:
+            self.written[layer] = self.replacement.write(self, layer, *own)
+            if self.trained[layer].gates is not None:
                 with frozen(self.replacement.reading(layer, *own).coder):
-                    self.rebuilt[layer] = write(_GatesPass(self), layer, *own)
-        return torch.cat([y[:, :1], self.written[layer].to(y.dtype).view(len(x), x.shape[1] - 1, -1)], dim=1)
+                    self.rebuilt[layer] = self.replacement.write(_GatesPass(self), layer, *own)
+        seen = rearrange(self._end(self.written[layer]), "(batch seq) d -> batch seq d", batch=len(x))
+        return torch.cat([y[:, :1], seen.to(y.dtype)], dim=1)
 
     def _tokens(self, x: Float[Tensor, "batch own d"]) -> Float[Tensor, "token d"]:
         """All positions but the first, as rows in the coders' precision."""
-        return x[:, 1:].flatten(0, 1).to(self.replacement.members[0].b_dec.dtype)
+        return rearrange(x[:, 1:], "batch seq d -> (batch seq) d").to(self.replacement.members[0].b_dec.dtype)
 
     def original(self, layer: int) -> tuple[Float[Tensor, "token d_in"], Float[Tensor, "token d_out"]]:
         """What the MLP of a layer was given and wrote in the clean pass."""
@@ -126,24 +125,22 @@ class TrainingPass(CodedPass):
                 x, y = self.original(layer)
             assert x is not None and y is not None, f"layer {layer} is read before the running stream came by"
             self.inputs[layer] = self.replacement.reading(layer, x, y).x
-            trained = self.trained[layer] = self.replacement.training_codes(layer, x, y)
-            self.codes[layer] = self._end(trained.codes)
-            if trained.gates is not None:
-                self.gates[layer] = self._end(trained.gates)
+            self.trained[layer] = self.replacement.training_codes(layer, x, y)
+            self.codes[layer] = self.trained[layer].codes
         return self.codes[layer]
 
-    def _end(self, codes: Codes) -> Codes:
-        """Codes at which the graph of a run ends, where several may use them: there is one run that follows the stream."""
+    def _end(self, written: Float[Tensor, "token d_out"]) -> Float[Tensor, "token d_out"]:
+        """Where the graph of a run ends, unless layers follow the stream: then there is one run, and one graph."""
         if self.follows:
-            return codes
-        leaf = codes.values.detach().requires_grad_()
-        self._ends.append((codes.values, leaf))
-        return codes._replace(values=leaf)
+            return written
+        leaf = written.detach().requires_grad_()
+        self._ends.append((written, leaf))
+        return leaf
 
     def join(self, rest: Sequence[Float[Tensor, ""]]) -> None:
-        """Backward through what no run went through: `rest`, and the encoders of clean codes."""
+        """Backward through what no run went through: `rest`, and all that was written on the clean stream."""
         roots = [(root, None) for root in rest if root.requires_grad]
-        ends = [(values, leaf.grad) for values, leaf in self._ends if leaf.grad is not None and values.requires_grad]
+        ends = [(written, leaf.grad) for written, leaf in self._ends if leaf.grad is not None and written.requires_grad]
         if roots or ends:
             tensors, gradients = zip(*roots, *ends)
             torch.autograd.backward(tensors, gradients)
@@ -154,7 +151,7 @@ class _GatesPass(CodedPass):
 
     def __init__(self, pass_: TrainingPass) -> None:
         super().__init__(pass_.replacement, None)
-        self.codes = pass_.gates
+        self.codes = {layer: own.gates for layer, own in pass_.trained.items() if own.gates is not None}
 
 
 class Frame(NamedTuple):
@@ -225,37 +222,30 @@ def backward(coders: CoderSet, frame: Frame, plan: Sequence[Run], *, config: Tra
     following = [layer for run in plan if run.follows for layer in run.layers]
     pass_ = TrainingPass(coders.replacement, frame.captured(coders.replacement), following)
     at_work = [member for member in coders.members if called.intersection(member.coder.config.layers)]
-    readings, unread = frame.log_p.new_zeros(3), []
+    kl, unread = frame.log_p.new_zeros(()), []
     for run in plan:
-        kl = frame.kl(pass_, run.layers)
-        error, of_gates = (_fvu(at_work, pass_, kind, run.layers, called) for kind in (pass_.written, pass_.rebuilt))
-        loss = kl + of_gates + (objective.local * error if objective.local else 0.0)
+        loss = frame.kl(pass_, run.layers)
         unread.append(loss) if run.follows else loss.backward()
-        readings += torch.stack([loss, kl, error / len(at_work)]).detach()
-    rest = torch.stack([_penalty(member, pass_) + _auxk(member, pass_, called, config) for member in at_work]).sum()
+        kl += loss.detach()
+    error, of_gates = (
+        torch.stack([_fvu(member, pass_, kind) for member in at_work]) for kind in (pass_.written, pass_.rebuilt)
+    )
+    beside = [_penalty(member, pass_) + _auxk(member, pass_, config) for member in at_work]
+    rest = torch.stack(beside).sum() + of_gates.sum() + (objective.local * error.sum() if objective.local else 0.0)
     pass_.join([*unread, rest])
-    readings[0] += rest.detach()
     codes = {layer: trained.codes for layer, trained in pass_.trained.items()}
     l0 = torch.stack([(own.values > 0).sum() / own.n_rows for own in codes.values()]).mean()
-    return Gradients(at_work, codes, torch.cat([readings, l0.to(readings.dtype)[None]]))
+    return Gradients(at_work, codes, torch.stack([kl + rest, kl, error.mean(), l0]).detach())
 
 
-def _fvu(
-    members: Sequence[CoderRun],
-    pass_: TrainingPass,
-    written: Mapping[int, Tensor],
-    layers: Sequence[int],
-    called: set[int],
-) -> Float[Tensor, ""]:
-    """Σ over coders of FVU in this run's layers, divided by the number of the coder's layers that any run replaces."""
-    total = pass_.replacement.members[0].b_dec.new_zeros(())
-    for member in members:
-        own = member.coder.config.layers
-        for i, layer in enumerate(own):
-            if layer in layers and layer in written:
-                error = fvu(pass_.original(layer)[1], written[layer], member.variance.reshape(-1)[i])
-                total = total + error / len(called.intersection(own))
-    return total
+def _fvu(member: CoderRun, pass_: TrainingPass, written: Mapping[int, Tensor]) -> Float[Tensor, ""]:
+    """FVU of what was written in place of what the MLPs wrote, mean over the coder's layers that were replaced."""
+    errors = [
+        fvu(pass_.original(layer)[1], written[layer], member.variance.reshape(-1)[i])
+        for i, layer in enumerate(member.coder.config.layers)
+        if layer in written
+    ]
+    return torch.stack(errors).mean() if errors else pass_.clean.outputs.new_zeros(())
 
 
 def _penalty(member: CoderRun, pass_: TrainingPass) -> Float[Tensor, ""]:
@@ -264,7 +254,7 @@ def _penalty(member: CoderRun, pass_: TrainingPass) -> Float[Tensor, ""]:
     return torch.stack([pass_.trained[layer].penalty for layer in own]).mean()
 
 
-def _auxk(member: CoderRun, pass_: TrainingPass, called: set[int], config: TrainConfig) -> Float[Tensor, ""]:
+def _auxk(member: CoderRun, pass_: TrainingPass, config: TrainConfig) -> Float[Tensor, ""]:
     """AuxK of the layers that were replaced, as in local training; what dead latents read is a constant."""
     coder, own = member.coder, member.coder.config.layers
     if not coder.n_dead:
@@ -274,7 +264,7 @@ def _auxk(member: CoderRun, pass_: TrainingPass, called: set[int], config: Train
     aux = [
         auxk(pass_.original(layer)[1], pass_.written[layer], e_hat=e_hat[i], variance=variance[i])
         for i, layer in enumerate(own)
-        if layer in called
+        if layer in pass_.written
     ]
     return config.aux * torch.stack(aux).mean()
 

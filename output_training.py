@@ -120,7 +120,8 @@ def record_after(start: Checkpoint, target: TargetModel, *, batch: int, config: 
         old, target=target.name, target_fingerprint=target.fingerprint, train_tokens=seen, commit=git_commit(),
         recipe="; then ".join(filter(None, [old.recipe, how])), objectives=(*old.objectives, config.objective.name),
     )  # fmt: skip
-    name = f"{coder_name(target.name, start.coder.config, old.seed)}_{new.variant}_n{config.tokens}"
+    lr = peak_rate(start.coder, config)
+    name = f"{coder_name(target.name, start.coder.config, old.seed)}_{new.variant}_n{config.tokens}_lr{lr:.3g}"
     return dataclasses.replace(new, name=name)
 
 

@@ -147,11 +147,15 @@ def block_outputs(
     target: Patchable, tokens: Int[Tensor, "batch seq"], given: Sequence[Tensor] = ()
 ) -> list[Float[Tensor, "batch seq d"]]:
     """What every block writes, one forward pass; each block but the first is given what `given` says that the one before it
-    wrote, so that whatever is patched in one block is not felt in another."""
+    wrote, so that whatever is patched in one block is not felt in another. ValueError where blocks do not run once each."""
     written: list[Tensor] = []
 
     def keep(_args: tuple[Any, ...], output: Tensor | tuple[Any, ...]) -> Any:
         written.append(_value(output).clone())
+        if len(written) > len(target.mlps):
+            raise ValueError(
+                f"the model runs its {len(target.mlps)} blocks more than once each: its layout is not supported"
+            )
         if not given:
             return None
         clean = given[len(written) - 1].clone()
@@ -162,6 +166,8 @@ def block_outputs(
         for layer in range(len(target.mlps)):
             stack.enter_context(after(_block(target, layer), keep))
         target.logits(tokens)
+    if len(written) < len(target.mlps):
+        raise ValueError(f"the model ran {len(written)} of its {len(target.mlps)} blocks: its layout is not supported")
     return written
 
 

@@ -89,6 +89,8 @@ def train_coders(
     objective: Objective = LOCAL,
 ) -> list[Checkpoint]:  # fmt: skip
     """Train from scratch what is not yet in `folder`, on one stream over all the layers, with the project's default recipe."""
+    if not configs:
+        raise ValueError("no coder was asked for: name at least one layer and one k")
     if isinstance(objective, Output):
         starts = [untrained(config, target, seed) for config in configs]
         train = TrainConfig(objective=objective, tokens=tokens, dead_after=dead_after(tokens), seed=seed)

@@ -3,14 +3,18 @@
 import argparse
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
+from typing import Any
 
+from activation_store import check_layers
 from evaluation import Measurement
 from logs import errors_in_one_line, write_settings
 from pareto import ParetoPoint, markdown_table, read_points, write_layers, write_pairs, write_points
 from pareto_figure import draw
+from target_models import TargetModel
 
+FROM_ZERO = ("layer", "layers", "gate_steps")  # whole numbers that may be 0; all others but a seed count something
 SUMMARY = ("method", "k", "l0", "ce_degradation", "active_params")
 
 
@@ -84,10 +88,38 @@ def settings_for[S: StudySettings](presets: Sequence[S], doc: str) -> S:
     return tyro.cli(type(default), default=default, description=doc)
 
 
+def check_counts(s: Any) -> None:
+    """Raises ValueError naming the first of a dataclass' settings that asks for fewer than one token, latent, step, …, or for
+    a layer below 0."""
+    for field in fields(s):
+        value = getattr(s, field.name)
+        least = 0 if field.name in FROM_ZERO else 1
+        numbers = value if isinstance(value, tuple) else (value,)
+        if field.name != "seed" and any(type(number) is int and number < least for number in numbers):
+            option = f"--{field.name.replace('_', '-')} {' '.join(map(str, numbers))}"
+            raise ValueError(f"{option} cannot be meant: ask for {least} or more")
+
+
+def check_fits(s: StudySettings, target: TargetModel) -> None:
+    """Raises ValueError where the settings ask for a layer or for more neurons than the target has: before any training."""
+    asked = {field.name: getattr(s, field.name) for field in fields(s)}
+    layers = asked.get("layers", ())
+    if "layer" in asked and layers and asked["layer"] not in layers:
+        raise ValueError(
+            f"--layer {asked['layer']} is none of --layers {' '.join(map(str, layers))}: name it there too"
+        )
+    check_layers(target, layers or (asked.get("layer", 0),))
+    for name in ("neurons", "neuron_k", "l0"):
+        if too_many := [k for k in asked.get(name, ()) if k > target.d_mlp]:
+            option = f"--{name.replace('_', '-')} {too_many[0]}"
+            raise ValueError(f"{option} is more than the {target.d_mlp} neurons in a layer of {target.name!r}")
+
+
 def run_study[S: StudySettings](
     main: Callable[[S], None], presets: Sequence[S], doc: str, *, redraw: Callable[[Path], None]
 ) -> None:
     """An experiment's command line: `main` with the settings it was given, or `redraw` of its output with `--replot`."""
     errors_in_one_line()
     s = settings_for(presets, doc)
+    check_counts(s)
     return redraw(s.output) if s.replot else main(s)

@@ -109,7 +109,8 @@ def at_site(target: TargetModel, site: Site) -> TargetModel:
     """The target, read and written at `site`: "resid", the stream after a block, or "attn_out", what its attention wrote.
 
     There x and y of a layer are one value, the output of one module, for `capture`, `patched`, the store and the ruler.
-    "mlp_out" gives the target as it is. Raises ValueError where a block has no attention of a known name.
+    "mlp_out" gives the target as it is. Raises ValueError where a block has no attention of a known name, or where a forward
+    pass does not bear out what the site is (`_prove_stream`, `_prove_attention`).
     """
     if site == "mlp_out":
         return target
@@ -124,7 +125,12 @@ def at_site(target: TargetModel, site: Site) -> TargetModel:
                 raise ValueError(f"{path} of {target.name!r} has none of {ATTENTIONS}: its attention cannot be told")
             path = f"{path}.{name}"
         places.append(MLPPaths(path, path, ""))
-    return replace(target, mlps=tuple(places), site=site)
+    view = replace(target, mlps=tuple(places), site=site)
+    streams = _prove_stream(target)
+    if site == "attn_out":
+        with patched(target, {layer: lambda _x, y: torch.zeros_like(y) for layer in range(target.n_layers)}):
+            _prove_attention(view, streams[0])
+    return view
 
 
 def mlp_matrices(target: TargetModel, layer: int) -> tuple[str, ...]:
@@ -135,6 +141,14 @@ def mlp_matrices(target: TargetModel, layer: int) -> tuple[str, ...]:
     mlp, down = (target.model.get_submodule(path) for path in (paths.write, paths.down))
     maps = [n for n, m in mlp.named_modules() if isinstance(m, nn.Linear | Conv1D) and m is not down]
     return (*(f"{paths.write}.{n}" for n in maps), paths.down)
+
+
+def writer_parameters(target: TargetModel, layer: int) -> int:
+    """Weights at work where a layer's output is computed: its MLP's, its attention's or its whole block's; biases don't count."""
+    module = target.model.get_submodule(target.mlps[layer].write)
+    if target.site == "mlp_out":
+        return sum(target.model.get_submodule(path).weight.numel() for path in mlp_matrices(target, layer))
+    return sum(p.numel() for p in module.parameters() if p.ndim >= 2)
 
 
 # ----------------------------------------------------------------------------------------------------- finding MLPs
@@ -222,17 +236,53 @@ def prove(target: TargetModel) -> None:
     """
     _prove_inputs(target)
     layers = written(target)
-    streams = [layer.stream for layer in layers]
-    same = _streams_with(target, [layer.y for layer in layers], streams)
-    moved = _streams_with(target, [layer.y.roll(1, dims=1) for layer in layers], streams)
-    for i, (paths, (x, y, stream, added)) in enumerate(zip(target.mlps, layers)):
+    for i, (paths, (x, y, _, _)) in enumerate(zip(target.mlps, layers)):
         with torch.inference_mode():
             if not equal_but_for_rounding(target.mlp(i, x), y, y):
                 raise ValueError(f"{paths.write} does not write a function of what it reads: {UNSUPPORTED}")
+    _prove_added(target, layers)
+
+
+def _prove_added(target: TargetModel, layers: Sequence[Written]) -> None:
+    """Raises ValueError unless every block adds f(y) to its stream, position by position, of whatever y stands at the site."""
+    streams = [layer.stream for layer in layers]
+    same = _streams_with(target, [layer.y for layer in layers], streams)
+    moved = _streams_with(target, [layer.y.roll(1, dims=1) for layer in layers], streams)
+    for i, (paths, (_, _, stream, added)) in enumerate(zip(target.mlps, layers)):
         sizes = stream.abs() + added.abs() + added.roll(1, dims=1).abs()
         as_expected = equal_but_for_rounding(moved[i], stream - added + added.roll(1, dims=1), sizes)
         if not as_expected or not equal_but_for_rounding(same[i], stream, stream):
             raise ValueError(f"{paths.write} does not add what it writes to the residual stream: {UNSUPPORTED}")
+
+
+def _prove_attention(view: TargetModel, embedded: Float[Tensor, "batch seq d_model"]) -> None:
+    """Raises ValueError unless attention is all that every block adds to its stream where its MLP is zeroed, as it must be here:
+
+    with y zeroed too the block hands on what it was given (BLOOM's attention returns the sum with the stream, so that nothing
+    would be left), and f(y) is added of whatever stands in y's place (`_prove_added`).
+    """
+    layers = written(view)
+    _prove_added(view, layers)
+    given = [embedded, *(layer.stream for layer in layers)]
+    for paths, own, (_, _, stream, added) in zip(view.mlps, given, layers):
+        if not equal_but_for_rounding(stream - added, own, stream.abs() + added.abs()):
+            raise ValueError(f"{paths.write} does not write what its block adds to the residual stream: {UNSUPPORTED}")
+
+
+def _prove_stream(target: TargetModel) -> list[Tensor]:
+    """What each block is given; raises ValueError unless that is, from the second on, what the block before it wrote."""
+    given: list[Tensor] = []
+    blocks = [paths.read.rpartition(".")[0] for paths in target.mlps]
+    with contextlib.ExitStack() as stack:
+        for block in blocks:
+            module = target.model.get_submodule(block)
+            stack.enter_context(before(module, lambda args: given.extend(arg.clone() for arg in args[:1])))
+        streams = block_outputs(target, _few_tokens(target))
+    as_written = [torch.equal(own, wrote) for own, wrote in zip(given[1:], streams)]
+    if len(given) != len(blocks) or not all(as_written):
+        block = blocks[as_written.index(False) + 1] if False in as_written else blocks[0]
+        raise ValueError(f"{block} is not given what the block before it writes: {UNSUPPORTED}")
+    return given
 
 
 def _prove_inputs(target: TargetModel) -> None:

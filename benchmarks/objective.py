@@ -28,7 +28,7 @@ from checkpoints import Checkpoint, checkpoint_folder
 from coder_replacements import as_replacements
 from config import BatchTopK, CoderConfig, Mixed, Output, TrainConfig
 from devices import bf16_is_fast, device_name, keep_freed_memory
-from evaluation import evaluate, held_out
+from evaluation import Protocol, evaluate, held_out
 from logs import git_commit, read_csv, write_csv
 from metrics import average
 from output_objective import frame_of, planned
@@ -38,6 +38,7 @@ from recipes import clt_configs, sae_configs, train_coders, transcoder_configs
 from target_models import TargetModel, load_target, unembedding
 from training import dead_after, default_tuning_rate, group_step
 
+PROTOCOLS: tuple[Protocol, ...] = ("single", "frozen", "free")
 RESULTS = Path(__file__).parent / "results"
 MIXTURES = (
     Mixed(0.25, 0.25, 0.5), Mixed(0.5, 0.0, 0.5), Mixed(0.25, 0.0, 0.5), Mixed(0.5, 0.25, 0.5), Mixed(0.25, 0.5, 0.5),
@@ -127,7 +128,7 @@ def starts(s: Settings, target: TargetModel) -> list[Checkpoint]:
 def rows(s: Settings, target: TargetModel, coders: Sequence[Checkpoint], trial: Trial | None) -> list[Row]:
     """One for each set of coders."""
     replacements, found = as_replacements(coders), []
-    points = evaluate(target, replacements, held_out(target, s.eval_tokens, "tuning")).points
+    points = evaluate(target, replacements, held_out(target, s.eval_tokens, "tuning"), PROTOCOLS).points
     for replacement in replacements:
         own = [p for p in points if p.method == replacement.method]
         (frozen,), (free,) = ([p for p in own if p.protocol == name] for name in ("frozen", "free"))

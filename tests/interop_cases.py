@@ -13,6 +13,7 @@ from checkpoints import TrainingRecord, build_coder, load_checkpoint, save_check
 from coder import Coder
 from config import BatchTopK, CLTConfig, CoderConfig, EncoderConfig, Gated, JumpReLU, Relu, Rule, SAEConfig, TopK
 from folding import fold
+from foreign_files import hook_points
 from foreign_formats import FORMATS, Dictionary
 from sparse_ops import to_dense
 
@@ -79,6 +80,7 @@ def save(folder: Path, coder: Coder, name: str = "coder") -> str:
             train_seconds=1.0,
             seed=0,
             commit="",
+            hooks=hook_points(coder.config),
         ),
     )
     return str(folder / name)

@@ -106,6 +106,33 @@ def test_sparsify_transcoders_of_before_february_2025_subtracted_b_dec(tmp_path:
     assert coder.config.kind == "transcoder"
 
 
+def test_sparsify_files_of_before_multi_topk_are_autoencoders(tmp_path: Path) -> None:
+    """That key came in August 2024, the first transcoders in November; `signed` is older than both."""
+    folder = sparsify(tmp_path, coder := sae(TOPK))
+    edit_config(folder / "cfg.json", drop=("transcode", "skip_connection", "multi_topk", "activation"), signed=False)
+    back = assert_reads_as_restated("sparsify", folder, tmp_path / "back")
+    assert back.config.kind == "sae"
+    torch.testing.assert_close(ours(back), ours(coder), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("seed", ["", "seed0"])
+@pytest.mark.parametrize(
+    ("settings", "kind"), [({}, "sae"), ({"transcode": False}, "sae"), ({"transcode": True}, "transcoder")]
+)
+def test_a_sparsify_runs_own_settings_say_whether_its_old_files_transcode(
+    tmp_path: Path, settings: dict[str, bool], kind: str, seed: str
+) -> None:
+    """They all subtract b_dec from what they read."""
+    made = sparsify(tmp_path / "made", sae(TOPK) if kind == "sae" else transcoder(TOPK))
+    edit_config(made / "cfg.json", drop=("transcode", "skip_connection"))
+    folder = shutil.copytree(made, tmp_path / "run" / made.name / seed)
+    (tmp_path / "run" / "config.json").write_text(json.dumps({"sae": {"k": 3}, "batch_size": 8} | settings))
+    assert assert_reads_as_restated("sparsify", folder, tmp_path / "back").config.kind == kind
+    (tmp_path / "run" / "config.json").write_text('{"sae": {}, "transcode": "yes"}')
+    with pytest.raises(ValueError, match="config.json: transcode is 'yes': say true or false"):
+        imported("sparsify", folder, tmp_path / "again")
+
+
 def test_sparsify_counts_32_latents_per_dimension_where_nothing_else_is_said(tmp_path: Path) -> None:
     folder = sparsify(tmp_path, sae(TOPK))
     edit_config(folder / "cfg.json", drop=("num_latents", "expansion_factor"))
@@ -174,18 +201,20 @@ SETTINGS: list[tuple[str, Callable[[Path], Path], dict[str, Any], str]] = [
     ("saelens", lambda p: saelens(p, sae(RELU)), {"d_out": D + 1}, "an SAE rebuilds what it reads"),
     ("saelens", lambda p: saelens(p, sae(RELU)), {"gain": 2.0}, "unknown key 'gain'"),
     ("sparsify", lambda p: sparsify(p, sae(TOPK)), {"signed": True}, "top k by absolute value"),
-    ("sparsify", lambda p: sparsify(p, sae(TOPK)), {"transcode": None}, "too old to say whether it transcodes"),
+    ("sparsify", lambda p: sparsify(p, sae(TOPK)), {"transcode": None}, "does not say whether it transcodes"),
     ("sparsify", lambda p: sparsify(p, sae(TOPK)), {"transcode": True}, "transcodes resid of layer 1"),
     ("sparsify", lambda p: sparsify(p, sae(TOPK)), {"n_targets": 4}, "unknown key 'n_targets'"),
     ("circuit-tracer", circuit_tracer, {"feature_input_hook": None}, "only transcoders of the MLP's own input"),
-    ("circuit-tracer", circuit_tracer, {"feature_input_hook": "ln2.hook_normalized"}, "lacks an RMSNorm's gain"),
+    ("circuit-tracer", circuit_tracer, {"feature_input_hook": "ln2.hook_normalized"}, "lacks the norm's gain"),
     ("circuit-tracer", circuit_tracer, {"feature_input_hook": "blocks.5.mlp.hook_in"}, "MLP's own input"),
     ("circuit-tracer", circuit_tracer, {"feature_output_hook": "hook_resid_post"}, "only hook_mlp_out of the same layer"),
     ("circuit-tracer", circuit_tracer, {"feature_output_hook": None}, "only hook_mlp_out of the same layer"),
     ("circuit-tracer", circuit_tracer, {"activation": "relu"}, "as the thresholds say"),
     ("circuit-tracer", circuit_tracer, {"transcoders": ["hf://a/b/c"]}, "put the files beside it"),
     ("circuit-tracer", lambda p: exported("circuit-tracer", p, clt(RELU)), {"feature_input_hook": None}, "own input"),
-    ("crosslayer-coding", crosslayer, {"tl_input_template": "blocks.{}.ln2.hook_normalized"}, "lacks an RMSNorm's gain"),
+    ("crosslayer-coding", crosslayer, {"tl_input_template": "blocks.{}.ln2.hook_normalized"}, "and writes ''"),
+    ("crosslayer-coding", crosslayer, {"tl_input_template": "blocks.{}.ln2.hook_normalized",
+                                       "tl_output_template": "blocks.{}.hook_mlp_out"}, "lacks the norm's gain"),
     ("crosslayer-coding", crosslayer, {"mlp_input_template": "h.{}.attn.input"}, "only CLTs of MLPs fit"),
     ("crosslayer-coding", crosslayer, {"num_layers": 10**9}, "num_layers is 1000000000"),
     ("crosslayer-coding", crosslayer, {"skip_connection": True}, "no CLT here has a skip"),
@@ -210,7 +239,7 @@ METADATA: list[tuple[Coder, dict[str, Any], str]] = [
     (transcoder(RELU), {"hook_name_out": None}, "only hook_mlp_out of the same layer"),
     (transcoder(RELU), {"hook_name": None}, "only transcoders of the MLP's own input"),
     (transcoder(RELU), {"hook_name": "blocks.1.hook_resid_mid"}, "only transcoders of the MLP's own input"),
-    (transcoder(RELU), {"hook_name": "blocks.1.ln2.hook_normalized"}, "lacks an RMSNorm's gain"),
+    (transcoder(RELU), {"hook_name": "blocks.1.ln2.hook_normalized"}, "lacks the norm's gain"),
     (transcoder(RELU), {"hook_layer_out": 2}, "says layer 2"),
     (sae(RELU), {"hook_name_out": "blocks.1.hook_mlp_out"}, "an SAE rebuilds what it reads"),
     (sae(RELU), {"hook_layer": 2}, "says layer 2 and 'blocks.1.hook_resid_post'"),
@@ -346,6 +375,24 @@ def test_sparsify_seeds_lie_beneath_their_hookpoint_and_the_embedding_is_passed_
         names("sparsify", run / "embed_tokens")
     interop.main(["import", "sparsify", str(run), str(tmp_path / "back")])
     assert load_checkpoint(str(tmp_path / "back" / "layers.10.mlp" / "seed0"), "cpu").coder.config.layers == (10,)
+
+
+def test_a_layer_or_site_that_the_files_know_better_is_refused(tmp_path: Path) -> None:
+    """It would put every layer of a set in one place; of a lone dictionary it overrules what the file says."""
+    one, two = (
+        exported("saelens", tmp_path / "one", sae(RELU)),
+        exported("saelens", tmp_path / "two", sae(RELU), sae(RELU, 2)),
+    )
+    sets = circuit_tracer(tmp_path / "three")
+    (entry,) = import_dictionaries("saelens", str(one), Place(layer=5))
+    assert entry.coder.config.layers == (5,)
+    for form, source, given, says in (
+        ("saelens", two, Place(layer=2), "--layer 2 was named, and [^\n]* is of layer 1: leave --layer out"),
+        ("circuit-tracer", sets, Place(layer=1), "--layer 1 was named, and layer_0 is of layer 0: leave --layer out"),
+        ("circuit-tracer", sets, Place(site="resid"), "--site resid was named, and layer_0 is a transcoder of mlp_out"),
+    ):
+        with pytest.raises(ValueError, match=f"^{says}$"):
+            import_dictionaries(form, str(source), given)
 
 
 def test_sweeps_and_releases_lie_at_any_depth(tmp_path: Path) -> None:

@@ -440,6 +440,40 @@ def test_nothing_is_overwritten(tmp_path: Path) -> None:
             imported("upstream", folder, tmp_path / "back", "--layer", "0")
 
 
+@pytest.mark.parametrize("task", ["export", "import"])
+def test_of_several_dictionaries_all_are_written_or_none(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, task: str
+) -> None:
+    """A folder with two of three would be read as a whole one."""
+    coders, calls = [transcoder(TopK(3), layer=i) for i in range(3)], []
+    folder = exported("sparsify", tmp_path, *coders)
+    writer = {"export": "save_file", "import": "save_checkpoint"}[task]
+    write = getattr(interop, writer)
+
+    def write_until_killed(*arguments: object) -> None:
+        calls.append(arguments)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        write(*arguments)
+
+    monkeypatch.setattr(interop, writer, write_until_killed)
+    with pytest.raises(KeyboardInterrupt):
+        if task == "export":
+            exported("sparsify", tmp_path / "again", *coders)
+        else:
+            interop.main(["import", "sparsify", str(folder), str(tmp_path / "back")])
+    assert len(calls) == 3 and not (tmp_path / "back").exists() and not (tmp_path / "again" / "sparsify").exists()
+
+
+def test_what_is_exported_is_something_and_has_names_of_its_own(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="^name at least one checkpoint to export$"):
+        interop.export("saelens", (), tmp_path / "none")
+    same = [save(tmp_path / str(i), transcoder(TopK(3), layer=i)) for i in range(2)]
+    with pytest.raises(ValueError, match="^several dictionaries are called 'coder', each needs a folder"):
+        interop.export("upstream", tuple(same), tmp_path / "same")
+    assert not (tmp_path / "none").exists() and not (tmp_path / "same").exists()
+
+
 def test_a_transcoder_without_a_layer_asks_for_it(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="--layer"):
         imported("upstream", upstream_folder(tmp_path / "made"), tmp_path / "back")

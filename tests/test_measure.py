@@ -1,5 +1,6 @@
 """`python measure.py`: any dictionary, one command, one table."""
 
+import dataclasses
 import shutil
 from pathlib import Path
 
@@ -9,12 +10,15 @@ import transformers as tf
 from run_layouts import LAYOUTS, write_run
 from small import D, clt, make_small_target, transcoders, word_tokenizer, write_corpus
 
+import interop
 import measure
 import spd_runs
 from checkpoints import TrainingRecord, load_spd, save_checkpoint
-from config import BatchTopK, EncoderConfig, GateConfig, SAEConfig, SPDConfig, TopK
+from config import BatchTopK, EncoderConfig, GateConfig, Relu, SAEConfig, SPDConfig, TopK
+from foreign_files import hook_points
 from interop import export, import_
 from pareto import read_layers, read_points
+from pareto_figure import base
 from sae import build_sae
 from spd_model import ComponentModel
 from target_models import Loaded, TargetModel, make_target
@@ -44,7 +48,8 @@ def small_target(tmp_path: Path) -> TargetModel:
 @pytest.fixture
 def checkpoints(small_target: TargetModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, str]:
     """A transcoder per layer, a CLT and an SPD of the small target; the command line finds that target as `tiny`."""
-    monkeypatch.setattr(measure, "load_target", lambda name, device: small_target)
+    for command in (measure, interop):
+        monkeypatch.setattr(command, "load_target", lambda name, device: small_target)
     folders = {name: str(tmp_path / "checkpoints" / name) for name in ("plt0", "plt1", "clt", "spd")}
     for name, coder in zip(folders, [*transcoders(range(2), BatchTopK(4)), clt(range(2))]):
         save_checkpoint(Path(folders[name]), coder, record(small_target))
@@ -65,7 +70,7 @@ def test_our_checkpoints_are_measured_together_and_added_to_the_table(
     measure.main(both, tokens=320, protocols=("free",), top_k=(2,), neurons=(4,), points=points)
     rows = read_points(points)
     assert sorted(p.method for p in rows) == sorted(
-        ["transcoder", "transcoder-topk", "clt", "clt-topk", "spd", "spd-0.5", "spd-topk", "neurons", "affine",
+        ["transcoder", "transcoder-topk", "clt", "clt-topk", "spd", "spd-0.5", "spd-topk", "neurons", "neurons-joint", "affine",
          "identity", "zero", "mean"]
     )  # fmt: skip
     assert all(p.layers == (0, 1) and p.tokens == 20 * 15 for p in rows)
@@ -137,7 +142,7 @@ def test_foreign_dictionaries_are_measured_by_one_command_and_equal_ours(
     foreign = (str(tmp_path / "foreign"), "--format", format, *options)
     measure.command_line([*foreign, *settings, str(tmp_path / "b.csv")])
     ours, theirs = (read_points(tmp_path / name)[0] for name in ("a.csv", "b.csv"))
-    assert (theirs.method, theirs.layers, theirs.train_tokens) == (ours.method, ours.layers, None)
+    assert (base(theirs.method), theirs.layers, theirs.train_tokens) == (base(ours.method), ours.layers, None)
     assert theirs.ce == pytest.approx(ours.ce, abs=1e-5) and theirs.l0 == pytest.approx(ours.l0, abs=1e-3)
 
 
@@ -154,7 +159,7 @@ def test_every_dictionary_of_one_layer_has_a_row(
             shutil.copytree(made, run / f"layers.{layer}.mlp" / f"seed{seed}")
     points = tmp_path / "points.csv"
     measure.main((str(run),), tokens=320, protocols=("free",), format="sparsify", points=points)
-    rows = [p for p in read_points(points) if p.method == "transcoder"]
+    rows = [p for p in read_points(points) if p.method == "transcoder-per_token"]
     assert [(p.layers, p.checkpoint) for p in rows] == [
         ((0, 1), f"{run}/layers.0.mlp/seed0 {run}/layers.1.mlp/seed0"), ((1,), f"{run}/layers.1.mlp/seed1"),
     ]  # fmt: skip
@@ -183,20 +188,75 @@ def random_target(kind: type[tf.PretrainedConfig]) -> TargetModel:
     return make_target(kind.__name__, Loaded(model, word_tokenizer(), 16, DatasetSpec("python")), "cpu")
 
 
-def test_a_hook_that_is_another_tensor_on_this_target_is_refused(tmp_path: Path) -> None:
+def test_a_hook_that_is_another_tensor_on_this_target_is_refused_in_and_out(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """TransformerLens reads hook_mlp_out behind Gemma 2's norm; the same file fits a Llama, and its imported form too."""
-    coder = build_sae(SAEConfig(layer=1, site="mlp_out", d_in=16, d_dict=32, rule=TopK(4)), torch.Generator())
-    save_checkpoint(tmp_path / "own", coder, TrainingRecord.imported("n", "t"))
-    export("saelens", (str(tmp_path / "own"),), tmp_path / "saelens")
-    import_("saelens", str(tmp_path / "saelens"), tmp_path / "back")
     llama, gemma2 = random_target(tf.LlamaConfig), random_target(tf.Gemma2Config)
-    for reference, form in ((str(tmp_path / "saelens"), "saelens"), (str(tmp_path / "back"), "")):
+    monkeypatch.setattr(interop, "load_target", lambda name, device: {"llama": llama, "gemma2": gemma2}[name])
+    config = SAEConfig(layer=1, site="mlp_out", d_in=16, d_dict=32, rule=BatchTopK(4))
+    for name, target in (("llama", llama), ("gemma2", gemma2)):
+        own = dataclasses.replace(record(target), target=name)
+        sae, transcoder = build_sae(config, torch.Generator()), transcoders([0], Relu(0.0))[0]
+        for kind, coder in (("sae", sae), ("transcoder", transcoder)):
+            if kind == "sae":
+                coder.encoder.threshold.fill_(0.1)
+            save_checkpoint(tmp_path / name / kind, coder, own)
+    for format, kind in (("saelens", "sae"), ("saelens", "transcoder"), ("circuit-tracer", "transcoder")):
+        export(format, (str(tmp_path / "llama" / kind),), tmp_path / format / kind)
+        for checkpoint, named in (("gemma2", ""), ("llama", "gemma2")):
+            with pytest.raises(
+                ValueError, match=r"^('blocks.\d.hook_mlp_out' of 'Gemma2Config' holds what|[^\n]* was trained on)"
+            ):
+                export(format, (str(tmp_path / checkpoint / kind),), tmp_path / "refused", named)
+    export("dictionary_learning", (str(tmp_path / "gemma2" / "sae"),), tmp_path / "dl")  # names the module itself
+    assert not (tmp_path / "refused").exists()
+    monkeypatch.setattr(interop, "load_target", None)
+    import_("saelens", str(tmp_path / "saelens" / "sae"), tmp_path / "back")
+    export("saelens", (str(tmp_path / "back"),), tmp_path / "again")  # by the names that it came with
+    for reference, form in ((str(tmp_path / "saelens" / "sae"), "saelens"), (str(tmp_path / "back"), "")):
         assert len(measure._load(reference, llama, form, None, None)) == 1
         with pytest.raises(
             ValueError, match="'blocks.1.hook_mlp_out' of 'Gemma2Config' holds what comes behind a norm"
         ) as line:
             measure._load(reference, gemma2, form, None, None)
         assert "\n" not in str(line.value)
+
+
+@pytest.mark.parametrize("kind", [tf.LlamaConfig, tf.Gemma2Config])
+@pytest.mark.parametrize("skip", [False, True])
+def test_a_transcoder_of_the_normalised_stream_takes_in_the_norms_gain(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: type[tf.PretrainedConfig], skip: bool
+) -> None:
+    """Where its hook_mlp_out is the MLP's own; measured as it lies there and imported, it computes the same on x = gain ⊙ h."""
+    target = random_target(kind)
+    theirs = transcoders([1], Relu(0.0), skip=skip)[0]
+    save_checkpoint(tmp_path / "own", theirs, dataclasses.replace(record(target), hooks=hook_points(theirs.config)))
+    export("saelens", (str(tmp_path / "own"),), tmp_path / "saelens")
+    file = tmp_path / "saelens" / "cfg.json"
+    file.write_text(file.read_text().replace("blocks.1.mlp.hook_in", "blocks.1.ln2.hook_normalized"))
+    monkeypatch.setattr(interop, "load_target", lambda name, device: target)
+    reference = str(tmp_path / "saelens")
+    if kind is tf.Gemma2Config:
+        with pytest.raises(ValueError, match="hook_mlp_out' of 'Gemma2Config' holds what comes behind a norm"):
+            import_("saelens", reference, tmp_path / "back", target="here")
+        return
+    with pytest.raises(ValueError, match="lacks the norm's gain: name the --target that has it$"):
+        import_("saelens", reference, tmp_path / "back")
+    import_("saelens", reference, tmp_path / "back", target="here")
+    gain = target.model.get_submodule(target.mlps[1].read).weight
+    h = torch.randn(40, 16, generator=torch.Generator().manual_seed(3))
+    with torch.no_grad():
+        expected = theirs(h).y_hat
+        for found in (
+            measure._load(reference, target, "saelens", None, None),
+            measure._load(str(tmp_path / "back"), target, "", None, None),
+        ):
+            torch.testing.assert_close(found[0].coder(gain * h).y_hat, expected, atol=1e-4, rtol=1e-4)
+            assert not torch.allclose(found[0].coder(h).y_hat, expected, atol=0.01)
+        target.model.get_submodule(target.mlps[1].read).weight[3] = 0
+    with pytest.raises(ValueError, match="^1 gains of the norm before layer 1's MLP are 0: what it normalised is lost"):
+        measure._load(reference, target, "saelens", None, None)
 
 
 def test_what_does_not_fit_is_refused_in_one_line(
@@ -216,6 +276,28 @@ def test_what_does_not_fit_is_refused_in_one_line(
     with pytest.raises(ValueError, match="at least one checkpoint"):
         measure.main((), points=tmp_path / "points.csv")
     assert not (tmp_path / "points.csv").exists()
+
+
+def test_what_cannot_be_meant_is_refused_before_anything_is_loaded(
+    checkpoints: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(measure, "load_target", None)
+    (tmp_path / "other.csv").write_text("a,b\n1,2\n")
+    plt = checkpoints["plt0"]
+    for names, options, says in (
+        ((plt, plt), {}, "was named 2 times"), ((plt,), {"layer": 1}, "--layer and --site are of foreign dictionaries"),
+        ((plt,), {"site": "resid"}, "--layer and --site are of foreign dictionaries"),
+        ((plt,), {"top_k": (4, 0)}, "--top-k 0: a token needs"), ((plt,), {"points": tmp_path}, "is a folder: name a file in it"),
+        ((plt,), {"points": tmp_path / "other.csv"}, "column 'a' of a ParetoPoint is unknown"),
+    ):  # fmt: skip
+        with pytest.raises(ValueError, match=says):
+            measure.main(names, **{"points": tmp_path / "points.csv"} | options)
+
+
+def test_a_protocol_named_twice_is_measured_once(checkpoints: dict[str, str], tmp_path: Path) -> None:
+    points = tmp_path / "points.csv"
+    measure.main((checkpoints["plt0"],), tokens=320, protocols=("free", "free"), points=points)
+    assert [p.method for p in read_points(points)] == ["transcoder", "affine", "identity", "zero", "mean"]
 
 
 def test_the_command_line_says_one_line_and_fails() -> None:

@@ -32,9 +32,9 @@ from config import (
 from evaluation import evaluate
 from losses import kl_divergence, kl_through_head, log_probabilities
 from output_objective import CoderSet, Frame, Run, TrainingPass, backward, frame_of, planned
-from patching import Captured
 from recipes import new_coder
 from replacement import CodedPass
+from sparse_ops import Codes
 from target_models import TargetModel, unembedding
 from token_stream import each_by_itself
 from training import CoderRun
@@ -138,7 +138,8 @@ class Reference:
             def function(layer: int, x: Tensor, y: Tensor, run: Run = run) -> Tensor:
                 if layer not in run.layers:
                     return y
-                y_hat, rebuilt, e_hat = self.written(layer, x[:, 1:], y[:, 1:], run.follows)
+                own = (x[:, 1:], y[:, 1:]) if run.follows else self.clean[layer]
+                y_hat, rebuilt, e_hat = self.written(layer, *own)
                 variance = next(m.variance for m in self.coders.members if layer in m.coder.config.layers)
                 variance = variance[layer] if variance.ndim else variance
                 n = y_hat.shape[:2].numel()
@@ -160,12 +161,12 @@ class Reference:
                 total = total + torch.stack([self.penalty[layer] for layer in encoded]).mean()
         return total
 
-    def written(self, layer: int, x: Tensor, y: Tensor, follows: bool) -> tuple[Tensor, Tensor, Tensor]:
+    def written(self, layer: int, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """What codes write, what gates would, the decoder then being a constant, and what dead latents would, without bias."""
         coder, i, _ = self.replacement.reading(layer, x, y)
         sources = coder.config.layers[: i + 1]
         for source in sources:
-            self.encode(source, *((x, y) if follows and source == layer else self.clean[source]))
+            self.encode(source, *((x, y) if source == layer else self.clean[source]))
         out = []
         for codes, hold in ((self.codes, lambda p: p), (self.gates or self.codes, torch.Tensor.detach)):
             wide = [
@@ -367,16 +368,14 @@ def test_the_face_that_trains_writes_what_the_deployed_one_writes(kind: str, rul
 class InDouble(CodedPass):
     """The ruler's pass, in the precision of its coders."""
 
-    def __init__(self, replacement: CoderReplacement, clean: Captured | None) -> None:
-        super().__init__(replacement, clean)
-
     def __call__(self, layer: int, x: Tensor, y: Tensor) -> Tensor:
+        x, y = self.read(layer, x, y)
         return self.replacement.write(self, layer, x.flatten(0, 1), y.flatten(0, 1)).view(*x.shape[:-1], -1)
 
-    def encode(self, layer: int, x: Tensor | None = None, y: Tensor | None = None):
+    def encode(self, layer: int, x: Tensor | None = None, y: Tensor | None = None) -> Codes:
         if layer not in self.codes:
             if self.clean is not None:
-                x, y = (kept[self.replacement.reads.index(layer)].flatten(0, 1) for kept in self.clean)
+                x, y = (kept.flatten(0, 1) for kept in self._at(self.clean, layer))
             self.codes[layer] = self.replacement.encode(layer, x, y)
         return self.codes[layer]
 
@@ -386,7 +385,7 @@ def test_the_kl_that_trains_is_the_rulers(kind: str) -> None:
     """Under every protocol, on the same tokens: one layer alone, all on clean codes, all following the stream."""
     target, tokens = make_tiny(2), some_tokens(3)
     replacement = KINDS[kind](TopK(3), LAYERS)
-    points = evaluate(target, [replacement], each_by_itself(tokens)).points
+    points = evaluate(target, [replacement], each_by_itself(tokens), tuple(ALL)).points
     frame = frame_of(target, unembedding(target), tokens, LAYERS)
     runs = [run for plan in ALL.values() for run in plan]
     assert [(p.protocol, p.layers) for p in points] == [

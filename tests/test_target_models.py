@@ -10,11 +10,13 @@ import pytest
 import torch
 import transformers as tf
 import yaml
-from small import make_small_target, word_tokenizer
+from small import make_small_target, transcoders, word_tokenizer
 from torch import nn
 
+from baselines import NeuronsReplacement
+from config import Relu
 from devices import bf16_is_fast
-from foreign_files import same_site
+from foreign_files import fitted, same_site
 from patching import capture, kept_streams, patched, resumed
 from target_models import (
     ATTENTIONS,
@@ -25,6 +27,7 @@ from target_models import (
     make_target,
     mlp_matrices,
     weights_fingerprint,
+    writer_parameters,
     written,
 )
 from token_stream import DatasetSpec
@@ -188,6 +191,9 @@ def test_a_hook_counts_as_ours_where_transformer_lens_holds_our_tensor(
             scale = same_site(target, hook)
             torch.testing.assert_close(scale.gain * cache[hook] + scale.bias, own, atol=1e-4, rtol=1e-4)
             assert not torch.allclose(cache[hook], own, atol=0.01)
+            theirs = transcoders([1], Relu(0.0), skip=True)[0]
+            y_hat = fitted(theirs, [hook], target)(own[0]).y_hat
+            torch.testing.assert_close(y_hat, theirs(cache[hook][0]).y_hat, atol=1e-3, rtol=1e-3)
         else:
             assert torch.equal(cache[hook], own) and same_site(target, hook) is None
     with pytest.raises(ValueError, match="is of layer 2"):
@@ -230,6 +236,25 @@ def test_a_block_that_uses_its_mlp_otherwise_is_refused(small_target: TargetMode
         make_target("broken", Loaded(small_target.model, word_tokenizer(), 16, DatasetSpec("python")), "cpu")
 
 
+@pytest.mark.parametrize(
+    ("runs", "says"), [(2, "runs its 2 blocks more than once each"), (0.5, "ran 1 of its 2 blocks")]
+)
+def test_a_model_that_does_not_run_its_blocks_once_each_is_refused(
+    small_target: TargetModel, runs: float, says: str
+) -> None:
+    model = small_target.model
+
+    def forward(tokens: torch.Tensor) -> tuple[torch.Tensor, None]:
+        h = model.wte(tokens)
+        for block in (*model.h, *model.h) if runs == 2 else model.h[:1]:
+            h = block(h)
+        return model.lm_head(model.ln_f(h)), None
+
+    model.forward = forward
+    with pytest.raises(ValueError, match=f"^the model {says}[^\n]*: its layout is not supported$"):
+        make_target("looped", Loaded(model, word_tokenizer(), 16, DatasetSpec("python")), "cpu")
+
+
 def test_two_weights_exchanged_change_the_fingerprint_and_threads_do_not(small_target: TargetModel) -> None:
     model, weight = small_target.model, small_target.model.h[1].mlp.c_fc.weight
     before, threads = weights_fingerprint(model), torch.get_num_threads()
@@ -244,6 +269,21 @@ def test_two_weights_exchanged_change_the_fingerprint_and_threads_do_not(small_t
 
 
 @torch.inference_mode()
+def test_all_neurons_together_have_the_mlps_weights(target: TargetModel, request: pytest.FixtureRequest) -> None:
+    """Two vectors each, three of a gated MLP; what chooses them are all matrices but the last."""
+    neurons = NeuronsReplacement(target, [0], 4)
+    (group,) = neurons.part_groups([0])
+    *inner, last = (target.model.get_submodule(path).weight.numel() for path in mlp_matrices(target, 0))
+    assert group.n_parts * group.part_parameters == sum(inner) + last == writer_parameters(target, 0)
+    assert group.part_parameters in (2 * target.d_model, 3 * target.d_model)
+    assert (
+        last == target.d_mlp * target.d_model
+        and sum(inner) <= neurons.gate_parameters([0]) <= sum(inner) + 2 * target.d_mlp
+    )
+    if "llama" in request.node.callspec.id and "simple" not in request.node.callspec.id:
+        assert group.part_parameters == 3 * target.d_model
+
+
 def test_the_mlp_ends_with_its_down_projection(target: TargetModel) -> None:
     x = torch.randn(3, target.d_model, generator=torch.Generator().manual_seed(0))
     h, down = target.hidden(1, x), target.model.get_submodule(target.mlps[1].down)
@@ -440,6 +480,9 @@ def test_blocks_of_an_unknown_layout_are_refused_in_one_line(tmp_path: Path) -> 
 def test_bad_names_are_refused_in_one_line() -> None:
     with pytest.raises(ValueError, match="unknown target 'nothing'.*tiny"):
         load_target("nothing", "cpu")
+    for device in ("banana", "cpu:3", "cuda:first", ""):
+        with pytest.raises(ValueError, match=f"^unknown device '{device}': use cpu, cuda or cuda:NUMBER$"):
+            load_target("tiny", device)
     if not torch.cuda.is_available():
         with pytest.raises(ValueError, match="no CUDA device.*--device cpu"):
             load_target("tiny", "cuda")

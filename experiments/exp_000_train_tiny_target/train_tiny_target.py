@@ -27,6 +27,7 @@ from checkpoints import CHECKPOINTS, load_tensors, save_tensors
 from llama_simple_mlp import LlamaSimpleMLP, LlamaSimpleMLPConfig, initialise
 from logs import errors_in_one_line, write_settings
 from python_corpus import HELD_OUT
+from study import check_counts
 from target_models import ASSETS
 
 
@@ -124,4 +125,6 @@ def main(s: Settings) -> None:
 
 if __name__ == "__main__":
     errors_in_one_line()
-    main(tyro.cli(Settings, description=__doc__))
+    settings = tyro.cli(Settings, description=__doc__)
+    check_counts(settings)
+    main(settings)

@@ -18,7 +18,7 @@ from coder_replacements import as_replacements
 from config import BatchTopK
 from evaluation import evaluate, held_out
 from recipes import clt_configs, train_coders
-from study import CoderStudySettings, Report, run_study
+from study import CoderStudySettings, Report, check_fits, run_study
 from target_models import load_target
 
 
@@ -39,6 +39,7 @@ REPORT = Report("Cross-layer transcoders", __doc__)
 
 def main(s: Settings) -> None:
     target = load_target(s.target, s.device)
+    check_fits(s, target)
     configs = clt_configs(target, layers=s.layers, rules=[BatchTopK(k) for k in s.top_k], d_dict=s.d_dict)
     trained = train_coders(
         configs, target, tokens=s.tokens, batch=s.batch, seed=s.seed, folder=checkpoint_folder(s.target)

@@ -21,7 +21,7 @@ from checkpoints import checkpoint_folder, save_checkpoint
 from evaluation import evaluate, held_out
 from recipes import SPDRecipe, train_decomposition
 from spd_replacement import spd_replacements
-from study import Report, StudySettings, run_study
+from study import Report, StudySettings, check_fits, run_study
 from target_models import load_target
 
 
@@ -42,7 +42,7 @@ class Settings(StudySettings):
 PRESETS = (
     Settings(),
     Settings(
-        target="tiny", layers=(2,), components=512, gate_hidden=192, steps=400, batch=4, eval_tokens=102_400,
+        target="tiny", layers=(2,), components=512, gate_hidden=192, steps=400, batch=4, eval_tokens=61_440,
         device="cpu",
     ),
 )  # fmt: skip
@@ -51,6 +51,7 @@ REPORT = Report("SPD of MLP matrices", __doc__)
 
 def main(s: Settings) -> None:
     target = load_target(s.target, s.device)
+    check_fits(s, target)
     recipe = SPDRecipe(
         components=s.components, gate_hidden=s.gate_hidden, steps=s.steps, batch=s.batch, lr=s.lr,
         minimality=s.minimality, seed=s.seed,

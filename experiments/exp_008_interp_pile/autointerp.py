@@ -29,7 +29,7 @@ from torch import Tensor
 
 from evaluation import held_out
 from logs import read_csv, write_settings
-from study import run_study
+from study import check_fits, run_study
 from target_models import load_target
 
 TOP, DRAWN, SCORED_TOP, SCORED_DRAWN, SCORED_RANDOM = 10, 5, 2, 2, 10
@@ -118,6 +118,7 @@ def score(answer: set[int], truth: list[bool]) -> tuple[float, float]:
 
 def main(s: Settings) -> None:
     client, target, rows = make_client(s.client, s.device), load_target(s.target, s.device), []
+    check_fits(s, target)
     for method, acts in all_activations(s, target, held_out(target, s.eval_tokens).tokens).items():
         generator, density = torch.Generator().manual_seed(s.seed), acts.density
         drawn = draw_latents(acts, s.latents, active=ACTIVE, generator=generator, silent=SCORED_RANDOM)

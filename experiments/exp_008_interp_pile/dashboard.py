@@ -28,7 +28,7 @@ from logs import atomic_path, read_csv, write_settings
 from patching import patched
 from replacement import Coded
 from sparse_ops import Codes, Layout
-from study import run_study
+from study import check_fits, run_study
 from target_models import TargetModel, load_target
 
 HERE = Path(__file__).parent
@@ -112,6 +112,7 @@ def latent_card(
 
 def main(s: Settings) -> None:
     target = load_target(s.target, s.device)
+    check_fits(s, target)
     tokens = held_out(target, s.eval_tokens).tokens
     replacement = replacements(s, target, (s.method,))[s.method][1]
     acts = collect(target, replacement, tokens, layer=s.layer)

@@ -34,7 +34,7 @@ from logs import read_csv, write_settings
 from patching import Captured, capture
 from replacement import Coded, Pass
 from spd_replacement import SPDReplacement, spd_sweep
-from study import run_study
+from study import check_fits, run_study
 from target_models import TargetModel, load_target
 
 TOP_LOGITS = 10
@@ -105,6 +105,7 @@ def measure(
 
 def main(s: Settings) -> None:
     target = load_target(s.target, s.device)
+    check_fits(s, target)
     tokens = held_out(target, s.samples * target.context).tokens[:, : s.seq]
     methods = {n: r for n, (_, r) in replacements(s, target, ("transcoder", "clt", "neurons")).items()}
     if s.spd:

@@ -26,7 +26,7 @@ from torch import nn
 
 from evaluation import held_out
 from logs import read_csv, write_settings
-from study import run_study
+from study import check_fits, run_study
 from target_models import load_target
 
 DONORS = 20  # the latents nearest in density, of which one lends the intruder
@@ -68,6 +68,7 @@ def ask(client: Client, item: Item, *, tokenizer: Any, max_tokens: int) -> int |
 def main(s: Settings) -> None:
     client = None if s.client is None else make_client(s.client, s.device)
     target = load_target(s.target, s.device)
+    check_fits(s, target)
     embedding = next(m for m in target.model.modules() if isinstance(m, nn.Embedding)).weight.float().cpu()
     embedding, rows = embedding - embedding.mean(0), []
     everything = all_activations(s, target, held_out(target, s.eval_tokens).tokens)

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 
 from evaluation import held_out
 from logs import read_csv, write_settings
-from study import run_study
+from study import check_fits, run_study
 from target_models import load_target
 
 REACH, DEPTH = 8, 3
@@ -92,6 +92,7 @@ def predictability(train: Tensor, y: Tensor, test: Tensor, y_test: Tensor, *, n_
 
 def main(s: Settings) -> None:
     target, rows = load_target(s.target, s.device), []
+    check_fits(s, target)
     everything = all_activations(s, target, held_out(target, s.eval_tokens).tokens)
     tokens = everything["transcoder"].tokens
     half, n_features = len(tokens) // 2, (2 * REACH + 1) * (target.vocab_size + 1)

@@ -19,7 +19,7 @@ from coder_replacements import as_replacements
 from config import BatchTopK, Site
 from evaluation import Measurement, evaluate, held_out
 from recipes import sae_configs, train_coders
-from study import CoderStudySettings, Report, run_study
+from study import CoderStudySettings, Report, check_fits, run_study
 from target_models import at_site, load_target
 
 
@@ -46,6 +46,7 @@ REPORT = Report("SAEs at every site of a layer", f"{__doc__}\n{TEXT}")
 
 def main(s: Settings) -> None:
     target, folder = load_target(s.target, s.device), checkpoint_folder(s.target)
+    check_fits(s, target)
     measured = Measurement([], [], [], [])
     for site in s.sites:
         view = at_site(target, site)

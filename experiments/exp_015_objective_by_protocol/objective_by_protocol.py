@@ -24,13 +24,14 @@ from baselines import baselines
 from checkpoints import Checkpoint, checkpoint_folder
 from coder_replacements import as_replacements
 from config import BatchTopK, CoderConfig, Mixed, Output
-from evaluation import Measurement, evaluate, held_out
+from evaluation import Measurement, Protocol, evaluate, held_out
 from recipes import clt_configs, sae_configs, train_coders, transcoder_configs, tune_coders
 from spd_replacement import spd_replacements
 from spd_runs import find_spd
 from study import CoderStudySettings, run_study
 from target_models import TargetModel, load_target
 
+PROTOCOLS: tuple[Protocol, ...] = ("single", "frozen", "free")
 Kind = Literal["sae", "transcoder", "transcoder-skip", "clt"]
 Objective = Literal["single", "frozen", "free", "mixed"]
 
@@ -99,12 +100,12 @@ def main(s: Settings) -> None:
     text = held_out(target, s.eval_tokens)
     beside = baselines(target, s.layers, neurons=s.top_k)
     beside += spd_replacements(target, find_spd(target, s.layers), s.layers, deltas=(False,)) if s.spd else []
-    measured = evaluate(target, beside, text)
+    measured = evaluate(target, beside, text, PROTOCOLS)
     for seed in range(s.seed, s.seed + s.n_seeds):
         trained = train(s, target, seed)
         for kind in s.kinds:  # what is compared in pairs.csv
             own = [c for c in trained if c.coder.config in configs(s, target, kind)]
-            rows = evaluate(target, as_replacements(own), text)
+            rows = evaluate(target, as_replacements(own), text, PROTOCOLS)
             measured = Measurement(*(before + more for before, more in zip(measured, rows)))
     REPORT.write(s, measured)
 
