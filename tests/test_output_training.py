@@ -187,8 +187,8 @@ def test_rows_say_what_coders_were_trained_for(
     assert [(r.method, r.layers) for r in replacements] == [
         (name, (0, 1))
         for name in (
-            "transcoder-skip", "transcoder-skip-kl-single-fvu0.5", "transcoder-skip-kl-single-fvu0.5-kl-mixed",
-            "transcoder-skip-kl-free-scratch",
+            "transcoder-skip-per_token", "transcoder-skip-per_token-kl-single-fvu0.5",
+            "transcoder-skip-per_token-kl-single-fvu0.5-kl-mixed", "transcoder-skip-per_token-kl-free-scratch",
         )
     ]  # fmt: skip
     assert [r.origin.train_tokens for r in replacements] == [1280, 1400, 1520, 120]
@@ -242,9 +242,8 @@ def test_thresholds_are_set_where_the_trained_protocol_has_coders_read(
     for s, own in enumerate(group.sets):
         for layer in (0, 1):
             read = torch.cat([batch[s][layer] for batch in inputs])
-            coder, i, _ = own.replacement.reading(layer, read, read)
-            coder.eval()
-            active = (to_dense(coder.encode_layer(i, read)) > 0).sum()
+            own.replacement.reading(layer, read, read).coder.eval()
+            active = (to_dense(own.replacement.encode(layer, read, read)) > 0).sum()
             assert int(active) == pytest.approx(4 * len(read), abs=3), f"{layer=}"
             same = [torch.equal(batch[s][layer], x[layer]) for batch, x in zip(inputs, clean)]
             expected = {"free": [False] * 8, Mixed(): [True, False] * 4}.get(protocol, [True] * 8)
@@ -306,7 +305,7 @@ def test_what_cannot_be_meant_is_refused(target: TargetModel, tmp_path: Path) ->
         tune_coders(starts, target, tokens=120, objective=LOCAL, **sizes)
     with one_line("0 training tokens: ask for 1 or more"):
         tune_coders(starts, target, tokens=0, objective=Output("free"), **sizes)
-    with one_line("small_transcoder_topk_L0_k4_d48_s0_kl-free-scratch_n120, [^\n]* was asked for more than once"):
+    with one_line("small_transcoder_topk_L0_k4_d48_s0_kl-free-scratch_n120_lr0.0004, [^\n]* was asked for more than once"):
         tune_coders([*starts, *starts], target, tokens=120, objective=Output("free"), **sizes)
 
 
