@@ -30,6 +30,7 @@ from config import (
     TrainConfig,
 )
 from evaluation import evaluate, held_out
+from output_objective import Run
 from output_training import OutputGroup, calibrate, record_after, train_on_output, what_is_read
 from recipes import new_coder, train_coders, tune_coders, untrained
 from sparse_ops import to_dense
@@ -223,6 +224,46 @@ def test_training_from_scratch_starts_where_local_training_does(
     assert ks == [[4, 4]] * 12
 
 
+def test_the_rate_rises_stays_and_falls_and_latents_are_counted(
+    target: TargetModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of a coder that a plan does not call on, nothing moves."""
+    monkeypatch.setattr(output_training, "calibrate", lambda group: None)
+    seen, step = [], OutputGroup.step
+
+    def watched(group: OutputGroup, i: int) -> torch.Tensor:
+        readings = step(group, i)
+        seen.append([member.optimiser.param_groups[0]["lr"] for member in group.members])
+        silent = [int(member.coder.encoder.tokens_since_fired.max()) for member in group.members]
+        assert silent[0] <= 1280 + 60 * (i + 1) and silent[1] == idle, f"{silent=}"
+        return readings
+
+    starts = local(transcoders(TopK(4)), target, tmp_path)
+    idle = int(starts[1].coder.encoder.tokens_since_fired.max())
+    monkeypatch.setattr(OutputGroup, "step", watched)
+    monkeypatch.setattr(output_training, "planned", lambda *_: [Run((0,), False)])
+    config = dataclasses.replace(TRAIN, tokens=60 * 10, lr=1e-3, warmup=0.3, decay=0.4)
+    ends = train_on_output(starts, target, batch=BATCH, config=config, folder=tmp_path)
+    expected = [1e-3 * factor for factor in (1 / 3, 2 / 3, 1, 1, 1, 1, 1, 3 / 4, 1 / 2, 1 / 4)]
+    assert [of_first for of_first, _ in seen] == pytest.approx(expected)
+    equal(starts[1:], ends[1:])
+    assert not torch.equal(starts[0].coder.W_dec, ends[0].coder.W_dec)
+
+
+def test_every_stage_reads_the_text_in_an_order_of_its_own(
+    target: TargetModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(output_training, "calibrate", lambda group: None)
+    read: list[torch.Tensor] = []
+    monkeypatch.setattr(OutputGroup, "step", lambda group, i: read.append(next(group.stream)) or torch.zeros(1, 4))
+    starts = [untrained(c, target, 0) for c in clt(TopK(4))]
+    once = train_on_output(starts, target, batch=BATCH, config=TRAIN, folder=tmp_path)
+    first, read = torch.cat(read), read
+    read.clear()
+    train_on_output(once, target, batch=BATCH, config=TRAIN, folder=tmp_path)
+    assert not torch.equal(first, torch.cat(read))
+
+
 @pytest.mark.parametrize("protocol", ["single", "frozen", "free", Mixed()])
 def test_thresholds_are_set_where_the_trained_protocol_has_coders_read(
     target: TargetModel, tmp_path: Path, protocol: object
@@ -305,7 +346,9 @@ def test_what_cannot_be_meant_is_refused(target: TargetModel, tmp_path: Path) ->
         tune_coders(starts, target, tokens=120, objective=LOCAL, **sizes)
     with one_line("0 training tokens: ask for 1 or more"):
         tune_coders(starts, target, tokens=0, objective=Output("free"), **sizes)
-    with one_line("small_transcoder_topk_L0_k4_d48_s0_kl-free-scratch_n120_lr0.0004, [^\n]* was asked for more than once"):
+    with one_line(
+        "small_transcoder_topk_L0_k4_d48_s0_kl-free-scratch_n120_lr0.0004, [^\n]* was asked for more than once"
+    ):
         tune_coders([*starts, *starts], target, tokens=120, objective=Output("free"), **sizes)
 
 
