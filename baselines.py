@@ -1,34 +1,36 @@
 """Baselines that need no dictionary: an MLP's own neurons, its best affine map, and mean, zero or no ablation.
 
-    neurons    ŷ = Σ_{k largest |h_j| ‖W_out j‖} h_j W_out j + b
+    neurons    ŷ = Σ_{k largest |h_j| ‖W_out j‖} h_j W_out j + b;   neurons-joint: k on average, by one threshold (allocation.py)
     affine     ŷ = W x + b,   argmin Σ‖W x + b − y‖² over training tokens
     mean       ŷ = E y over training tokens;   zero   ŷ = 0;   identity   ŷ = y
 
 x is the MLP's input, y its output and h its hidden activation, of one token.
 """
 
+import copy
 import functools
 import itertools
 from abc import abstractmethod
-from collections.abc import Callable, Iterable, Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import NamedTuple, Self
 
 import torch
-from einops import einsum, repeat
-from jaxtyping import Float
+from einops import einsum
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 from activation_store import ActivationsStore, DataConfig
+from allocation import jointly
 from patching import Captured
-from replacement import UNKNOWN, Coded, CodedPass, Origin, PartGroup, Pass, Replacement, by_token
-from sparse_ops import Codes, Layout, decode
-from target_models import TargetModel
+from replacement import UNKNOWN, Coded, CodedPass, Origin, PartGroup, Pass, Replacement, by_token, jointly_named
+from sparse_ops import Codes, decode, from_dense
+from target_models import TargetModel, mlp_matrices, writer_parameters
 
 BASELINE_TOKENS = 131_072  # training tokens that fit the affine maps and the means
 
 
 class NeuronsReplacement(Coded):
-    """The MLP's own neurons: of each token, the k that contribute most, |h| · ‖W_out‖."""
+    """The MLP's own neurons: of each token, the k that contribute most, |h| · ‖W_out‖, or all whose |h| exceeds their `least`."""
 
     part_name = "neurons"
 
@@ -36,6 +38,7 @@ class NeuronsReplacement(Coded):
         if not 1 <= k <= target.d_mlp:
             raise ValueError(f"k={k} neurons: {target.name} has {target.d_mlp} in a layer, choose 1 to that")
         self.method, self.layers, self.k, self.target = "neurons", tuple(layers), k, target
+        self.least: Mapping[int, Float[Tensor, "neuron"]] | None = None
         self.W_out = {layer: target.down_weight(layer).T.float() for layer in self.layers}  # neuron, d_out
         origin = torch.zeros(1, target.d_model, device=target.device, dtype=next(target.model.parameters()).dtype)
         with torch.inference_mode():  # the MLP's output bias, told without knowing its architecture
@@ -45,17 +48,42 @@ class NeuronsReplacement(Coded):
             }
 
     def encode(self, layer: int, x: Tensor, y: Tensor) -> Codes:
-        h = self.target.hidden(layer, x.to(self.target.down_weight(layer).dtype)).float()
-        cols = (h.abs() * self.W_out[layer].norm(dim=1)).topk(self.k, dim=1).indices.sort(dim=1).values
-        rows = repeat(torch.arange(len(h), device=h.device), "token -> (token k)", k=self.k)
-        return Codes(h.gather(1, cols).flatten(), Layout(rows, cols.flatten(), *h.shape))
+        h = self._hidden(layer, x)
+        active = self._largest(layer, h) if self.least is None else h.abs() > self.least[layer]
+        return from_dense(torch.where(active, h, 0.0), active)
+
+    def _hidden(self, layer: int, x: Float[Tensor, "token d_in"]) -> Float[Tensor, "token neuron"]:
+        return self.target.hidden(layer, x.to(self.target.down_weight(layer).dtype)).float()
+
+    def _largest(self, layer: int, h: Float[Tensor, "token neuron"]) -> Bool[Tensor, "token neuron"]:
+        """The k of each token that contribute most."""
+        largest = (h.abs() * self.W_out[layer].norm(dim=1)).topk(self.k, dim=1).indices
+        return torch.zeros_like(h, dtype=torch.bool).scatter(1, largest, True)
+
+    def values_at(self, layer: int, x: Tensor, y: Tensor, active: Codes) -> Codes:
+        h = self._hidden(layer, x)[active.rows, active.cols]
+        return active._replace(values=torch.where(active.values != 0, h, 0.0))
+
+    def with_least(self, least: Mapping[int, Float[Tensor, "neuron"]]) -> Self:
+        view = copy.copy(self)
+        view.method, view.least = jointly_named(self.method), least
+        return view
+
+    def sizes(self, layer: int, weights: Mapping[int, float]) -> Float[Tensor, "neuron"]:
+        return weights[layer] ** 0.5 * self.W_out[layer].norm(dim=1)
 
     def write(self, pass_: CodedPass, layer: int, x: Tensor, y: Tensor) -> Tensor:
         return decode(pass_.encode(layer, x, y), self.W_out[layer]) + self.bias[layer]
 
     def part_groups(self, layers: Sequence[int]) -> list[PartGroup]:
-        t = self.target
-        return [PartGroup(layer, "neurons", t.d_mlp, 1, 2 * t.d_model) for layer in layers]
+        """A neuron's parameters are its row or column of every matrix of its MLP: two, or three of a gated one."""
+        n = self.target.d_mlp
+        return [PartGroup(i, "neurons", n, 1, writer_parameters(self.target, i) // n) for i in layers]
+
+    def gate_parameters(self, layers: Sequence[int]) -> int:
+        """All that computes h, by which neurons are chosen: W_in, of a gated MLP W_gate too, and their biases."""
+        inner = [path for layer in layers for path in mlp_matrices(self.target, layer)[:-1]]
+        return sum(p.numel() for path in inner for p in self.target.model.get_submodule(path).parameters())
 
 
 class AffineMap(NamedTuple):
@@ -88,9 +116,10 @@ def fit_affine(
 
 
 class _Baseline(Replacement):
-    """What an MLP writes, replaced by a function of the running stream alone: no parts, nothing to decide."""
+    """What an MLP writes, replaced by a function of what it reads or writes: no parts, nothing to decide."""
 
     follows_stream = False
+    decides = False
     site = None
 
     def __init__(self, layers: Sequence[int]) -> None:
@@ -103,10 +132,13 @@ class _Baseline(Replacement):
         """What stands in place of y, the MLP's output at its input x."""
 
     def begin(self) -> "_BaselinePass":
-        """The one pass it knows, whatever the protocol."""
-        return _BaselinePass(self)
+        """A pass that reads the running stream."""
+        return _BaselinePass(self, None)
 
     def frozen(self, captured: Captured) -> "_BaselinePass":
+        return _BaselinePass(self, captured)
+
+    def gated(self, captured: Captured) -> "_BaselinePass":
         return self.begin()
 
     def free(self, captured: Captured, run: Callable[[Pass], object]) -> "_BaselinePass":
@@ -116,9 +148,15 @@ class _Baseline(Replacement):
 class _BaselinePass(Pass):
     replacement: _Baseline
 
+    def __init__(self, replacement: _Baseline, clean: Captured | None) -> None:
+        super().__init__(replacement)
+        self.clean = clean
+
     def __call__(
         self, layer: int, x: Float[Tensor, "batch seq d_in"], y: Float[Tensor, "batch own d_out"]
     ) -> Float[Tensor, "batch seq d_out"]:
+        if self.clean is not None:
+            x, y = (kept[self.replacement.reads.index(layer)] for kept in self.clean)
         return by_token(functools.partial(self.replacement.write, layer), x, y)
 
 
@@ -126,6 +164,7 @@ class AffineReplacement(_Baseline):
     """The least-squares affine map of each MLP: what a skip connection must beat."""
 
     method = "affine"
+    follows_stream = True
 
     def __init__(self, layers: Sequence[int], maps: AffineMap, origin: Origin = UNKNOWN) -> None:
         super().__init__(layers)
@@ -144,7 +183,6 @@ class IdentityReplacement(_Baseline):
     """The MLP itself."""
 
     method = "identity"
-
     reads_y = True
 
     def write(self, layer: int, x: Tensor, y: Tensor) -> Tensor:
@@ -175,7 +213,8 @@ class MeanReplacement(_Baseline):
 
 
 def baselines(target: TargetModel, layers: Sequence[int], neurons: Sequence[int]) -> list[Replacement]:
-    """Neurons at each k, the least-squares affine map, and identity, zero and mean ablation; the last three at any site."""
+    """Neurons at each k, an equal one in every layer and by one threshold over all layers; the least-squares affine map; and
+    identity, zero and mean ablation, the last three at any site."""
     data = DataConfig(layers=tuple(layers), batch_tokens=8192, buffer_tokens=16_384, model_batch=32)
     store = ActivationsStore(target, data)
     batches = itertools.islice(store, max(1, BASELINE_TOKENS // data.batch_tokens))
@@ -183,4 +222,5 @@ def baselines(target: TargetModel, layers: Sequence[int], neurons: Sequence[int]
     ablations = [IdentityReplacement(layers), ZeroReplacement(layers), MeanReplacement(layers, maps.y_mean)]
     if target.site != "mlp_out":  # x is y there: nothing to map, and no neurons
         return ablations
-    return [*(NeuronsReplacement(target, layers, k) for k in neurons), AffineReplacement(layers, maps), *ablations]
+    equal = [NeuronsReplacement(target, layers, k) for k in neurons]
+    return [*equal, *jointly(target, equal), AffineReplacement(layers, maps), *ablations]

@@ -49,7 +49,7 @@ ENCODER, CONFIG = "encoder.pt", "config.json"
 class TrainingRecord:
     """Where a coder comes from; None: not known, as of a dictionary that another library trained."""
 
-    name: str  # target, method, layers, k and seed
+    name: str  # target, method, layers, k, seed, tokens and rate
     target: str
     target_fingerprint: str | None
     train_tokens: int | None
@@ -84,7 +84,7 @@ BUILDERS = {SAEConfig: build_sae, EncoderConfig: build_transcoder, CLTConfig: Cr
 
 
 def coder_name(target: str, config: CoderConfig, seed: int) -> str:
-    """E.g. `tiny_transcoder_batchtopk_L2_k16_d1536_s0`: no two coders of a study share a name.
+    """E.g. `tiny_transcoder_batchtopk_L2_k16_d1536_s0`: what is trained, apart from how.
 
     A rule is named by its first value, a whole number k of active latents or a coefficient c.
     """
@@ -95,6 +95,11 @@ def coder_name(target: str, config: CoderConfig, seed: int) -> str:
     return (
         f"{safe}_{full_kind(config)}_{type(config.rule).__name__.lower()}_L{layers}_{sparsity}_d{config.d_dict}_s{seed}"
     )
+
+
+def run_name(target: str, config: CoderConfig, *, seed: int, tokens: int, lr: float) -> str:
+    """E.g. `tiny_transcoder_batchtopk_L2_k16_d1536_s0_n1000000_lr0.00411`: a trial has a name of its own beside the real run."""
+    return f"{coder_name(target, config, seed)}_n{tokens}_lr{lr:.3g}"
 
 
 def save_checkpoint(folder: Path, model: Coder | ComponentModel, record: TrainingRecord) -> None:
@@ -171,12 +176,18 @@ def resolve(reference: str) -> Path:
 
 
 def is_trained(folder: Path, config: CoderConfig, *, train_tokens: int, fingerprint: str, recipe: str) -> bool:
-    """Whether `folder` holds a finished coder of these settings; an unknown recipe passes for the same."""
+    """Whether `folder` holds a finished coder; an unknown recipe passes for the same.
+
+    Raises ValueError where it is another one than these settings give: nothing is overwritten that took a training.
+    """
     if not (folder / CONFIG).exists():
         return False
     found, record = read_config(folder)
-    same = record.train_tokens == train_tokens and record.target_fingerprint == fingerprint
-    return same and found == config and record.recipe in (None, recipe)
+    own = (record.train_tokens, record.target_fingerprint, found, record.recipe or recipe)
+    for is_so, asked in zip(own, (train_tokens, fingerprint, config, recipe)):
+        if is_so != asked:
+            raise ValueError(f"{folder} was trained otherwise ({is_so}, not {asked}): move it away")
+    return True
 
 
 def read_object(file: Path) -> dict[str, Any]:

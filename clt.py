@@ -49,6 +49,9 @@ class CrossLayerTranscoder(Coder[tuple[Codes, ...]]):
         for i, encoder in enumerate(self.encoders):
             encoder.centre(stats.x_mean[i] * self.x_scale[i])
 
+    def encoder_inputs(self, i: int, x: Float[Tensor, "batch d_in"]) -> Float[Tensor, "batch d_in"]:
+        return x * self.x_scale[i]
+
     def encode_layer(self, i: int, x: Float[Tensor, "batch d_in"]) -> Codes:
         """Codes of the i-th layer spanned."""
         return self.encoders[i].encode(x * self.x_scale[i])

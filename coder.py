@@ -66,6 +66,10 @@ class Coder[C: (Codes, tuple[Codes, ...])](nn.Module, ABC):
         """The training face in train mode, the deployed face in eval mode."""
 
     @abstractmethod
+    def encoder_inputs(self, i: int, x: Float[Tensor, "batch d_in"]) -> Float[Tensor, "batch d_in"]:
+        """What the encoder of the i-th layer spanned reads, in scaled units."""
+
+    @abstractmethod
     def encode_with_penalty(
         self, x: Float[Tensor, "*layer batch d_in"], y: Float[Tensor, "*layer batch d_out"],
         variance: Float[Tensor, "*layer"],
@@ -181,6 +185,9 @@ class LayerCoder(Coder[Codes]):
     @property
     def decoders(self) -> tuple[nn.Parameter, ...]:
         return (self.W_dec,)
+
+    def encoder_inputs(self, i: int, x: Float[Tensor, "batch d_in"]) -> Float[Tensor, "batch d_in"]:
+        return self.encoder_input(x)
 
     def encode(self, x: Float[Tensor, "batch d_in"]) -> Codes:
         return self.encoder.encode(self.encoder_input(x))

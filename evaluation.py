@@ -1,14 +1,15 @@
 """The one ruler: every method and baseline, under every protocol, on the same held-out tokens, in one pass over them.
 
-    single   one layer replaced (a row per layer), the others intact; codes of a clean pass
-    frozen   all layers replaced, codes of a clean pass
-    free     all layers replaced, codes follow the stream that the replacements produce
+    single   one layer replaced (a row per layer), the others intact, on the clean stream
+    frozen   all layers replaced, each writes what it would on the clean stream
+    gates    all layers replaced, a clean pass decides what is active; what is active reads the stream
+    free     all layers replaced, everything follows the stream that the replacements produce
 
     ΔCE = CE − CE_original,   KL = KL(original ‖ replaced);   what else a row says: metrics.py
 
 The original model runs once per batch and serves every replacement; logits live no longer than their batch. A run begins
 with the first layer it replaces, on the stream that the original model gave it: nothing before it differs. Rows that
-mean the same run (a baseline's `frozen` and `free`; `single` of a one-layer replacement and its `frozen`) share it.
+mean the same run (the mean's under every protocol; `single` of a one-layer replacement and its `frozen`) share it.
 CE is over predicted tokens and KL over positions; FVU, L0 and firing leave each sequence's first position out, which
 `replaced_logits` leaves to the model. Every row's bootstrap draws the same documents.
 """
@@ -30,11 +31,11 @@ from pareto import Identity, LayerPoint, PairPoint, ParetoPoint
 from patching import Captured, kept_streams, resumed
 from python_corpus import Split
 from replacement import Observer, Pass, Replacement, replaced_logits
-from target_models import TargetModel
+from target_models import TargetModel, writer_parameters
 from token_stream import HeldOutText, TokenStream, held_out_text
 
-Protocol = Literal["single", "frozen", "free"]
-PROTOCOLS: tuple[Protocol, ...] = ("single", "frozen", "free")
+Protocol = Literal["single", "frozen", "gates", "free"]
+PROTOCOLS: tuple[Protocol, ...] = ("single", "frozen", "gates", "free")
 RESAMPLES = 1000
 BATCH_LOGITS = 2**26  # logits of a batch: bounds the memory of large vocabularies
 
@@ -50,7 +51,7 @@ class _Run(NamedTuple):
     """One forward pass per batch; rows of the table that mean the same share it."""
 
     replacement: Replacement
-    clean_codes: bool
+    opened: Literal["frozen", "gates", "free"]
     layers: tuple[int, ...]
 
 
@@ -63,7 +64,10 @@ class _Row(NamedTuple):
 
     @property
     def run(self) -> _Run:
-        return _Run(self.replacement, self.protocol != "free" and self.replacement.follows_stream, self.layers)
+        replacement, protocol = self.replacement, self.protocol
+        if not replacement.follows_stream or (protocol == "gates" and not replacement.decides):
+            return _Run(replacement, "free", self.layers)
+        return _Run(replacement, "frozen" if protocol == "single" else protocol, self.layers)
 
     def identity(self, target: TargetModel) -> Identity:
         method, k, seed = self.replacement.method, self.replacement.k, self.replacement.origin.seed
@@ -113,9 +117,9 @@ def evaluate(
     zero = _covering(replacements, ZeroReplacement, layers) or ZeroReplacement(layers)
     mean = _covering(replacements, MeanReplacement, layers)
     rows = _rows(replacements, protocols)
-    ablated = [_Run(r, False, row.layers) for row in rows for r in (zero, mean) if r is not None]
+    ablated = [_Run(r, "free", row.layers) for row in rows for r in (zero, mean) if r is not None]
     runs = dict.fromkeys([*(row.run for row in rows), *ablated])
-    tallies = {run: Tally(run.replacement, run.layers, target.device) for run in runs}
+    tallies = {run: Tally(run.replacement, run.layers, target.device, _computing_y(target, run)) for run in runs}
     original = OriginalTally(read)
     batch = batch or max(1, min(16, BATCH_LOGITS // (tokens.shape[1] * target.vocab_size)))
     with torch.inference_mode():
@@ -127,10 +131,15 @@ def evaluate(
     measured = Measurement([], [], pairs, [tallies[row.run].ce - original.ce for row in rows])
     for row in rows:
         identity, tally = row.identity(target), tallies[row.run]
-        free = [None if r is None else tallies[_Run(r, False, row.layers)] for r in (zero, mean)]
+        free = [None if r is None else tallies[_Run(r, "free", row.layers)] for r in (zero, mean)]
         measured.points.append(point(identity, tally, original, ablated=free, draws=draws, commit=commit))
         measured.layers.extend(layer_points(identity, tally, original))
     return measured
+
+
+def _computing_y(target: TargetModel, run: _Run) -> int:
+    """Parameters of the MLPs (or what else writes at the site) that a replacement needs beside itself, as it reads y."""
+    return sum(writer_parameters(target, layer) for layer in run.layers) if run.replacement.reads_y else 0
 
 
 class _Clean(NamedTuple):
@@ -181,7 +190,7 @@ def _measure_batch(
     frozen: dict[Replacement, Pass] = {}
     for run, tally in tallies.items():
         captured = _pick(clean.activations, read, run.replacement.reads)
-        if run.clean_codes and run.replacement not in frozen:  # one for all its rows: codes are computed once
+        if run.opened == "frozen" and run.replacement not in frozen:  # one for all its rows: codes are computed once
             frozen = {run.replacement: run.replacement.frozen(captured)}
 
         def forward(pass_: Pass, observe: Observer, layers: tuple[int, ...] = run.layers) -> Tensor:
@@ -189,8 +198,10 @@ def _measure_batch(
             with resumed(target, first, clean.streams.get(first)):
                 return replaced_logits(target, tokens, pass_, layers, observe)
 
-        if run.clean_codes:
+        if run.opened == "frozen":
             pass_ = frozen[run.replacement]
+        elif run.opened == "gates":
+            pass_ = run.replacement.gated(captured)
         else:
             pass_ = run.replacement.free(captured, lambda p, forward=forward: forward(p, ignore))
 

@@ -18,7 +18,7 @@ from baselines import baselines
 from checkpoints import CHECKPOINTS
 from coder_replacements import as_replacements
 from config import BatchTopK
-from evaluation import evaluate, held_out
+from evaluation import PROTOCOLS, evaluate, held_out
 from recipes import SPDRecipe, clt_configs, train_coders, train_decomposition, transcoder_configs
 from spd_replacement import spd_replacements
 from spd_runs import find_spd
@@ -45,8 +45,8 @@ class Settings(CoderStudySettings):
 
 
 TEXT = """Every row is one method under one protocol, on held-out text. `single`: one layer replaced. `frozen`: all layers
-replaced, codes from a clean pass. `free`: all layers replaced, every encoder reads the stream that the replacements
-produced."""
+replaced, each reads the clean stream. `gates`: all layers replaced, a clean pass decides what is active, and what is active
+reads the stream. `free`: all layers replaced, everything reads the stream that the replacements produced."""
 REPORT = Report("The main job", TEXT)
 
 
@@ -65,7 +65,7 @@ def main(s: Settings) -> None:
         replacements += spd_replacements(target, decomposition, s.layers, deltas=(False,))
     elif s.target == "tiny":
         replacements += spd_replacements(target, find_spd(target, s.layers), s.layers, deltas=(False,))
-    measured = evaluate(target, replacements, held_out(target, s.eval_tokens), ("single", "frozen", "free"))
+    measured = evaluate(target, replacements, held_out(target, s.eval_tokens), PROTOCOLS)
     REPORT.write(s, measured)
 
 

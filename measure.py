@@ -82,7 +82,7 @@ def main(
             per-layer coders of one kind, rule and size are measured together.
         target: tiny, pile, simplestories, gpt2, smollm2, hf:NAME or tl:NAME.
         tokens: Held-out tokens to measure on.
-        protocols: single, frozen and free, or some of them.
+        protocols: single, frozen, gates and free, or some of them.
         top_k: Measure each coder also at these numbers of active latents, imposed in place of its rule.
         neurons: Numbers of neurons to measure beside.
         format: upstream, saelens, sparsify, dictionary_learning, circuit-tracer or crosslayer-coding; empty: our own.

@@ -62,8 +62,9 @@ def _zeros(n: int, device: torch.device) -> Int[Tensor, "n"]:
 class Tally:
     """What one run adds up over the batches."""
 
-    def __init__(self, replacement: Replacement, layers: Sequence[int], device: torch.device) -> None:
-        self.replacement, self.layers = replacement, tuple(layers)
+    def __init__(self, replacement: Replacement, layers: Sequence[int], device: torch.device, given: int = 0) -> None:
+        """`given`: parameters that compute what the replacement reads, beside its own."""
+        self.replacement, self.layers, self.given = replacement, tuple(layers), given
         self.part_groups = replacement.part_groups(layers)
         self._ce: list[Float[Tensor, "sequence"]] = []
         self._kl: list[Float[Tensor, "sequence"]] = []
@@ -209,7 +210,8 @@ def point(
     difference = ce - original.ce
     low, high = bootstrap_interval(difference, draws)
     recovered = [None if tally is None else ce_recovered(ce, original.ce, tally.ce) for tally in ablated]
-    sparse, parameters = bool(tally.part_groups), replacement.active_parameters(l0, tally.layers)
+    sparse, gates = bool(tally.part_groups), replacement.gate_parameters(tally.layers)
+    parameters = replacement.active_parameters(l0, tally.layers) + tally.given
     return ParetoPoint(
         **vars(identity),
         tokens=n,
@@ -230,25 +232,32 @@ def point(
         kl=tally.kl.mean().item(),
         fvu=_or_void(average, [e.fvu for e in errors]),
         mse=average([e.mse for e in errors]),
-        dead=_dead(replacement, firing, n) if sparse else None,
+        dead=_dead(tally, firing, n) if sparse else None,
         train_tokens=replacement.origin.train_tokens,
-        gate_params=replacement.gate_parameters(tally.layers),
+        gate_params=None if gates is None else gates + tally.given,
         train_seconds=replacement.origin.train_seconds,
         checkpoint=replacement.origin.checkpoint,
         commit=commit,
         tail_p999=_or_void(max, [e.tail_p999 for e in errors]),
         tail_max=_or_void(max, [e.tail_max for e in errors]),
+        l0_by_layer=_by_layer(l0) if sparse else None,
     )
+
+
+def _by_layer(l0: dict[tuple[int, str], float]) -> tuple[float, ...]:
+    """The mean over each layer's part groups."""
+    layers = dict.fromkeys(layer for layer, _ in l0)
+    return tuple(average([value for (own, _), value in l0.items() if own == layer]) for layer in layers)
 
 
 def _bits(l0: dict[tuple[int, str], float], firing: dict[tuple[int, str], Float[Tensor, "part"]]) -> float:
     return sum(binary_entropy(p).sum().item() for p in firing.values()) + VALUE_BITS * sum(l0.values())
 
 
-def _dead(replacement: Replacement, firing: dict[tuple[int, str], Float[Tensor, "part"]], n: int) -> float | None:
+def _dead(tally: Tally, firing: dict[tuple[int, str], Float[Tensor, "part"]], n: int) -> float | None:
     """Silent on these tokens where they are a million; else what training saw last."""
     if n < 1_000_000:
-        return replacement.dead()
+        return tally.replacement.dead(tally.layers)
     return torch.cat([p == 0 for p in firing.values()]).double().mean().item()
 
 

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import UnionType
-from typing import Any, get_args, get_type_hints
+from typing import Any, get_args, get_origin, get_type_hints
 
 from logs import read_csv, write_csv
 
@@ -27,7 +27,7 @@ class Identity:
     layers: tuple[int, ...]  # layers replaced
     k: int | None  # parts per token and layer by construction
     seed: int | None
-    protocol: str  # single, frozen, free
+    protocol: str  # single, frozen, gates, free
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,7 +51,9 @@ class ParetoPoint(Identity):
     kl: float = column("KL")  # KL(original ‖ replaced), nats per position
     fvu: float | None = column("FVU")  # mean over replaced layers, against what the original wrote there
     mse: float | None = column("MSE")  # per coordinate, mean over replaced layers
-    dead: float | None  # share of parts silent for ≥ 1M tokens
+    dead: (
+        float | None
+    )  # share of parts silent on these tokens, if they are a million, else in the last tenth of training
     train_tokens: int | None = column("training tokens")
     gate_params: int | None = column("gate parameters")  # parameters that decide what is active
     train_seconds: float | None = column("training s")
@@ -62,6 +64,7 @@ class ParetoPoint(Identity):
     )  # 99.9th percentile over tokens, worst replaced layer
     tail_max: float | None = column("‖e‖/‖y‖ max", default=None)
     documents: int | None = column("documents", default=None)  # independent ones that the tokens were cut from
+    l0_by_layer: tuple[float, ...] | None = column("L0 by layer", default=None)  # mean over a layer's modules
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -107,8 +110,8 @@ def _parser(hint: Any) -> Callable[[str], Any]:
     if isinstance(hint, UnionType):
         inner = _parser(next(arg for arg in get_args(hint) if arg is not type(None)))
         return lambda text: None if text == "" else inner(text)
-    if hint == tuple[int, ...]:
-        return lambda text: tuple(int(part) for part in text.split())
+    if get_origin(hint) is tuple:
+        return lambda text: tuple(get_args(hint)[0](part) for part in text.split())
     return hint  # type: ignore[no-any-return]
 
 
@@ -161,8 +164,8 @@ def write_pairs(path: Path, rows: Iterable[PairPoint]) -> None:
 
 # ------------------------------------------------------------------------------------------------------------ table
 
-TABLE = ("method", "k", "protocol", "layers", "l0", "l0_per_mlp", "active_params", "bits_per_token", "ce_degradation",
-         "ce_recovered_mean", "kl", "fvu", "dead", "train_tokens", "gate_params")  # fmt: skip
+TABLE = ("method", "k", "protocol", "layers", "l0", "l0_by_layer", "l0_per_mlp", "active_params", "bits_per_token",
+         "ce_degradation", "ce_recovered_mean", "kl", "fvu", "dead", "train_tokens", "gate_params")  # fmt: skip
 HEADINGS = {f.name: f.metadata["heading"] for f in dataclasses.fields(ParetoPoint) if f.metadata}
 
 
@@ -185,4 +188,6 @@ def _cell(point: ParetoPoint, column: str) -> str:
         return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.1f}" if abs(value) >= 10 else f"{value:.3f}"
     if isinstance(value, int):
         return f"{value:,}" if abs(value) >= 10_000 else str(value)
+    if column == "l0_by_layer" and value is not None:
+        return " ".join(f"{part:.1f}" for part in value)
     return _text(value)

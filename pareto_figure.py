@@ -30,7 +30,9 @@ STYLES = {
     "sae": Style("#CC79A7", "D", (0, (1.5, 1.2))),
     "neurons": Style("#333333", "P", (0, (3, 1.5, 1, 1.5, 1, 1.5))),
 }
-FILLS = {"": "full", "topk": "none", "skip": "bottom", "delta": "left", "c_fc-topk": "top", "down_proj-topk": "bottom"}
+FILLS = {
+    "": "full", "topk": "none", "joint": "top", "skip": "bottom", "delta": "left", "c_fc-topk": "top", "down_proj-topk": "bottom"
+}  # fmt: skip
 BASELINES = ("affine", "mean", "zero")  # horizontal lines; identity is ΔCE = 0, below any log axis
 AXES = {
     "l0": "active parts per module",
@@ -41,8 +43,9 @@ AXES = {
 LEFT_AXIS = {"ce_degradation": "ΔCE (nats per token)", "kl": "KL to the original (nats)", "fvu": "FVU", "mse": "MSE"}
 ROWS = {
     "single": "single: one layer replaced",
-    "frozen": "frozen: codes of a clean pass",
-    "free": "free: codes follow the stream",
+    "frozen": "frozen: each reads the clean stream",
+    "gates": "gates: a clean pass decides what is active",
+    "free": "free: all follows the stream",
 }
 
 
@@ -94,7 +97,7 @@ def front(marks: Iterable[_Mark]) -> list[_Mark]:
 
 def _settings(point: ParetoPoint) -> tuple[object, ...]:
     """What tells two rules without a k apart; layers of one replacement and seeds of one rule stay together."""
-    return (re.sub(r"_s\d+\b", "", point.checkpoint), point.train_tokens)
+    return (re.sub(r"_s\d+(?![^\W_])", "", point.checkpoint), point.train_tokens)
 
 
 def draw(

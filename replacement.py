@@ -1,11 +1,12 @@
-"""What stands in for a target's MLPs: one interface for every method and baseline, under the same three protocols.
+"""What stands in for a target's MLPs: one interface for every method and baseline, under the same protocols.
 
     y_hat = pass_(layer, x, y)      x: the MLP's input, y: the MLP's own output there, both on the stream as it runs
 
-A `Replacement` opens a `Pass` for each forward pass. In a pass opened by `free` what is active is decided on the running
-stream, which earlier replaced layers may have changed; in one opened by `frozen` it is decided on a clean pass, and only what
-is not a decision (an affine skip, a delta, a component's own input) reads the running stream. `Coded` replacements decide by
-codes: dictionaries, and an MLP's own neurons. Others (SPD, ablations) bring a pass of their own.
+A `Replacement` opens a `Pass` for each forward pass. In a pass opened by `free` everything reads the running stream, which
+earlier replaced layers may have changed. In one opened by `gated` a clean pass decides what is active, and what it opens
+(latents, neurons, components, and a skip or a delta beside them) reads the running stream. In one opened by `frozen` everything
+reads the clean stream: each layer writes what it would write there, whatever the method. `Coded` replacements decide by codes:
+dictionaries, and an MLP's own neurons. Others (SPD, ablations) bring a pass of their own.
 Only an SAE and the identity read y beyond a sequence's first position, so the others' MLPs are not computed beyond it.
 A pass remembers what was active, so that every method is counted by the same lines of `metrics.py`:
 
@@ -17,7 +18,7 @@ The first position of a sequence is left to the model by `replaced_logits`: code
 import functools
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from typing import ClassVar, NamedTuple
+from typing import ClassVar, NamedTuple, Self
 
 import torch
 from einops import rearrange
@@ -87,8 +88,9 @@ class Replacement(ABC):
     k: int | None = None  # active parts per token and layer by construction; None where nothing fixes it
     site: Site | None = "mlp_out"  # where it writes; None: wherever the target is read and written
     origin: Origin = UNKNOWN
-    follows_stream: ClassVar[bool] = True  # False: `frozen` and `free` are the same
-    reads_y: ClassVar[bool] = False  # True: it needs what the MLP itself writes on the running stream
+    follows_stream: ClassVar[bool] = True  # False: `frozen`, `gates` and `free` are the same
+    decides: ClassVar[bool] = True  # False: nothing is decided on a token, so `gates` and `free` are the same
+    reads_y: ClassVar[bool] = False  # True: it needs what the MLP itself writes, so the MLP counts as its own
 
     @property
     def reads(self) -> tuple[int, ...]:
@@ -97,11 +99,15 @@ class Replacement(ABC):
 
     @abstractmethod
     def frozen(self, captured: Captured) -> Pass:
-        """A pass whose decisions come from a clean pass (protocols `frozen` and `single`)."""
+        """A pass in which every layer writes what it would on the clean stream (protocols `frozen` and `single`)."""
+
+    @abstractmethod
+    def gated(self, captured: Captured) -> Pass:
+        """A pass whose decisions alone come from a clean pass; what is active reads the running stream (`gates`)."""
 
     @abstractmethod
     def free(self, captured: Captured, run: Callable[[Pass], object]) -> Pass:
-        """A pass whose decisions follow the running stream (protocol `free`).
+        """A pass in which everything follows the running stream (protocol `free`).
 
         Gates that read layers which the stream has not reached `run` another pass before.
         """
@@ -124,8 +130,8 @@ class Replacement(ABC):
         """Parameters that decide what is active when only `layers` are replaced; None where nothing is learnt."""
         return None
 
-    def dead(self) -> float | None:
-        """Share of the parts that were silent over the last ≥ 1M training tokens; None where that is not known."""
+    def dead(self, layers: Sequence[int]) -> float | None:
+        """Share of the parts at work when only `layers` are replaced that were silent at the end of training; None: not known."""
         return None
 
 
@@ -144,6 +150,20 @@ class Coded(Replacement):
     ) -> Float[Tensor, "token d_out"]:
         """What stands in place of y, from the codes that `pass_.encode` gives."""
 
+    @abstractmethod
+    def values_at(
+        self, layer: int, x: Float[Tensor, "token d_in"], y: Float[Tensor, "own d_out"], active: Codes
+    ) -> Codes:
+        """What the active parts of these codes are worth at the MLP's input x and output y."""
+
+    @abstractmethod
+    def with_least(self, least: Mapping[int, Float[Tensor, "part"]]) -> Self:
+        """The same, but that a part is active where its value's size exceeds its own `least[layer]`, whatever was asked for."""
+
+    @abstractmethod
+    def sizes(self, layer: int, weights: Mapping[int, float]) -> Float[Tensor, "part"]:
+        """√(Σ_j weights[j] ‖w_j‖²) of each part of `layer`, where w_j is what a unit of it writes to layer j."""
+
     def begin(self) -> "CodedPass":
         """A pass whose codes follow the running stream: all that `free` needs."""
         return CodedPass(self, None)
@@ -152,12 +172,18 @@ class Coded(Replacement):
         assert len(captured.inputs) == len(self.reads), f"{len(captured.inputs)=} {self.reads=}"
         return CodedPass(self, captured)
 
+    def gated(self, captured: Captured) -> "CodedPass":
+        return GatedPass(self, captured)
+
     def free(self, captured: Captured, run: Callable[[Pass], object]) -> "CodedPass":
         return self.begin()
 
 
 class CodedPass(Pass):
-    """A forward pass by codes; `codes[layer]` is computed once, when first needed, from the clean or the running stream."""
+    """A forward pass by codes; `codes[layer]` is computed once, when first needed.
+
+    With a clean pass, what each layer was given and wrote there stands in place of what the running stream gives it.
+    """
 
     replacement: Coded
 
@@ -169,17 +195,42 @@ class CodedPass(Pass):
     def __call__(
         self, layer: int, x: Float[Tensor, "batch seq d_in"], y: Float[Tensor, "batch own d_out"]
     ) -> Float[Tensor, "batch seq d_out"]:
+        x, y = self.read(layer, x, y)
         return by_token(functools.partial(self.replacement.write, self, layer), x, y)
 
+    def read(self, layer: int, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+        """What is read in place of the running stream's x and y."""
+        return (x, y) if self.clean is None else self._at(self.clean, layer)
+
     def encode(self, layer: int, x: Tensor | None = None, y: Tensor | None = None) -> Codes:
-        """The codes of `layer`; x and y are the running stream's, and go unread where a clean pass is given."""
+        """The codes of `layer`; x and y, which `read` gave, go unread where a clean pass is given."""
         if layer not in self.codes:
             if self.clean is not None:
-                i = self.replacement.reads.index(layer)
-                x, y = (rearrange(kept[i], "batch seq d -> (batch seq) d").float() for kept in self.clean)
+                x, y = (rearrange(kept, "batch seq d -> (batch seq) d").float() for kept in self._at(self.clean, layer))
             assert x is not None and y is not None, f"layer {layer} is read before the running stream came by"
-            self.codes[layer] = self.replacement.encode(layer, x, y)
-            self.active[layer, self.replacement.part_name] = Active.of(self.codes[layer])
+            self.keep(layer, self.replacement.encode(layer, x, y))
+        return self.codes[layer]
+
+    def keep(self, layer: int, codes: Codes) -> None:
+        self.codes[layer] = codes
+        self.active[layer, self.replacement.part_name] = Active.of(codes)
+
+    def _at(self, clean: Captured, layer: int) -> tuple[Tensor, Tensor]:
+        """The clean pass's input and output of a layer's MLP."""
+        i = self.replacement.reads.index(layer)
+        return clean.inputs[i], clean.outputs[i]
+
+
+class GatedPass(CodedPass):
+    """A forward pass in which a clean pass says which parts are active, and the running stream what they are worth."""
+
+    def read(self, layer: int, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+        return x, y
+
+    def encode(self, layer: int, x: Tensor | None = None, y: Tensor | None = None) -> Codes:
+        if layer not in self.codes:
+            assert x is not None and y is not None, f"layer {layer} is read before the running stream came by"
+            self.keep(layer, self.replacement.values_at(layer, x, y, super().encode(layer)))
         return self.codes[layer]
 
 
@@ -221,3 +272,8 @@ def replaced_logits(
 def method_name(method: str, top_k: int | None, variant: str) -> str:
     """The method, its variant, and -topk where the sparsity is not the trained one."""
     return "-".join(filter(None, [method, variant, "topk" if top_k is not None else ""]))
+
+
+def jointly_named(method: str) -> str:
+    """The name of a method where one threshold over all layers says what is active."""
+    return f"{method.removesuffix('-topk')}-joint"

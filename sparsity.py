@@ -111,6 +111,20 @@ class SparseEncoder[R](nn.Module, ABC):
         """An encoder of the same tensors whose codes are each token's k largest positive pre-activations."""
         return self._shared_with(TopKEncoder(self.W_enc, TopK(k)))
 
+    def values_at(self, x: Float[Tensor, "batch d_in"], active: Codes) -> Codes:
+        """What the active latents of these codes are worth on x: as many of them, or fewer where one falls to zero."""
+        r, b = self.magnitude or (torch.zeros_like(self.b_enc), self.b_enc)
+        linear = active.layout.dots(x, self.W_enc)
+        values = (r.exp()[active.cols] * linear + b[active.cols]).relu()
+        return active._replace(values=torch.where(active.values != 0, values, 0.0))
+
+    def with_least(self, least: Float[Tensor, "d_dict"]) -> "SparseEncoder[Any]":
+        """An encoder of the same tensors whose latents are active where their pre-activation exceeds their own `least`."""
+        assert self.magnitude is None, f"{self.rule}: what a latent adds is not its pre-activation"
+        view = self._shared_with(JumpReLUEncoder(self.W_enc, JumpReLU(l0=0.0)))
+        view.log_theta = nn.Parameter(log_threshold(least), requires_grad=False)
+        return view
+
     def _shared_with[E: "SparseEncoder[Any]"](self, view: E) -> E:
         """The view, holding this encoder's own tensors wherever it has one of that name."""
         names = {name for name, _ in chain(view.named_parameters(), view.named_buffers())}

@@ -6,7 +6,8 @@ Active parts are the rank-one components of `spd_model.py`; each weight matrix i
 """
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from types import MappingProxyType
 from typing import NamedTuple
 
 import torch
@@ -27,6 +28,7 @@ class SPDReplacement(Replacement):
     """Rank-one components of an MLP's weight matrices: active ones at full strength (mask 1), the others at none.
 
     Active: causal importance g_lo > threshold, or the top_k largest pre-sigmoid importances z. `delta` adds W − Σ U V.
+    `frozen`: the MLP's input too is the clean pass's; within the MLP, the down projection reads what the first matrix wrote.
     `free`: a local gate reads its module's input on the masked stream. A global gate reads all layers at once, also
     those the stream has not reached, so it reads the stream of a first pass masked by the clean pass's gates: one step
     towards the fixed point, after which its input is the masked model's, not the original's.
@@ -91,12 +93,15 @@ class SPDReplacement(Replacement):
         return CleanImportances(inputs, self.model.importance_logits(inputs))
 
     def frozen(self, captured: Captured) -> "SPDPass":
+        return SPDPass(self, *self.clean_importances(captured), dict(zip(self.reads, captured.inputs)))
+
+    def gated(self, captured: Captured) -> "SPDPass":
         return SPDPass(self, *self.clean_importances(captured))
 
     def free(self, captured: Captured, run: Callable[[Pass], object]) -> "SPDPass":
         if self.model.config.gate.local:
             return SPDPass(self, {}, None)
-        first = self.frozen(captured)
+        first = self.gated(captured)
         run(first)
         return SPDPass(self, {}, self.model.importance_logits(first.inputs))
 
@@ -136,14 +141,21 @@ class CleanImportances(NamedTuple):
 class SPDPass(Pass):
     """A forward pass by components, with given importance logits z or each gate's own on its matrix' running input.
 
-    `inputs` begins with the clean pass's and takes in what the replaced matrices read on the running stream.
+    `inputs` begins with the clean pass's and takes in what the replaced matrices read. `given` is what MLPs read in place of
+    the running stream.
     """
 
     replacement: SPDReplacement
 
-    def __init__(self, replacement: SPDReplacement, inputs: dict[str, Tensor], z: dict[str, Tensor] | None) -> None:
+    def __init__(
+        self,
+        replacement: SPDReplacement,
+        inputs: dict[str, Tensor],
+        z: dict[str, Tensor] | None,
+        given: Mapping[int, Float[Tensor, "batch seq d_in"]] = MappingProxyType({}),
+    ) -> None:
         super().__init__(replacement)
-        self.inputs, self.z = dict(inputs), z
+        self.inputs, self.z, self.given = dict(inputs), z, given
 
     def __call__(
         self, layer: int, x: Float[Tensor, "batch seq d_in"], y: Float[Tensor, "batch own d_out"]
@@ -152,7 +164,7 @@ class SPDPass(Pass):
         masks = {path: functools.partial(self._mask, layer, name, path) for name, path in paths.items()}
         delta = dict.fromkeys(masks, 1.0) if self.replacement.delta else None
         with self.replacement.model.masked(masks, delta):
-            return self.replacement.target.mlp(layer, x).to(y.dtype)
+            return self.replacement.target.mlp(layer, self.given.get(layer, x)).to(y.dtype)
 
     def _mask(self, layer: int, name: str, path: str, x: Tensor) -> Float[Tensor, "batch seq component"]:
         z = self.replacement.model.importance_logit(path, x.float()) if self.z is None else self.z[path]

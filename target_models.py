@@ -143,6 +143,14 @@ def mlp_matrices(target: TargetModel, layer: int) -> tuple[str, ...]:
     return (*(f"{paths.write}.{n}" for n in maps), paths.down)
 
 
+def writer_parameters(target: TargetModel, layer: int) -> int:
+    """Weights at work where a layer's output is computed: its MLP's, its attention's or its whole block's; biases don't count."""
+    module = target.model.get_submodule(target.mlps[layer].write)
+    if target.site == "mlp_out":
+        return sum(target.model.get_submodule(path).weight.numel() for path in mlp_matrices(target, layer))
+    return sum(p.numel() for p in module.parameters() if p.ndim >= 2)
+
+
 # ----------------------------------------------------------------------------------------------------- finding MLPs
 
 

@@ -394,23 +394,23 @@ def each_by_itself(tokens: Int[Tensor, "sequence seq"]) -> HeldOutText:
     return HeldOutText(tokens, torch.arange(len(tokens)))
 
 
-def held_out_text(stream: TokenStream, n_tokens: int) -> HeldOutText:
+def held_out_text(stream: TokenStream, n_tokens: int, or_fewer: bool = False) -> HeldOutText:
     """⌈n_tokens / seq⌉ sequences drawn at random over the documents of a split that nothing was read of yet.
 
     Long documents are cut into sequences, of which each gives as few as must be: the same smallest cap for all. Short ones are
     packed, whole, into sequences of their own. The draw is the same on every call. Raises ValueError where the split
-    is too small, and for no tokens.
+    is too small, with `or_fewer` where it holds no whole sequence, and for no tokens.
     """
     if n_tokens < 1:
         raise ValueError(f"{n_tokens} held-out tokens were asked for (--tokens, --eval-tokens): ask for 1 or more")
     n = -(-n_tokens // stream.seq)
     documents = stream.rows_by_document(DOCUMENTS_PER_SEQUENCE * n)
-    if (held := sum(map(len, documents))) < n:
+    if (held := sum(map(len, documents))) < (1 if or_fewer else n):
         raise ValueError(
             f"{stream.spec.path!r} ({stream.split}) holds only {held * stream.seq} tokens of the {n_tokens} asked for, in "
             f"sequences of {stream.seq}: ask for fewer"
         )
-    generator = random.Random(0)
+    n, generator = min(n, held), random.Random(0)
     documents = [generator.sample(rows, len(rows)) for rows in documents]
     cap = next(cap for cap in itertools.count(1) if sum(min(cap, len(rows)) for rows in documents) >= n)
     offered = [(i, row) for i, rows in enumerate(documents) for row in rows[:cap]]

@@ -2,8 +2,9 @@
 
     python experiments/table.py        # writes the table anew, between its two marker lines
 
-A question is the first line of the script that bears its folder's name; what it found is said in headlines.toml; cost,
-date and commit are those of the output's settings.json (+: the working tree differed from the commit).
+A question is the first line of the script that bears its folder's name; what it found is said in headlines.toml, with figures
+that `quoted` reads from the output; cost, date and commit are those of the output's settings.json (+: the working tree
+differed from the commit).
 """
 
 import ast
@@ -11,6 +12,8 @@ import json
 import tomllib
 from pathlib import Path
 from typing import Any
+
+from quoted import quoted
 
 from logs import atomic_path, read_csv
 
@@ -46,15 +49,15 @@ def table_row(folder: Path, entry: dict[str, str]) -> str:
     cost = f"{seconds(output, settings) / 60:.0f} min, {settings[0]['device']}" if settings else "–"
     when = sorted({f"{part['date']}, {part['commit']}" for part in settings})
     image = f"{folder.name}/output/{entry.get('figure', 'pareto.png')}"
-    cells = (f"[{number}]({folder.name}/output/README.md)", entry.get("question") or question(folder), entry["headline"],
-             f'<img src="{image}" width="180">', cost, "; ".join(when) or "–")  # fmt: skip
+    cells = (f"[{number}]({folder.name}/output/README.md)", entry.get("question") or question(folder),
+             quoted(entry["headline"], output), f'<img src="{image}" width="180">', cost, "; ".join(when) or "–")  # fmt: skip
     return f"| {' | '.join(cells)} |"
 
 
 def with_table(readme: str) -> str:
     """The README's text with the table as it should be now."""
     assert BEGIN in readme and END in readme, f"README.md lacks the lines {BEGIN} and {END}"
-    headlines = tomllib.loads((HERE / "headlines.toml").read_text())
+    headlines = tomllib.loads((HERE / "headlines.toml").read_text())["headlines"]
     rows = [table_row(folder, headlines[folder.name]) for folder in sorted(HERE.glob("exp_*"))]
     before, after = readme.partition(BEGIN)[0], readme.partition(END)[2]
     return "\n".join([f"{before}{BEGIN}", HEAD, *rows, f"{END}{after}"])

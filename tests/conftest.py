@@ -9,7 +9,7 @@ from shapes import check_shapes
 
 os.environ.setdefault("WANDB_MODE", "disabled")
 modules = [file.stem for file in Path(__file__).parents[1].glob("*.py") if file.stem != "sparse_triton"]
-check_shapes([*modules, "folded", "recovered"])
+check_shapes([*modules, "folded", "recovered", "probes"])
 
 from small import make_small_target, write_corpus  # noqa: E402
 

@@ -453,9 +453,18 @@ def test_the_main_job_on_the_device_gives_the_cpus_table(
             )
         )  # fmt: skip
     tables = [read_points(tmp_path / place / "points.csv") for place in (device, "cpu")]
-    assert {"transcoder", "clt", "spd", "spd-0.5", "neurons", "affine", "identity", "zero", "mean"} == {
-        row.method for row in tables[0]
-    }
+    assert {
+        "transcoder",
+        "clt",
+        "spd",
+        "spd-0.5",
+        "neurons",
+        "neurons-joint",
+        "affine",
+        "identity",
+        "zero",
+        "mean",
+    } == {row.method for row in tables[0]}
     assert_rows_agree(*tables, rel=1e-2)
     settings = json.loads((tmp_path / device / "settings.json").read_text())
     assert settings["device"] == torch.cuda.get_device_name(device)

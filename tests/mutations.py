@@ -208,7 +208,7 @@ PERFECT = "test_evaluation.py::test_a_perfect_decomposition_lands_exactly_on_eve
 DEFINITION = "test_evaluation.py::test_the_ruler_equals_its_definition_for_every_method_and_protocol[64]"
 RULER = [
     Mutation(
-        "dead constant 0", "metrics.py", "return replacement.dead()", "return 0.0",
+        "dead constant 0", "metrics.py", "return tally.replacement.dead(tally.layers)", "return 0.0",
         "test_training_step.py::test_latents_silent_at_the_end_of_training_are_the_tables_dead",
     ),
     Mutation(
@@ -217,6 +217,39 @@ RULER = [
     ),
     Mutation("bits without values", "metrics.py", " + VALUE_BITS * sum(l0.values())", "", PERFECT),
     Mutation("CE recovered of the whole CE", "metrics.py", "/ (most - least) if", "/ most if", PERFECT),
+    Mutation(
+        "an SAE without its MLP", "evaluation.py", "if run.replacement.reads_y else 0", "if False else 0",
+        "test_evaluation.py::test_who_reads_what_the_mlp_writes_needs_the_mlp",
+    ),
+    Mutation(
+        "frozen reads the running stream", "replacement.py", "(x, y) if self.clean is None else self._at(self.clean, layer)",
+        "(x, y)", "test_replacement.py::test_frozen_layers_write_what_each_writes_alone",
+    ),
+    Mutation(
+        "gates keep clean values", "replacement.py", "self.replacement.values_at(layer, x, y, super().encode(layer))",
+        "super().encode(layer)", "test_replacement.py::test_where_all_parts_are_active_gates_are_free",
+    ),
+    Mutation(
+        "rows of unequal training", "coder_replacements.py", "return record.seed, record.train_tokens, record.recipe",
+        "return (record.seed,)", "test_replacement.py::test_coders_of_different_training_never_share_a_row",
+    ),
+    Mutation(
+        "dead of all layers", "metrics.py", "dead(tally.layers)", "dead(tally.replacement.layers)",
+        "test_replacement.py::test_dead_are_those_of_the_rows_layers_in_a_window_after_the_annealing",
+    ),
+    Mutation(
+        "layers weigh alike", "allocation.py", "max(self.kl, 0.0) / max(self.squared, 1e-30)", "1.0",
+        "test_allocation.py::test_one_threshold_serves_all_layers_and_parts",
+    ),
+    Mutation(
+        "a threshold in half", "allocation.py", "return found.topk(min(n, len(found))).values[-1]",
+        "return found.topk(min(n // 2, len(found))).values[-1]",
+        "test_allocation.py::test_what_is_kept_are_the_largest_scores_of_all_layers_and_tokens",
+    ),
+    Mutation(
+        "unused components count", RECOVERED, ".masked_fill(~counts, -torch.inf)", "",
+        "test_spd_model.py::test_a_component_without_importance_counts_for_nothing",
+    ),
     Mutation(
         "MMCS without the components' norm", RECOVERED, "dot / (norm * length).clamp_min(1e-12)", "dot / length",
         "test_spd_model.py::test_perfect_decompositions_score_perfectly",

@@ -21,7 +21,7 @@ from baselines import (
 from clt import CrossLayerTranscoder
 from coder import Coder
 from coder_replacements import CLTReplacement, SAEReplacement, TranscoderReplacement
-from config import BatchTopK, CLTConfig, EncoderConfig, GateConfig, JumpReLU, SAEConfig, SPDConfig, TopK
+from config import BatchTopK, CLTConfig, EncoderConfig, GateConfig, JumpReLU, SAEConfig, SPDConfig
 from evaluation import Measurement
 from llama_simple_mlp import LlamaSimpleMLP, LlamaSimpleMLPConfig, initialise
 from pareto import ParetoPoint
@@ -106,7 +106,8 @@ def transcoders(layers: Sequence[int], rule: object = BatchTopK(4), skip: bool =
 def saes(layers: Sequence[int]) -> list[Coder]:
     g = torch.Generator().manual_seed(6)
     return [
-        randomise(build_sae(SAEConfig(layer=i, site="mlp_out", d_in=D, d_dict=F, rule=TopK(3)), g), i) for i in layers
+        randomise(build_sae(SAEConfig(layer=i, site="mlp_out", d_in=D, d_dict=F, rule=BatchTopK(3)), g), i)
+        for i in layers
     ]
 
 

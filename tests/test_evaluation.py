@@ -52,7 +52,7 @@ def test_a_perfect_decomposition_lands_exactly_on_every_axis_and_protocol() -> N
         ce = cross_entropy(target.logits(tokens), tokens).mean().item()
         ce_zero = cross_entropy(run(target, tokens, ZeroReplacement([1]).begin(), [1]), tokens).mean().item()
     for protocol in PROTOCOLS:
-        p = the(measured, "transcoder", protocol, (1,))
+        p = the(measured, "transcoder-relu", protocol, (1,))
         assert (p.l0, p.l0_p95, p.l0_per_mlp, p.active_params) == (active, active, active, active * 2 * D)
         # each part of a counted position fires once in n tokens, the first positions' parts never
         bits = active * n * binary_entropy(torch.tensor([1 / n], dtype=torch.float64)).item() + 8 * active
@@ -72,7 +72,7 @@ def test_axes_of_a_clt_are_those_of_the_table() -> None:
     target, tokens, n = make_tiny(3), some_tokens(), 3
     measured = evaluate(target, [CLTReplacement(clt(range(n), TopK(5)), top_k=None)], each_by_itself(tokens))
     for protocol in ("frozen", "free"):
-        p = the(measured, "clt", protocol, (0, 1, 2))
+        p = the(measured, "clt-per_token", protocol, (0, 1, 2))
         rows = [d for d in measured.layers if d.protocol == protocol and d.layers == (0, 1, 2)]
         l0 = [d.l0 for d in rows]
         assert p.l0 == pytest.approx(sum(l0) / n)
@@ -80,7 +80,7 @@ def test_axes_of_a_clt_are_those_of_the_table() -> None:
         assert p.active_params == pytest.approx(sum(l0[i] * (D + (n - i) * D) for i in range(n)))
         assert p.fvu == pytest.approx(sum(d.fvu for d in rows) / n)
     for m in range(n):
-        p = the(measured, "clt", "single", (m,))
+        p = the(measured, "clt-per_token", "single", (m,))
         rows = [d for d in measured.layers if d.protocol == "single" and d.layers == (m,)]
         assert [d.layer for d in rows] == list(range(m + 1)) and [d.fvu is None for d in rows] == [True] * m + [False]
         assert p.l0_per_mlp == pytest.approx(sum(d.l0 for d in rows))
@@ -96,6 +96,21 @@ def test_neurons_count_their_k_and_a_dense_map_its_parameters() -> None:
     skip, plain = the(measured, "transcoder-skip", "frozen", (0, 1)), the(measured, "transcoder", "frozen", (0, 1))
     assert skip.active_params == pytest.approx(2 * skip.l0 * 2 * D + 2 * D * D)
     assert plain.active_params == pytest.approx(2 * plain.l0 * 2 * D)
+
+
+def test_who_reads_what_the_mlp_writes_needs_the_mlp() -> None:
+    """An SAE and the identity count its weights as at work on every token; neurons are chosen by all of W_in."""
+    target, tokens, mlp = make_tiny(2), each_by_itself(some_tokens()), 2 * D * H
+    measured = evaluate(target, all_methods(target, range(2)), tokens)
+    for protocol in PROTOCOLS[1:]:
+        sae = the(measured, "sae", protocol, (0, 1))
+        assert sae.active_params == pytest.approx(2 * sae.l0 * 2 * D + 2 * mlp)
+        assert sae.gate_params == 2 * (F * (D + 1) + mlp)
+        assert the(measured, "identity", protocol, (0, 1)).active_params == 2 * mlp
+        assert the(measured, "neurons", protocol, (0, 1)).gate_params == 2 * D * H
+        assert the(measured, "transcoder", protocol, (0, 1)).gate_params == 2 * F * (D + 1)
+    one = the(measured, "sae", "single", (1,))
+    assert one.active_params == pytest.approx(one.l0 * 2 * D + mlp)
 
 
 def test_identity_costs_exactly_nothing_and_full_neurons_almost() -> None:
@@ -116,7 +131,8 @@ def slow(
 ) -> dict[str, float]:
     """The definition, without sharing, batching or streaming."""
     captured = clean(target, tokens, list(replacement.layers))
-    pass_ = replacement.begin() if protocol == "free" else replacement.frozen(captured)
+    opened = {"free": replacement.begin, "gates": lambda: replacement.gated(captured)}
+    pass_ = opened.get(protocol, lambda: replacement.frozen(captured))()
     y_hat: dict[int, Tensor] = {}
     with torch.inference_mode():
         p, q = target.logits(tokens), replaced_logits(target, tokens, pass_, layers, y_hat.__setitem__)
@@ -140,10 +156,10 @@ def test_the_ruler_equals_its_definition_for_every_method_and_protocol(batch: in
     target, tokens, layers = make_tiny(3), some_tokens(5), (0, 1, 2)
     methods = all_methods(target, layers)
     measured = evaluate(target, methods, each_by_itself(tokens), batch=batch)
-    assert len(measured.points) == len(methods) * (3 + 2)
+    assert len(measured.points) == len(methods) * (3 + 3)
     rows = iter(measured.points)
     for method in methods:
-        for protocol, replaced_layers in [*(("single", [i]) for i in layers), ("frozen", layers), ("free", layers)]:
+        for protocol, replaced_layers in [*(("single", [i]) for i in layers), *((p, layers) for p in PROTOCOLS[1:])]:
             p = next(rows)
             assert (p.method, p.protocol, p.layers) == (method.method, protocol, tuple(replaced_layers))
             for name, value in slow(target, method, tokens, protocol, list(replaced_layers)).items():

@@ -27,7 +27,8 @@ def test_a_toy_is_decomposed_once(
     assert "tms_5-2 is in" in capsys.readouterr().err
     rows = read_csv(output / "points.csv")
     assert [(row["toy"], row["seed"], row["steps"]) for row in rows] == [("tms_5-2", "0", "4"), ("tms_5-2", "1", "4")]
-    assert all(0 <= float(row["mmcs"]) <= 1 for row in rows)
+    assert all(0 <= float(row[score]) <= 1 for row in rows for score in ("mmcs", "mmcs_null"))
+    assert all(float(row["mmcs_null"]) > 0.9 for row in rows)  # twenty directions in a plane
     names = {file.name for file in output.iterdir()}
     assert names == {"points.csv", "settings.json", "importance_tms_5-2.png", "directions_tms_5-2.png"}
     monkeypatch.setattr(sys, "argv", [str(SCRIPT), "--toys", "tms_6-2", "--output", str(output)])

@@ -1,5 +1,6 @@
-"""Experiment 013, in miniature: its own gate and both transformer gates, probed on the same positions."""
+"""Experiment 013, in miniature: its own gate and both transformer gates, and a leak that is planted and found."""
 
+import math
 import runpy
 import sys
 from pathlib import Path
@@ -13,22 +14,27 @@ from logs import read_csv
 from recipes import SPDRecipe, train_decomposition
 
 SCRIPT = Path(__file__).parents[1] / "experiments" / "exp_013_spd_mask_leak" / "spd_mask_leak.py"
-SMALL = "--eval-tokens 2048 --classes 16 --probe-steps 2 --gate-steps 1".split()
+SMALL = "--eval-tokens 1600 --classes 32 --probe-steps 300 --probe-seeds 2 --gate-steps 1".split()
 
 
 def test_it_runs_from_its_command_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(checkpoints, "CHECKPOINTS", tmp_path / "checkpoints")
     (tmp_path / "corpus").mkdir()
-    target, output = make_small_target(write_corpus(tmp_path / "corpus")), tmp_path / "output"
+    target, output = make_small_target(write_corpus(tmp_path / "corpus", documents=1200)), tmp_path / "output"
     recipe = SPDRecipe(components=8, gate_hidden=4, steps=1, batch=2)
     train_decomposition(target, recipe, layers=(0, 1), folder=tmp_path / "checkpoints" / target.name)
     monkeypatch.setattr(target_models, "load_target", lambda name, device: target)
     monkeypatch.setattr(sys, "argv", [str(SCRIPT), *SMALL, "--output", str(output)])
     runpy.run_path(str(SCRIPT), run_name="__main__")
     rows = {row["gate"]: row for row in read_csv(output / "points.csv")}
-    assert list(rows) == ["shared_mlp (its own)", "causal transformer", "bidirectional transformer"]
-    assert [row["gate_steps"] for row in rows.values()] == ["", "1", "1"]
+    honest = ["shared_mlp (its own)", "causal transformer", "bidirectional transformer"]
+    assert list(rows) == [*honest, "shared_mlp (its own) and a planted leak"]
+    assert [row["gate_steps"] for row in rows.values()] == ["", "1", "1", ""]
     assert len({(row["current_token_ce"], row["model_ce"]) for row in rows.values()}) == 1
+    planted = rows.pop("shared_mlp (its own) and a planted leak")  # of random words nobody knows the parity: log 2 nats
+    assert 0.6 * math.log(2) < float(planted["told_least"]) <= float(planted["told"]) < 1.2 * math.log(2)
+    assert float(planted["possible"]) > 0.5
+    assert all(abs(float(row["told"])) < 0.2 * math.log(2) for row in rows.values())
 
     monkeypatch.setattr(target_models, "load_target", None)
     (output / "mask_leak.png").unlink()

@@ -18,6 +18,7 @@ from config import BatchTopK, EncoderConfig, GateConfig, Relu, SAEConfig, SPDCon
 from foreign_files import hook_points
 from interop import export, import_
 from pareto import read_layers, read_points
+from pareto_figure import base
 from sae import build_sae
 from spd_model import ComponentModel
 from target_models import Loaded, TargetModel, make_target
@@ -69,7 +70,7 @@ def test_our_checkpoints_are_measured_together_and_added_to_the_table(
     measure.main(both, tokens=320, protocols=("free",), top_k=(2,), neurons=(4,), points=points)
     rows = read_points(points)
     assert sorted(p.method for p in rows) == sorted(
-        ["transcoder", "transcoder-topk", "clt", "clt-topk", "spd", "spd-0.5", "spd-topk", "neurons", "affine",
+        ["transcoder", "transcoder-topk", "clt", "clt-topk", "spd", "spd-0.5", "spd-topk", "neurons", "neurons-joint", "affine",
          "identity", "zero", "mean"]
     )  # fmt: skip
     assert all(p.layers == (0, 1) and p.tokens == 20 * 15 for p in rows)
@@ -141,7 +142,7 @@ def test_foreign_dictionaries_are_measured_by_one_command_and_equal_ours(
     foreign = (str(tmp_path / "foreign"), "--format", format, *options)
     measure.command_line([*foreign, *settings, str(tmp_path / "b.csv")])
     ours, theirs = (read_points(tmp_path / name)[0] for name in ("a.csv", "b.csv"))
-    assert (theirs.method, theirs.layers, theirs.train_tokens) == (ours.method, ours.layers, None)
+    assert (base(theirs.method), theirs.layers, theirs.train_tokens) == (base(ours.method), ours.layers, None)
     assert theirs.ce == pytest.approx(ours.ce, abs=1e-5) and theirs.l0 == pytest.approx(ours.l0, abs=1e-3)
 
 
@@ -158,7 +159,7 @@ def test_every_dictionary_of_one_layer_has_a_row(
             shutil.copytree(made, run / f"layers.{layer}.mlp" / f"seed{seed}")
     points = tmp_path / "points.csv"
     measure.main((str(run),), tokens=320, protocols=("free",), format="sparsify", points=points)
-    rows = [p for p in read_points(points) if p.method == "transcoder"]
+    rows = [p for p in read_points(points) if p.method == "transcoder-per_token"]
     assert [(p.layers, p.checkpoint) for p in rows] == [
         ((0, 1), f"{run}/layers.0.mlp/seed0 {run}/layers.1.mlp/seed0"), ((1,), f"{run}/layers.1.mlp/seed1"),
     ]  # fmt: skip

@@ -80,7 +80,7 @@ def trained_and_measured(rule: Rule, target: TargetModel, folder: Path) -> None:
             assert torch.equal(value, checkpoint.coder.state_dict()[name]), name
     replacements = [r for top_k in (None, 2) for r in as_replacements(checkpoints, top_k)]
     measured = evaluate(target, replacements, held_out(target, 128))
-    names = {"sae", "transcoder", "transcoder-skip", "clt"}
+    names = {f"{kind}-{type(rule).__name__.lower()}" for kind in ("sae", "transcoder", "transcoder-skip", "clt")}
     assert {point.method for point in measured.points} == names | {f"{name}-topk" for name in names}
     for point in measured.points:
         assert point.l0 > 0 and point.fvu < 1.5, f"{point}"

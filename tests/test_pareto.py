@@ -34,13 +34,16 @@ def point(
         l0_per_mlp=x, active_params=x, bits_per_token=x, ce=2 + y, ce_degradation=y, ce_low=0.9 * y, ce_high=1.1 * y,
         ce_recovered_zero=0.9, ce_recovered_mean=None, kl=0.2, fvu=0.1, mse=1 / 3, dead=None, train_tokens=10**6,
         gate_params=1234, train_seconds=1.5, checkpoint="checkpoints/a b", commit="abc", tail_p999=0.5, tail_max=0.75,
+        l0_by_layer=(x, 1 / 3) if x is not None else None,
     )  # fmt: skip
     return dataclasses.replace(default, **more)
 
 
 def test_columns_are_those_of_the_plan_and_the_tail_after_them(tmp_path: Path) -> None:
     write_points(tmp_path / "points.csv", [])
-    assert (tmp_path / "points.csv").read_text() == DESIGN.replace(" ", "") + ",tail_p999,tail_max,documents\n"
+    assert (tmp_path / "points.csv").read_text() == DESIGN.replace(
+        " ", ""
+    ) + ",tail_p999,tail_max,documents,l0_by_layer\n"
     assert read_points(tmp_path / "points.csv") == []
 
 
@@ -106,8 +109,8 @@ def test_a_column_with_a_default_may_be_absent_and_columns_stand_in_any_order(tm
     file = tmp_path / "points.csv"
     write_points(file, [point()])
     rows = [line.split(",") for line in file.read_text().splitlines()]
-    file.write_text("\n".join(",".join(reversed(row[:-3])) for row in rows) + "\n")
-    assert read_points(file) == [point(tail_p999=None, tail_max=None, documents=None)]
+    file.write_text("\n".join(",".join(reversed(row[:-4])) for row in rows) + "\n")
+    assert read_points(file) == [point(tail_p999=None, tail_max=None, documents=None, l0_by_layer=None)]
 
 
 @given(st.lists(st.tuples(st.integers(1, 6), st.integers(1, 6)), min_size=1, max_size=12))

@@ -1,17 +1,49 @@
 """Theorems about replacements, on a random two- or four-layer model."""
 
+import dataclasses
+from collections.abc import Sequence
+
 import pytest
 import torch
-from small import SEQ, D, F, H, all_methods, clean, clt, make_tiny, randomise, run, saes, some_tokens, transcoders
+from small import (
+    C_DOWN,
+    C_FC,
+    SEQ,
+    D,
+    F,
+    H,
+    all_methods,
+    clean,
+    clt,
+    decomposition,
+    make_tiny,
+    randomise,
+    run,
+    saes,
+    some_tokens,
+    transcoders,
+)
 from torch import Tensor
 
 from baselines import IdentityReplacement, MeanReplacement, NeuronsReplacement, ZeroReplacement, fit_affine
+from checkpoints import Checkpoint, TrainingRecord
 from coder import Coder
-from coder_replacements import CLTReplacement, SAEReplacement, TranscoderReplacement, deployed
+from coder_replacements import (
+    CLTReplacement,
+    SAEReplacement,
+    TranscoderReplacement,
+    as_replacement,
+    as_replacements,
+    deployed,
+)
 from config import BatchTopK, EncoderConfig, Gated, JumpReLU, Relu, TopK
+from evaluation import evaluate
 from patching import capture
-from replacement import replaced_logits
+from replacement import Coded, Origin, Pass, replaced_logits
 from sparse_ops import to_dense
+from spd_replacement import SPDReplacement
+from target_models import TargetModel
+from token_stream import each_by_itself
 from transcoder import build_transcoder
 
 
@@ -107,7 +139,7 @@ def test_free_codes_follow_the_replaced_stream_and_frozen_ones_do_not() -> None:
     target, tokens, layers = make_tiny(), some_tokens(), range(3)
     captured = clean(target, tokens, layers)
     for replacement in all_methods(target, layers):
-        if replacement.follows_stream:
+        if isinstance(replacement, Coded):
             free, frozen = replacement.begin(), replacement.frozen(captured)
             run(target, tokens, free, layers)
             run(target, tokens, frozen, layers)
@@ -115,6 +147,127 @@ def test_free_codes_follow_the_replaced_stream_and_frozen_ones_do_not() -> None:
             expected = to_dense(replacement.encode(2, x, y))
             assert torch.equal(to_dense(frozen.codes[2]), expected), replacement.method
             assert not torch.equal(to_dense(free.codes[2]), expected), replacement.method
+
+
+def observed(target: TargetModel, tokens: Tensor, pass_: Pass, layers: Sequence[int]) -> dict[int, Tensor]:
+    """What was written in place of each layer's output, first positions left out."""
+    seen: dict[int, Tensor] = {}
+    with torch.inference_mode():
+        replaced_logits(target, tokens, pass_, layers, seen.__setitem__)
+    return {layer: y_hat[:, 1:] for layer, y_hat in seen.items()}
+
+
+def test_frozen_layers_write_what_each_writes_alone() -> None:
+    """Whatever the method: codes, a skip, components and an affine map all read the clean stream."""
+    target, tokens, layers = make_tiny(), some_tokens(), range(3)
+    captured = clean(target, tokens, layers)
+    spd = SPDReplacement(target, decomposition(target), top_k=4)
+    for replacement in [*all_methods(target, layers), spd]:
+        together = observed(target, tokens, replacement.frozen(captured), layers)
+        for layer in layers:
+            alone = observed(target, tokens, replacement.frozen(captured), [layer])[layer]
+            torch.testing.assert_close(together[layer], alone, msg=f"{replacement.method} {layer}")
+
+
+def test_gates_are_the_clean_passs_and_values_the_running_streams() -> None:
+    target, tokens, layers = make_tiny(), some_tokens(), range(3)
+    captured = clean(target, tokens, layers)
+    for replacement in (r for r in all_methods(target, layers) if isinstance(r, Coded)):
+        frozen, gated = replacement.frozen(captured), replacement.gated(captured)
+        run(target, tokens, frozen, layers)
+        run(target, tokens, gated, layers)
+        clean_codes, codes = (to_dense(pass_.codes[2]) for pass_ in (frozen, gated))
+        assert not codes[clean_codes == 0].any(), replacement.method
+        both = (clean_codes != 0) & (codes != 0)
+        assert both.sum() > 10 and (codes != clean_codes)[both].any(), replacement.method
+
+
+@pytest.mark.parametrize("rule", [Relu(0.1), TopK(3), BatchTopK(3), JumpReLU(0.01), Gated(0.1)])
+def test_where_a_latent_is_active_on_both_its_value_is_the_coders_own(rule: object) -> None:
+    (coder,) = transcoders([0], rule)
+    replacement, g = TranscoderReplacement([coder]), torch.Generator().manual_seed(3)
+    x = torch.randn(40, D, generator=g)
+    other = x + 0.3 * torch.randn(40, D, generator=g)
+    on_x, on_other = replacement.encode(0, x, x), replacement.encode(0, other, other)
+    moved, own = to_dense(replacement.values_at(0, other, other, on_x)), to_dense(on_other)
+    both = (to_dense(on_x) != 0) & (own != 0)
+    assert both.sum() > 40
+    torch.testing.assert_close(moved[both], own[both])
+    assert not moved[to_dense(on_x) == 0].any()
+
+
+def test_where_all_parts_are_active_gates_are_free() -> None:
+    """And `frozen` is neither: it is the values that differ."""
+    target, tokens, layers = make_tiny(), some_tokens(), range(3)
+    captured, open_ = clean(target, tokens, layers), transcoders(layers, TopK(F))
+    with torch.no_grad():
+        for coder in open_:
+            coder.encoder.b_enc.fill_(100)
+    spd = SPDReplacement(target, decomposition(target), top_k=max(C_FC, C_DOWN))
+    for replacement in (TranscoderReplacement(open_), NeuronsReplacement(target, layers, H), spd):
+        free = run(target, tokens, replacement.free(captured, lambda pass_: None), layers)
+        torch.testing.assert_close(run(target, tokens, replacement.gated(captured), layers), free, rtol=1e-4, atol=1e-4)
+    frozen = run(target, tokens, TranscoderReplacement(open_).frozen(captured), layers)
+    free = run(target, tokens, TranscoderReplacement(open_).begin(), layers)
+    assert not torch.allclose(frozen, free, rtol=1e-2, atol=1e-2)
+
+
+def test_an_affine_map_that_reads_the_clean_stream_is_another_than_one_that_follows() -> None:
+    target, tokens, layers = make_tiny(), some_tokens(), (0, 1, 2)
+    (affine,) = [r for r in all_methods(target, layers) if r.method == "affine"]
+    frozen, gates, free = evaluate(target, [affine], each_by_itself(tokens), ["frozen", "gates", "free"]).points
+    assert gates.ce == free.ce != frozen.ce
+
+
+def checkpoint(coder: Coder, **record: object) -> Checkpoint:
+    own = dataclasses.replace(TrainingRecord.imported("a coder", "random"), **record)
+    return Checkpoint(coder, own, f"{coder.config.layers}")
+
+
+def test_coders_of_different_training_never_share_a_row() -> None:
+    """Other tokens, another recipe, another seed: a row each, and none together when asked for."""
+    first = [checkpoint(coder, train_tokens=100, recipe="lr 1") for coder in transcoders(range(2))]
+    for other in ({"train_tokens": 200, "recipe": "lr 1"}, {"train_tokens": 100, "recipe": "lr 2"},
+                  {"train_tokens": 100, "recipe": "lr 1", "seed": 1}):  # fmt: skip
+        second = [checkpoint(coder, **other) for coder in transcoders(range(2))]
+        found = as_replacements([first[0], second[0], second[1], first[1]])
+        assert [r.layers for r in found] == [(0, 1), (0, 1)]
+        told = [(r.origin.train_tokens, r.origin.seed) for r in found]
+        assert told == [(100, 0), (other["train_tokens"], other.get("seed", 0))]
+        with pytest.raises(ValueError, match="^a coder and a coder were trained differently: measure each as a"):
+            as_replacement([first[0], second[1]])
+
+
+def test_coders_of_one_k_each_stand_together_and_a_sweep_by_k() -> None:
+    per_layer = [checkpoint(transcoders([layer], BatchTopK(k))[0]) for layer, k in enumerate((21, 8, 13))]
+    (together,) = as_replacements(per_layer)
+    assert together.layers == (0, 1, 2) and together.k is None
+    sweep = [checkpoint(coder) for k in (4, 8) for coder in transcoders(range(2), BatchTopK(k))]
+    assert [(r.layers, r.k) for r in as_replacements(sweep)] == [((0, 1), 4), ((0, 1), 8)]
+    one_layer = [checkpoint(transcoders([1], BatchTopK(k))[0]) for k in (4, 8)]
+    assert [(r.layers, r.k) for r in as_replacements(one_layer)] == [((1,), 4), ((1,), 8)]
+    twice = [checkpoint(coder) for coder in [*transcoders(range(2)), *transcoders(range(2))]]
+    assert [r.layers for r in as_replacements(twice)] == [(0, 1), (0, 1)]
+
+
+def test_a_rule_other_than_batchtopk_is_told_by_the_method() -> None:
+    rules = (BatchTopK(4), TopK(4), Relu(0.1), JumpReLU(0.1), Gated(0.1))
+    assert [TranscoderReplacement(transcoders([0], rule, skip=True)).method for rule in rules] == [
+        f"transcoder-skip{name}" for name in ("", "-per_token", "-relu", "-jumprelu", "-gated")
+    ]
+    assert CLTReplacement(clt(range(2), TopK(4)), top_k=2, variant="x").method == "clt-per_token-x-topk"
+
+
+def test_dead_are_those_of_the_rows_layers_in_a_window_after_the_annealing() -> None:
+    target, tokens, n = make_tiny(2), each_by_itself(some_tokens()), 1_000_000
+    coders, both = transcoders(range(2)), clt(range(2))
+    for encoder, silent in zip([*(c.encoder for c in coders), *both.encoders], (F, 0, F, 0)):
+        encoder.tokens_since_fired[:silent] = n // 10
+    origin = Origin(train_tokens=n)
+    for replacement in (TranscoderReplacement(coders, origin=origin), CLTReplacement(both, origin=origin)):
+        points = evaluate(target, [replacement], tokens, ["single", "free"]).points
+        second = 0.5 if replacement.method == "clt" else 0.0  # a CLT's first layer writes to the second too
+        assert [p.dead for p in points] == [1.0, second, 0.5]
 
 
 def test_single_layer_of_a_clt_is_written_by_clean_codes_of_earlier_layers() -> None:
@@ -146,7 +299,7 @@ def test_top_k_override_takes_the_largest_positive_pre_activations(rule: object)
     pre = coder.encoder.pre_activations(x * coder.x_scale)
     expected = pre.relu() * torch.zeros_like(pre).scatter(1, pre.topk(6).indices, 1)
     torch.testing.assert_close(to_dense(replacement.encode(0, x, x)), expected)
-    assert replacement.k == 6 and replacement.method == "transcoder-topk"
+    assert replacement.k == 6 and replacement.method == f"{TranscoderReplacement([coder]).method}-topk"
     assert coder.encoder.rule == rule and coder.training
 
 

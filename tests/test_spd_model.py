@@ -411,9 +411,11 @@ def test_perfect_decompositions_score_perfectly() -> None:
         part.V.zero_()
         part.V[:, :, :5] = torch.eye(5)
         part.U[:, :5] = W.mT
-    mmcs, ml2r = recovery(TOYS["tms_5-2"], model)
-    torch.testing.assert_close(mmcs, torch.ones(2))
-    torch.testing.assert_close(ml2r, torch.ones(2))
+    on = torch.zeros(2, 5, model.sizes["linear1"])
+    on[:, torch.arange(5), torch.arange(5)] = 1
+    for importances in ({"linear1": on}, None):
+        for score in recovery(TOYS["tms_5-2"], model, importances):
+            torch.testing.assert_close(score, torch.ones(2))
     g = torch.zeros(5, 8)
     g[torch.arange(5), torch.tensor([3, 1, 7, 0, 2])] = 1
     assert identity_error(g, 0.1) == 0 and torch.equal(permute_to_identity(g)[:, :5], torch.eye(5))
@@ -423,6 +425,27 @@ def test_perfect_decompositions_score_perfectly() -> None:
     dense[:, [2, 6]] = 0.95
     assert dense_error(dense, 2, 0.1) == 0 and dense_error(dense, 1, 0.1) == 5 and dense_error(dense, 3, 0.1) == 1
     assert importance_errors(TOYS["tms_5-2"], {"linear1": g[None], "linear2": g[None]}, 0.1) == [4]
+
+
+def test_a_component_without_importance_counts_for_nothing() -> None:
+    """A feature's own direction at a component that is never used: 0 for that feature, though it lies there."""
+    model = toy_model()
+    with torch.no_grad():
+        part, W = model.components["linear1"], model.target_model.linear1.weight
+        part.V.zero_()
+        part.V[:, :, :5] = torch.eye(5)
+        part.U[:, :5] = W.mT
+    on = torch.zeros(2, 5, model.sizes["linear1"])
+    on[0, torch.arange(4), torch.arange(4)] = 1  # of the first seed, all features but the last
+    mmcs, ml2r = recovery(TOYS["tms_5-2"], model, {"linear1": on})
+    torch.testing.assert_close(mmcs, torch.tensor([0.8, 0.0]))
+    torch.testing.assert_close(ml2r, torch.tensor([0.8, 0.0]))
+
+
+def test_random_directions_in_two_dimensions_are_near_to_any() -> None:
+    """The null of MMCS is high where there are few dimensions; that of ML2R is not."""
+    mmcs, ml2r = recovery(TOYS["tms_5-2"], toy_model(), None)
+    assert mmcs.max() > 0.9 and (mmcs > 0.5).all() and (ml2r < 0.5).all()
 
 
 def test_loss_that_is_not_finite_stops_the_run(tmp_path, monkeypatch) -> None:  # type: ignore[no-untyped-def]

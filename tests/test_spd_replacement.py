@@ -106,7 +106,7 @@ def test_a_single_layer_of_a_decomposition_is_measured_with_a_gate_that_reads_al
     target, tokens = make_tiny(3), some_tokens()
     for gate in (LOCAL, GLOBAL):
         spd = SPDReplacement(target, decomposition(target, gate), layers=[1])
-        single, frozen, _ = evaluate(target, [spd], each_by_itself(tokens)).points
+        single, frozen, *_ = evaluate(target, [spd], each_by_itself(tokens)).points
         assert single.layers == (1,) and single.ce == frozen.ce
 
 

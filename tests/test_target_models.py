@@ -13,6 +13,7 @@ import yaml
 from small import make_small_target, transcoders, word_tokenizer
 from torch import nn
 
+from baselines import NeuronsReplacement
 from config import Relu
 from devices import bf16_is_fast
 from foreign_files import fitted, same_site
@@ -26,6 +27,7 @@ from target_models import (
     make_target,
     mlp_matrices,
     weights_fingerprint,
+    writer_parameters,
     written,
 )
 from token_stream import DatasetSpec
@@ -267,6 +269,21 @@ def test_two_weights_exchanged_change_the_fingerprint_and_threads_do_not(small_t
 
 
 @torch.inference_mode()
+def test_all_neurons_together_have_the_mlps_weights(target: TargetModel, request: pytest.FixtureRequest) -> None:
+    """Two vectors each, three of a gated MLP; what chooses them are all matrices but the last."""
+    neurons = NeuronsReplacement(target, [0], 4)
+    (group,) = neurons.part_groups([0])
+    *inner, last = (target.model.get_submodule(path).weight.numel() for path in mlp_matrices(target, 0))
+    assert group.n_parts * group.part_parameters == sum(inner) + last == writer_parameters(target, 0)
+    assert group.part_parameters in (2 * target.d_model, 3 * target.d_model)
+    assert (
+        last == target.d_mlp * target.d_model
+        and sum(inner) <= neurons.gate_parameters([0]) <= sum(inner) + 2 * target.d_mlp
+    )
+    if "llama" in request.node.callspec.id and "simple" not in request.node.callspec.id:
+        assert group.part_parameters == 3 * target.d_model
+
+
 def test_the_mlp_ends_with_its_down_projection(target: TargetModel) -> None:
     x = torch.randn(3, target.d_model, generator=torch.Generator().manual_seed(0))
     h, down = target.hidden(1, x), target.model.get_submodule(target.mlps[1].down)

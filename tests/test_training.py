@@ -19,7 +19,7 @@ from small import make_small_target
 import checkpoints
 from activation_store import ActivationsStore, DataConfig
 from baselines import IdentityReplacement, ZeroReplacement, baselines
-from checkpoints import TrainingRecord, check_target, coder_name, held, load_checkpoint, save_checkpoint
+from checkpoints import TrainingRecord, check_target, held, load_checkpoint, run_name, save_checkpoint
 from clt import CrossLayerTranscoder
 from config import BatchTopK, CLTConfig, EncoderConfig, Gated, JumpReLU, Relu, SAEConfig, TopK, TrainConfig
 from evaluation import evaluate, held_out
@@ -45,6 +45,7 @@ DATA = DataConfig(layers=(0, 1), batch_tokens=32, buffer_tokens=256, model_batch
 TRAIN = TrainConfig(
     tokens=32 * 30, lr=3e-3, metrics_every=5, checkpoint_every=10, calibration_tokens=128, dead_after=200
 )
+FIRST_NAME = "small_transcoder_batchtopk_L0_k4_d48_s0_n960_lr0.003"
 
 
 def g(seed: int = 0) -> torch.Generator:
@@ -235,8 +236,10 @@ def a_transcoder(d_dict: int) -> EncoderConfig:
 
 
 def test_learning_rate_is_the_fields_rule_in_long_runs() -> None:
-    assert default_learning_rate(10**9, a_transcoder(2**14)) == 2e-4
-    assert default_learning_rate(10**6, a_transcoder(2**14)) > 1e-3
+    for tokens in (10**8, 10**9):
+        assert default_learning_rate(tokens, a_transcoder(2**14)) == 2e-4
+    short, shorter, between = (default_learning_rate(n, a_transcoder(2**14)) for n in (2 * 10**6, 10**5, 14_142_136))
+    assert short == shorter == pytest.approx(15 * 2e-4) and between == pytest.approx((short * 2e-4) ** 0.5)
 
 
 def test_coders_of_one_group_step_at_their_kinds_rates_and_say_so(small_target: TargetModel, tmp_path: Path) -> None:
@@ -313,19 +316,28 @@ def test_coders_side_by_side_step_as_one_after_another(small_target: TargetModel
 
 def test_trained_coders_are_not_trained_again(small_target: TargetModel, tmp_path: Path, capsys: object) -> None:
     train_group(coders(), small_target, data=DATA, config=TRAIN, folder=tmp_path)
-    file = tmp_path / coder_name("small", coders()[0].config, 0) / "encoder.pt"
+    file = tmp_path / FIRST_NAME / "encoder.pt"
     before = file.stat().st_mtime_ns
     train_group(coders(), small_target, data=DATA, config=TRAIN, folder=tmp_path)
     assert file.stat().st_mtime_ns == before and "6 of 6 coders are already trained" in capsys.readouterr().out
 
 
-def test_a_coder_of_another_recipe_is_trained_again(small_target: TargetModel, tmp_path: Path) -> None:
+def test_a_trial_has_a_folder_of_its_own_beside_the_real_run(small_target: TargetModel, tmp_path: Path) -> None:
     first = train_encoder(coders()[0], small_target, data=DATA, config=TRAIN, folder=tmp_path)
-    second = train_encoder(
-        coders()[0], small_target, data=DATA, config=dataclasses.replace(TRAIN, lr=1e-3), folder=tmp_path
-    )
-    assert first.record.name == second.record.name and not torch.equal(first.coder.W_dec, second.coder.W_dec)
-    assert "lr 0.003" in first.record.recipe and "lr 0.001" in second.record.recipe
+    for trial in (dataclasses.replace(TRAIN, lr=1e-3), dataclasses.replace(TRAIN, tokens=TRAIN.tokens // 2)):
+        second = train_encoder(coders()[0], small_target, data=DATA, config=trial, folder=tmp_path)
+        assert first.record.name != second.record.name and not torch.equal(first.coder.W_dec, second.coder.W_dec)
+    again = load_checkpoint(first.path, "cpu")
+    assert torch.equal(again.coder.W_dec, first.coder.W_dec) and "lr 0.003" in again.record.recipe
+
+
+def test_what_was_trained_otherwise_is_not_overwritten(small_target: TargetModel, tmp_path: Path) -> None:
+    train_encoder(coders()[0], small_target, data=DATA, config=TRAIN, folder=tmp_path)
+    other = dataclasses.replace(TRAIN, warmup=0.5)
+    with pytest.raises(
+        ValueError, match="^.*small_.* was trained otherwise .*warmup 0.05.*, not .*warmup 0.5.*: move it away"
+    ):
+        train_encoder(coders()[0], small_target, data=DATA, config=other, folder=tmp_path)
 
 
 def test_a_text_shorter_than_the_training_is_named(small_target: TargetModel, tmp_path: Path) -> None:
@@ -338,7 +350,9 @@ def test_a_text_shorter_than_the_training_is_named(small_target: TargetModel, tm
 def test_a_loss_that_is_not_finite_stops_the_run(small_target: TargetModel, tmp_path: Path) -> None:
     broken = coders()[1]
     torch.nn.init.constant_(broken.W_skip, torch.nan)
-    with pytest.raises(RuntimeError, match=r"loss of small_transcoder-skip_topk_L1_k4_d48_s0 is nan at step 4"):
+    with pytest.raises(
+        RuntimeError, match=r"loss of small_transcoder-skip_topk_L1_k4_d48_s0_n[0-9]+_lr0.003 is nan at step 4"
+    ):
         train_encoder(broken, small_target, data=DATA, config=TRAIN, folder=tmp_path)
     assert not list(tmp_path.rglob("encoder.pt"))
 
@@ -559,7 +573,7 @@ def test_a_path_with_a_colon_is_a_path(tmp_path: Path, monkeypatch: pytest.Monke
 
 def test_a_second_training_in_one_folder_says_who_is_at_it(small_target: TargetModel, tmp_path: Path) -> None:
     """And a killed one is in nobody's way."""
-    name = coder_name("small", coders()[0].config, 0)
+    name = FIRST_NAME
     folder = str(tmp_path / "runs" / name)
     code = "import time; from pathlib import Path; from checkpoints import held\n"
     code += f"with held([Path({folder!r})]): print(1, flush=True); time.sleep(99)"
@@ -591,5 +605,7 @@ def test_a_full_disk_is_said_before_anything_is_written(tmp_path: Path, monkeypa
 
 
 def test_names_tell_coders_apart() -> None:
-    names = {coder_name("hf:a/b", coder.config, seed) for coder in coders() for seed in (0, 1)}
-    assert len(names) == 12 and all("/" not in name and ":" not in name for name in names)
+    trainings = [{"seed": seed, "tokens": 32, "lr": lr} for seed in (0, 1) for lr in (1e-3, 2e-3)]
+    names = {run_name("hf:a/b", coder.config, **training) for coder in coders() for training in trainings}
+    assert run_name("small", coders()[0].config, seed=0, tokens=960, lr=3e-3) == FIRST_NAME
+    assert len(names) == 24 and all("/" not in name and ":" not in name for name in names)

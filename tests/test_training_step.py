@@ -346,7 +346,7 @@ def test_a_run_counts_the_dead_while_it_trains(small_target: TargetModel, tmp_pa
 def test_latents_silent_at_the_end_of_training_are_the_tables_dead() -> None:
     coders = transcoders(range(2))
     for coder, silent in zip(coders, (8, 24)):
-        coder.encoder.tokens_since_fired[:silent] = 1_000_000
+        coder.encoder.tokens_since_fired[:silent] = 200_000
     replacement = TranscoderReplacement(coders, origin=Origin(train_tokens=2_000_000))
     (point,) = evaluate(make_tiny(2), [replacement], each_by_itself(some_tokens()), ["free"]).points
     assert point.dead == pytest.approx((8 + 24) / (2 * F))

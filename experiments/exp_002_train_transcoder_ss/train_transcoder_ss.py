@@ -33,7 +33,7 @@ class Settings(CoderStudySettings):
 
 PRESETS = (
     Settings(),
-    Settings(target="tiny", d_dict=1536, tokens=1_000_000, batch=2048, eval_tokens=102_400, device="cpu", seed=1),
+    Settings(target="tiny", d_dict=1536, tokens=1_000_000, batch=2048, eval_tokens=61_440, device="cpu", seed=1),
 )
 REPORT = Report("Transcoders on SimpleStories", __doc__)
 

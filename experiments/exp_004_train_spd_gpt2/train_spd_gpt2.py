@@ -42,7 +42,7 @@ class Settings(StudySettings):
 PRESETS = (
     Settings(),
     Settings(
-        target="tiny", layers=(2,), components=512, gate_hidden=192, steps=400, batch=4, eval_tokens=102_400,
+        target="tiny", layers=(2,), components=512, gate_hidden=192, steps=400, batch=4, eval_tokens=61_440,
         device="cpu",
     ),
 )  # fmt: skip

@@ -1,8 +1,9 @@
 """What does one MLP cost to replace as its active parts grow from 1 to 500: transcoder or SPD?
 
-One layer replaced (`single`). The transcoder's codes are cut to each token's L0 largest. Only the point at the trained k
-uses the sparsity the coder was trained for; it is drawn full, the others hollow. SPD's components are ranked by
-pre-sigmoid importance, c_fc and down_proj each alone and both together; neurons are ranked by |h|·‖W_out‖.
+One layer replaced (`single`). The transcoder's codes are cut to each token's L0 largest, or by a threshold that L0 of them
+exceed on average (`joint`). Only the point at the trained k uses the sparsity the coder was trained for; it is drawn full,
+the others hollow. SPD's components are ranked by pre-sigmoid importance, c_fc and down_proj each alone and both together;
+neurons are ranked by |h|·‖W_out‖, of each token or by a threshold.
 
     python experiments/exp_005_pareto_gpt2/pareto_gpt2.py                # GPT-2, layer 8: GPU, network
     python experiments/exp_005_pareto_gpt2/pareto_gpt2.py --target tiny  # offline
@@ -12,6 +13,7 @@ pre-sigmoid importance, c_fc and down_proj each alone and both together; neurons
 from dataclasses import dataclass
 from pathlib import Path
 
+from allocation import jointly
 from baselines import baselines
 from checkpoints import checkpoint_folder
 from coder_replacements import as_replacement
@@ -36,7 +38,7 @@ class Settings(CoderStudySettings):
 
 PRESETS = (
     Settings(),
-    Settings(target="tiny", layer=2, d_dict=1536, tokens=1_000_000, batch=2048, eval_tokens=102_400, device="cpu"),
+    Settings(target="tiny", layer=2, d_dict=1536, tokens=1_000_000, batch=2048, eval_tokens=61_440, device="cpu"),
 )
 REPORT = Report("One MLP of GPT-2", __doc__)
 
@@ -49,9 +51,11 @@ def main(s: Settings) -> None:
     trained = train_coders(
         configs, target, tokens=s.tokens, batch=s.batch, seed=s.seed, folder=checkpoint_folder(s.target)
     )
+    cut = [as_replacement(trained, top_k=k) for k in s.l0]
     replacements = [
         as_replacement(trained),
-        *(as_replacement(trained, top_k=k) for k in s.l0),
+        *cut,
+        *jointly(target, cut),
         *sweep,
         *baselines(target, (s.layer,), neurons=s.l0),
     ]

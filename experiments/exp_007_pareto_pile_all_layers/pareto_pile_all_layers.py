@@ -1,7 +1,8 @@
 """All four MLPs replaced: which method degrades least, as L0 is swept, on every x-axis?
 
-Codes are cut to each token's L0 largest, whatever the trained sparsity, for transcoders, CLT, SPD and neurons alike; only
-exp_011 compares coders at the sparsity they were trained for. x-axes: parts per module, parts per MLP, active parameters,
+Codes are cut to each token's L0 largest, whatever the trained sparsity, for transcoders, CLT, SPD and neurons alike, and but for
+SPD by one threshold over all layers with that mean L0 (`joint`): an equal L0 suits no method. Only exp_011 compares coders at
+the sparsity they were trained for. x-axes: parts per module, parts per MLP, active parameters,
 bits per token.
 
     python experiments/exp_007_pareto_pile_all_layers/pareto_pile_all_layers.py                # pile: GPU, network
@@ -12,6 +13,7 @@ bits per token.
 from dataclasses import dataclass
 from pathlib import Path
 
+from allocation import jointly
 from baselines import baselines
 from checkpoints import checkpoint_folder
 from coder_replacements import as_replacement
@@ -34,7 +36,7 @@ class Settings(CoderStudySettings):
 
 PRESETS = (
     Settings(),
-    Settings(target="tiny", d_dict=1536, tokens=1_000_000, batch=2048, eval_tokens=102_400, device="cpu"),
+    Settings(target="tiny", d_dict=1536, tokens=1_000_000, batch=2048, eval_tokens=61_440, device="cpu"),
 )
 REPORT = Report("All MLPs replaced, L0 swept", __doc__)
 
@@ -49,12 +51,14 @@ def main(s: Settings) -> None:
     ]
     folder = checkpoint_folder(s.target)
     trained = [train_coders(kind, target, tokens=s.tokens, batch=s.batch, seed=s.seed, folder=folder) for kind in kinds]
+    cut = [as_replacement(coders, top_k=k) for coders in trained for k in s.l0]
     replacements = [
-        *(as_replacement(coders, top_k=k) for coders in trained for k in s.l0),
+        *cut,
+        *jointly(target, cut),
         *sweep,
         *baselines(target, s.layers, neurons=s.l0),
     ]
-    measured = evaluate(target, replacements, held_out(target, s.eval_tokens), ("frozen", "free"))
+    measured = evaluate(target, replacements, held_out(target, s.eval_tokens), ("frozen", "gates", "free"))
     REPORT.write(s, measured)
 
 

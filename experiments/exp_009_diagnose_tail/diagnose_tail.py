@@ -45,7 +45,7 @@ class Settings(StudySettings):
 
 PRESETS = (
     Settings(),
-    Settings(target="tiny", kept=(32, 128, 512), rank_tokens=65_536, eval_tokens=102_400, device="cpu"),
+    Settings(target="tiny", kept=(32, 128, 512), rank_tokens=65_536, eval_tokens=61_440, device="cpu"),
 )
 
 

@@ -1,6 +1,10 @@
 """How well a decomposition of a toy finds the mechanisms that the toy is known to have.
 
 MMCS = mean_j max_c cos(U_c V_cj, W_j),  ML2R = mean_j ‖U_c V_cj‖ / ‖W_j‖ at that c, W_j the weights read by feature j.
+
+c goes over the components whose importance for feature j alone is above IMPORTANT: one that is never used may point anywhere.
+A feature that has none counts 0 in both. In few dimensions some random direction is always near: the null is what components of
+the same shapes get at their initialisation, all of them counted.
 """
 
 import torch
@@ -11,27 +15,34 @@ from torch import Tensor
 from spd_model import ComponentModel, weight_map
 from toy_models import Toy
 
+IMPORTANT = 0.1
 
-def _reads(toy: Toy, model: ComponentModel) -> list[tuple[Tensor, Tensor, Tensor]]:
+
+def _reads(toy: Toy, model: ComponentModel) -> dict[str, tuple[Tensor, Tensor, Tensor]]:
     """(W, V, U) of each module that reads features, W and V's input axis taken to the feature basis."""
     target, parts = model.target_model, model.components
     paths = ["linear1"] if toy.kind == "tms" else [f"layers.{i}.mlp_in" for i in range(toy.layers)]
-    out = []
+    out = {}
     for path in paths:
         W, V, U = weight_map(target.get_submodule(path)), parts[path].V.detach(), parts[path].U.detach()
-        out.append((W, V, U) if toy.kind == "tms" else (target.W_E @ W, target.W_E @ V, U))
+        out[path] = (W, V, U) if toy.kind == "tms" else (target.W_E @ W, target.W_E @ V, U)
     return out
 
 
-def recovery(toy: Toy, model: ComponentModel) -> tuple[Float[Tensor, "stack"], Float[Tensor, "stack"]]:
-    """(MMCS, ML2R) of each seed, W_j what feature j feeds to one layer; means over layers."""
+def recovery(
+    toy: Toy, model: ComponentModel, importances: dict[str, Float[Tensor, "stack feature component"]] | None
+) -> tuple[Float[Tensor, "stack"], Float[Tensor, "stack"]]:
+    """(MMCS, ML2R) of each seed, W_j what feature j feeds to one layer; means over layers. None: all components count."""
     cosines, ratios = [], []
-    for W, V, U in _reads(toy, model):
+    for path, (W, V, U) in _reads(toy, model).items():
         dot = V * (W @ U.mT)  # ⟨U_c V_cj, W_j⟩: stack, feature, component
         norm, length = V.abs() * U.norm(dim=-1)[:, None], W.norm(dim=-1, keepdim=True)
-        best, index = (dot / (norm * length).clamp_min(1e-12)).max(-1, keepdim=True)
-        cosines.append(best.mean((-1, -2)))
-        ratios.append((norm / length).gather(-1, index).mean((-1, -2)))
+        counts = torch.ones_like(dot, dtype=torch.bool) if importances is None else importances[path] > IMPORTANT
+        cosine = (dot / (norm * length).clamp_min(1e-12)).masked_fill(~counts, -torch.inf)
+        best, index = cosine.max(-1, keepdim=True)
+        found = best.isfinite()
+        cosines.append(best.masked_fill(~found, 0).mean((-1, -2)))
+        ratios.append(((norm / length).gather(-1, index) * found).mean((-1, -2)))
     return torch.stack(cosines).mean(0), torch.stack(ratios).mean(0)
 
 

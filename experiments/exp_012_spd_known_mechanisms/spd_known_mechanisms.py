@@ -3,9 +3,10 @@
     python experiments/exp_012_spd_known_mechanisms/spd_known_mechanisms.py                 # what points.csv lacks
     python experiments/exp_012_spd_known_mechanisms/spd_known_mechanisms.py --toys tms_5-2  # one toy
 
-The seeds of a toy (target and decomposition both) run side by side in batched products. Expected: one component per
-feature in linear1 and linear2 (MMCS 1, no importance error); in a ResidMLP one per feature in each input matrix, and
-outputs of rank 50, 25 per layer, 17 per layer. ResidMLPs run without ever forming their embedding.
+The seeds of a toy (target and decomposition both) run side by side in batched products. `mmcs_null` and `ml2r_null` are those of
+components at their initialisation, nothing learnt: in two hidden dimensions some random direction is always near. Expected: one
+component per feature in linear1 and linear2 (MMCS and ML2R 1, no importance error); in a ResidMLP one per feature in each input
+matrix, and outputs of rank 50, 25 per layer, 17 per layer. ResidMLPs run without ever forming their embedding.
 """
 
 import sys
@@ -26,7 +27,19 @@ from spd_training import train_spd
 from study import check_counts
 from toy_models import TOYS, Toy, ToyBatches, train_target
 
-COLUMNS = ["toy", "seed", "mmcs", "ml2r", "ci_error_01", "ci_error_02", "l0", "steps", "seconds"]
+COLUMNS = [
+    "toy",
+    "seed",
+    "mmcs",
+    "mmcs_null",
+    "ml2r",
+    "ml2r_null",
+    "ci_error_01",
+    "ci_error_02",
+    "l0",
+    "steps",
+    "seconds",
+]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,7 +95,7 @@ def decompose(name: str, toy: Toy, s: Settings) -> None:
         patterns, tied = [("layers.*.mlp_in", recipe.C), ("layers.*.mlp_out", recipe.C)], ()
     config = SPDConfig(components=tuple(patterns), gate=recipe.gate, tied=tied)
     decomposition = ComponentModel if toy.kind == "tms" else FoldedDecomposition
-    model = decomposition(target, config, torch.Generator().manual_seed(s.seed + 1))
+    model, random = (decomposition(target, config, torch.Generator().manual_seed(s.seed + i)) for i in (1, 5))
     if s.compile_gates and recipe.gate.kind == "mlp":
         model.importances.compile_gates()
     steps = round(recipe.steps * s.scale)
@@ -92,18 +105,20 @@ def decompose(name: str, toy: Toy, s: Settings) -> None:
     )  # fmt: skip
     seconds = train_spd(model, ToyBatches(toy, s.seeds, recipe.batch, s.seed + 3), train, folder, f"spd_{name}")
     importances = importance_matrix(toy, model)
-    mmcs, ml2r = recovery(toy, model)
+    scores = *recovery(toy, model, importances), *recovery(toy, random, None)
+    mmcs, ml2r, mmcs_null, ml2r_null = (score.tolist() for score in scores)
     with torch.no_grad():
         x = next(ToyBatches(toy, s.seeds, 8192, s.seed + 4))
         z = model.importance_logits(model.inputs_capture(x)[0])
         l0 = torch.stack([(model.lower(logit) > 0.1).sum(-1).float().mean(-1) for logit in z.values()]).mean(0)
     errors = [importance_errors(toy, importances, tolerance) for tolerance in (0.1, 0.2)]
     rows = [
-        [name, i, *(round(v, 5) for v in (mmcs[i].item(), ml2r[i].item())), errors[0][i], errors[1][i],
+        [name, i, *(round(v[i], 5) for v in (mmcs, mmcs_null, ml2r, ml2r_null)), errors[0][i], errors[1][i],
          round(l0[i].item(), 3), steps, round(seconds, 1)]
         for i in range(s.seeds)
     ]  # fmt: skip
-    write_csv(s.output / "points.csv", COLUMNS, [*(row.values() for row in read_rows(s.output)), *rows])
+    before = [[row.get(column) for column in COLUMNS] for row in read_rows(s.output)]
+    write_csv(s.output / "points.csv", COLUMNS, [*before, *rows])
     draw_importance(importances, s.output / f"importance_{name}.png", name)
     if name == "tms_5-2":
         draw_directions(model, s.output / "directions_tms_5-2.png")

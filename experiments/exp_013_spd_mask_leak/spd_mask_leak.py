@@ -1,17 +1,20 @@
 """How well do SPD's masks alone predict the next token? A gate that sees the future can write it into its masks.
 
 A linear softmax probe reads which components are active (g_lo > 0, all modules) and predicts the next token among the
-`classes` most frequent ones; trained on one stretch of held-out text, measured on another. Beside it: masks shuffled
-over positions (what frequencies alone give), the current token (what any honest gate may know, a bigram probe), and,
-with --gate-steps, gates trained in place of its own, the components kept: one causal transformer and one
-bidirectional, as Goodfire's are.
+`classes` most frequent ones; trained on documents of the tuning text, measured on others. Beside it: masks shuffled over
+positions (what frequencies alone give), the current token (what any honest gate may know, a bigram probe), and, with
+--gate-steps, gates trained in place of its own, the components kept: one causal transformer and one bidirectional, as
+Goodfire's are. `told` is what masks add to what the model says itself: how much the cross-entropy of a probe of the model's
+logits falls where the probe has the masks too (mean, least and largest over seeds of the probe). The positive control is a leak
+that is planted: one more component that is active where the next token's class is odd; `possible` is what that bit adds to the
+model's prediction where it is used in full.
 
     python experiments/exp_013_spd_mask_leak/spd_mask_leak.py                    # the shipped decomposition of `tiny`
     python experiments/exp_013_spd_mask_leak/spd_mask_leak.py --gate-steps 400   # and both transformer gates
     … --replot draws the figure again from points.csv
 
-Expected: a per-position gate predicts about as well as, or less well than, the model itself; a bidirectional one better
-than any causal predictor could, if it leaks.
+Expected: a per-position gate tells next to nothing, the planted leak most of what is possible; a bidirectional gate more
+than a causal one, if it leaks.
 """
 
 from dataclasses import dataclass
@@ -20,8 +23,8 @@ from typing import Literal
 
 import matplotlib.pyplot as plt
 import torch
-import torch.nn.functional as F
-from jaxtyping import Float, Int
+from jaxtyping import Int
+from probes import Positions, no_features, probe, worth
 from torch import Tensor
 from tqdm import trange
 
@@ -36,39 +39,22 @@ from study import StudySettings, run_study
 from target_models import TargetModel, load_target
 from token_stream import TokenStream
 
-COLUMNS = ["gate", "probe_ce", "shuffled_ce", "current_token_ce", "model_ce", "l0", "tokens", "classes", "gate_steps"]
+COLUMNS = ["gate", "probe_ce", "shuffled_ce", "current_token_ce", "model_ce", "told", "told_least", "told_largest", "possible",
+           "l0", "tokens", "documents", "classes", "gate_steps"]  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)
 class Settings(StudySettings):
     target: str = "tiny"
     checkpoint: str | None = None  # of an SPD, a folder or a W&B artifact; None: the target's own
-    eval_tokens: int = 102_400  # half of them, in sequences drawn at random, train the probe; the others measure it
+    eval_tokens: int = 51_200  # of the test text, that measure the probe; as many of the tuning text train it
     classes: int = 256  # most frequent next tokens; positions with others are left out
     probe_steps: int = 1000
     probe_lr: float = 1e-2
+    probe_seeds: int = 3
     gate_steps: int = 0  # steps of training each transformer gate; 0: only the decomposition's own gate
     device: Literal["cpu"] = "cpu"
     output: Path = Path(__file__).parent / "output"
-
-
-def probe(x: Float[Tensor, "position feature"], y: Int[Tensor, "position"], s: Settings) -> float:
-    """Held-out cross-entropy (nats) of a linear softmax classifier trained on the first half."""
-    half, generator = len(x) // 2, torch.Generator().manual_seed(s.seed)
-    W = torch.zeros(x.shape[1], s.classes, requires_grad=True)
-    frequency = torch.bincount(y[:half], minlength=s.classes) + 1.0
-    b = frequency.div(frequency.sum()).log().requires_grad_()
-    optimiser = torch.optim.Adam([W, b], lr=s.probe_lr)
-    best = float("inf")
-    for step in range(s.probe_steps + 1):
-        if step % 50 == 0:  # the best of a few readings: an early stop, the same rule for every probe
-            with torch.no_grad():
-                best = min(best, F.cross_entropy(x[half:].float() @ W + b, y[half:]).item())
-        rows = torch.randint(half, (1024,), generator=generator)
-        F.cross_entropy(x[rows].float() @ W + b, y[rows]).backward()
-        optimiser.step()
-        optimiser.zero_grad()
-    return best
 
 
 def masks(model: ComponentModel, tokens: Int[Tensor, "sequence seq"]) -> Tensor:
@@ -101,28 +87,40 @@ def with_gate(own: ComponentModel, target: TargetModel, s: Settings, *, causal: 
 def main(s: Settings) -> None:
     target = load_target(s.target, s.device)
     own, _ = find_spd(target, ()) if s.checkpoint is None else load_decomposition(s.checkpoint, target)
-    tokens = held_out(target, s.eval_tokens).tokens
-    tokens = tokens[torch.randperm(len(tokens), generator=torch.Generator().manual_seed(s.seed))]
+    texts = [held_out(target, s.eval_tokens, split) for split in ("tuning", "test")]
+    tokens, n_test = torch.cat([text.tokens for text in texts]), len(texts[1].tokens)
     nexts, current = tokens[:, 1:].flatten(), tokens[:, :-1].flatten()
     common = torch.bincount(nexts, minlength=target.vocab_size).topk(s.classes).indices
     label = torch.full((target.vocab_size,), -1).scatter(0, common, torch.arange(s.classes))[nexts]
     kept = (label >= 0).nonzero().flatten()
-    frequent = torch.bincount(current, minlength=target.vocab_size).topk(min(1024, target.vocab_size)).indices
-    y = label[kept]
-    bigram = probe((current[kept, None] == frequent).to(torch.uint8), y, s)
+    of_test = (torch.arange(len(tokens)) >= len(tokens) - n_test).repeat_interleave(tokens.shape[1] - 1)[kept]
+    stops = (torch.cat([text.documents for text in texts]) % 8 == 0).repeat_interleave(tokens.shape[1] - 1)[kept]
+    positions = Positions(label[kept], ~of_test & ~stops, ~of_test & stops, of_test)
     with torch.inference_mode():
-        logits = torch.cat([target.logits(rows)[:, :-1, common].flatten(0, 1) for rows in tokens.split(16)])[kept]
-    model_ce = F.cross_entropy(logits[len(y) // 2 :], y[len(y) // 2 :]).item()
+        known = torch.cat([target.logits(rows)[:, :-1, common].flatten(0, 1) for rows in tokens.split(16)])[kept]
+    known = known.log_softmax(-1).clone()
+
+    def ce(x: Tensor, given: Tensor | None = None, seed: int = s.seed) -> float:
+        return probe(positions, x, given, classes=s.classes, steps=s.probe_steps, lr=s.probe_lr, seed=seed)
+
+    frequent = torch.bincount(current, minlength=target.vocab_size).topk(min(1024, target.vocab_size)).indices
+    bigram, seeds = ce((current[kept, None] == frequent).to(torch.uint8)), range(s.seed, s.seed + s.probe_seeds)
+    model_ce = [ce(no_features(positions), known, seed) for seed in seeds]
     gates = {f"{own.config.gate.kind} (its own)": own}
     for causal in (True, False) if s.gate_steps else ():
         gates[f"{'causal' if causal else 'bidirectional'} transformer"] = with_gate(own, target, s, causal=causal)
-    shuffle = torch.randperm(len(y), generator=torch.Generator().manual_seed(s.seed))
+    shuffle = torch.randperm(len(kept), generator=torch.Generator().manual_seed(s.seed))
+    seen = {name: masks(model, tokens)[kept] for name, model in gates.items()}
+    odd = (positions.y % 2).to(torch.uint8)
+    seen |= {f"{name} and a planted leak": torch.cat([x, odd[:, None]], 1) for name, x in list(seen.items())[:1]}
     rows = []
-    for name, model in gates.items():
-        x = masks(model, tokens)[kept]
-        scores = [round(v, 4) for v in (probe(x, y, s), probe(x[shuffle], y, s), bigram, model_ce)]
-        l0 = x.float().sum(1).mean().item() / len(model.paths)
-        rows.append([name, *scores, round(l0, 2), s.eval_tokens, s.classes, s.gate_steps if model is not own else None])
+    for name, x in seen.items():
+        told = [alone - ce(x, known, seed) for alone, seed in zip(model_ce, seeds)]
+        possible = worth(known, positions) if name.endswith("leak") else None
+        scores = (ce(x), ce(x[shuffle]), bigram, model_ce[0], sum(told) / len(told), min(told), max(told), possible)
+        l0, steps = x.float().sum(1).mean().item() / len(own.paths), s.gate_steps if "transformer" in name else None
+        rows.append([name, *(v if v is None else round(v, 4) for v in scores), round(l0, 2), s.eval_tokens,
+                     len(texts[1].documents.unique()), s.classes, steps])  # fmt: skip
         print(dict(zip(COLUMNS, rows[-1])))
     write_csv(s.output / "points.csv", COLUMNS, rows)
     write_settings(s.output, s, s.device)
@@ -131,12 +129,15 @@ def main(s: Settings) -> None:
 
 def draw(folder: Path) -> None:
     rows = read_csv(folder / "points.csv")
-    figure, axis = plt.subplots(figsize=(6, 3.2), layout="tight")
-    axis.bar([row["gate"] for row in rows], [float(row["probe_ce"]) for row in rows], width=0.4)
-    for key, style in (("shuffled_ce", ":"), ("current_token_ce", "--"), ("model_ce", "-")):
-        axis.axhline(float(rows[0][key]), linestyle=style, color="0.3", label=key.removesuffix("_ce").replace("_", " "))
-    axis.set(ylabel="cross-entropy of the next token (nats)", title="What masks alone tell of the next token")
-    axis.legend(fontsize=7)
+    told = "told" if "told" in rows[0] else "probe_ce"  # as in tables of before it was measured
+    low, middle, high = (
+        [float(row.get(key, row[told])) for row in rows] for key in ("told_least", told, "told_largest")
+    )
+    figure, axis = plt.subplots(figsize=(6.5, 2.6), layout="tight")
+    spread = ([b - a for a, b in zip(low, middle)], [b - a for a, b in zip(middle, high)])
+    axis.barh([row["gate"] for row in rows], middle, xerr=spread, height=0.5)
+    axis.plot([float(row.get("possible") or "nan") for row in rows], range(len(rows)), "|", markersize=30, color="0.3")
+    axis.set(xlabel=f"{told.replace('_', ' ')} (nats)")
     with atomic_path(folder / "mask_leak.png") as temporary:
         figure.savefig(temporary, dpi=130, format="png")
     table = (COLUMNS, ["--"] * len(COLUMNS), *(row.values() for row in rows))
