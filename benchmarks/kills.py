@@ -76,6 +76,14 @@ class Job(NamedTuple):
     read: Callable[[Material, Path], Readable]  # what a user can read of the folder, finished or not
 
 
+@dataclass
+class Straight:
+    """A run without a kill."""
+
+    whole: Readable  # what it leaves
+    seconds: float  # that it takes, as last seen
+
+
 class Kill(NamedTuple):
     job: str
     trial: int
@@ -287,13 +295,13 @@ def readable(job: Job, made: Material, folder: Path) -> Readable:
         return {}
 
 
-def kill_until_it_ends(name: str, trial: int, made: Material, scratch: Path, straight: tuple[Readable, float],
-                       draw: random.Random) -> list[Kill]:  # fmt: skip
+def kill_until_it_ends(
+    name: str, trial: int, made: Material, folder: Path, straight: Straight, draw: random.Random
+) -> list[Kill]:
     """One trial: the job killed at random moments in one folder, until it ends before the next one."""
-    job, (whole, seconds), folder = JOBS[name], straight, scratch / f"{name} {trial}"
-    kills: list[Kill] = []
+    job, kills = JOBS[name], list[Kill]()
     while True:
-        process, moment = begin(job, made, folder), draw.uniform(0, seconds)
+        began, process, moment = time.perf_counter(), begin(job, made, folder), draw.uniform(0, straight.seconds)
         process.join(moment)
         if not process.is_alive():
             break
@@ -302,24 +310,28 @@ def kill_until_it_ends(name: str, trial: int, made: Material, scratch: Path, str
         found = readable(job, made, folder)
         opened, broken = opened_and_broken(folder)
         kill = Kill(
-            job=name, trial=trial, kill=len(kills) + 1, second=round(moment, 3), of=round(seconds, 3),
-            found="finished" if found == whole else "state" if has_state(folder) else "nothing", opened=opened, broken=broken,
-            wrong=len(found.items() - whole.items()), then="killed again",
+            job=name, trial=trial, kill=len(kills) + 1, second=round(moment, 3), of=round(straight.seconds, 3),
+            found="finished" if found == straight.whole else "state" if has_state(folder) else "nothing", opened=opened,
+            broken=broken, wrong=len(found.items() - straight.whole.items()), then="killed again",
         )  # fmt: skip
         kills.append(kill)
-    end = "failed" if process.exitcode else "identical" if job.read(made, folder) == whole else "different"
-    return [*kills[:-1], *(kill._replace(then=end) for kill in kills[-1:])]
+    if not kills:  # all of it was done in less than the moment: the machine has more time for it now
+        straight.seconds = time.perf_counter() - began
+    end = "failed" if process.exitcode else "identical" if job.read(made, folder) == straight.whole else "different"
+    if not kills:
+        assert end == "identical", f"{name} is {end} without a kill, too"
+        return []
+    return [*kills[:-1], kills[-1]._replace(then=end)]
 
 
-def run_straight(name: str, made: Material, scratch: Path) -> tuple[Readable, float]:
+def run_straight(name: str, made: Material, scratch: Path) -> Straight:
     """What a run without a kill leaves, and the seconds it takes."""
     began, folder = time.perf_counter(), scratch / f"{name} straight"
     process = begin(JOBS[name], made, folder)
     process.join()
     if process.exitcode:
         raise RuntimeError(f"{name} fails also when it is not killed: {folder.with_suffix('.log').read_text()[-2000:]}")
-    seconds = time.perf_counter() - began
-    return JOBS[name].read(made, folder), seconds
+    return Straight(JOBS[name].read(made, folder), time.perf_counter() - began)
 
 
 def table(kills: list[Kill]) -> str:
@@ -347,7 +359,7 @@ def main(s: Settings) -> None:
         made = material(scratch)
         straight = {name: run_straight(name, made, Path(directory)) for name in names}
         for trial, name in enumerate(itertools.cycle(names)):
-            kills += kill_until_it_ends(name, trial, made, Path(directory), straight[name], draw)
+            kills += kill_until_it_ends(name, trial, made, Path(directory) / f"{name} {trial}", straight[name], draw)
             write_csv(s.output, Kill._fields, kills)
             print(f"{len(kills)} of {s.kills} kills", flush=True)
             if len(kills) >= s.kills:

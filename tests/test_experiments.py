@@ -115,7 +115,7 @@ def test_it_runs_from_its_command_line(
         arguments = [*arguments, "--checkpoints", str(checkpoints / "main")]
     call(script, [*arguments, "--output", str(tmp_path)])
     names = {file.name for file in tmp_path.iterdir()}
-    assert names == {"points.csv", "layers.csv", "pareto.png", "settings.json", "README.md"}
+    assert names == {"points.csv", "layers.csv", "pairs.csv", "pareto.png", "settings.json", "README.md"}
     assert json.loads((tmp_path / "settings.json").read_text())["settings"]["eval_tokens"] == 1024
     points = read_points(tmp_path / "points.csv")
     absent = {"neurons", "neurons-joint"} if "sae_sites" in script else set()  # other sites have no neurons
