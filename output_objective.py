@@ -17,6 +17,7 @@ alone is held. Where coders read the clean stream, the graph of each run ends at
 them once, when all runs are over.
 """
 
+import contextlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -32,11 +33,11 @@ from config import Mixed, Output, TrainConfig
 from devices import bf16_is_fast
 from evaluation import CleanPass, clean_pass, ignore, pick
 from losses import auxk, fvu, kl_through_head, log_probabilities
-from patching import Captured, resumed, without
+from patching import Captured, after, resumed, without
 from replacement import CodedPass, replaced_logits
 from sparse_ops import Codes
 from sparsity import TrainingCodes
-from target_models import TargetModel
+from target_models import TargetModel, few_tokens
 from training import CoderRun
 
 # ------------------------------------------------------------------------------------------------------------ runs
@@ -152,6 +153,36 @@ class _GatesPass(CodedPass):
     def __init__(self, pass_: TrainingPass) -> None:
         super().__init__(pass_.replacement, None)
         self.codes = {layer: own.gates for layer, own in pass_.trained.items() if own.gates is not None}
+
+
+def unembedding(target: TargetModel) -> nn.Module:
+    """The module that turns the last stream into the logits, found by its output; an identity where more comes after it.
+
+    Raises ValueError where the model gives no logits over its vocabulary.
+    """
+    written: list[tuple[nn.Module, Tensor]] = []
+    with contextlib.ExitStack() as stack, torch.inference_mode():
+        for module in target.model.modules():
+            if not any(module.children()):
+                stack.enter_context(after(module, lambda _a, out, module=module: written.append((module, out))))
+        logits = _logits_or_none(target)
+    if logits is None or logits.shape[-1] != target.vocab_size:
+        raise ValueError(
+            f"{target.name!r} gives no logits over its vocabulary of {target.vocab_size}, as if it were cut before its "
+            "output: load all of it, or train on what its layers write, with Local()"
+        )
+    same = [module for module, out in written if isinstance(out, Tensor) and _equal(out, logits)]
+    return same[0] if same else nn.Identity()
+
+
+def _logits_or_none(target: TargetModel) -> Tensor | None:
+    out = target.model(few_tokens(target))
+    out = out[0] if isinstance(out, tuple) else out
+    return out if isinstance(out, Tensor) else getattr(out, "logits", None)
+
+
+def _equal(a: Tensor, b: Tensor) -> bool:
+    return a.shape == b.shape and torch.equal(a, b)
 
 
 class Frame(NamedTuple):

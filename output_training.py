@@ -34,8 +34,8 @@ from checkpoints import (
 from coder_replacements import as_replacement, side_by_side
 from config import Mixed, Output, TrainConfig, to_json
 from logs import Logger, git_commit
-from output_objective import CoderSet, Frame, Run, TrainingPass, as_read, backward, frame_of, planned
-from target_models import TargetModel, unembedding
+from output_objective import CoderSet, Frame, Run, TrainingPass, as_read, backward, frame_of, planned, unembedding
+from target_models import TargetModel
 from token_stream import TokenStream
 from training import CoderRun, Progress, annealed_k, descend, peak_rate, recipe, run_training, schedule
 

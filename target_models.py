@@ -194,7 +194,7 @@ class Written(NamedTuple):
 
 def written(target: TargetModel) -> list[Written]:
     """What every layer writes on four tokens, all layers at once; each is zeroed with the others' work as it was."""
-    tokens, seen = _few_tokens(target), {}
+    tokens, seen = few_tokens(target), {}
 
     def keep(layer: int) -> MLPFunction:
         def note(x: Tensor, y: Tensor) -> Tensor:
@@ -210,14 +210,14 @@ def written(target: TargetModel) -> list[Written]:
     return [Written(*seen[i], streams[i], streams[i] - zeroed[i]) for i in layers]
 
 
-def _few_tokens(target: TargetModel) -> Int[Tensor, "1 seq"]:
+def few_tokens(target: TargetModel) -> Int[Tensor, "1 seq"]:
     return torch.arange(4, device=target.device)[None]
 
 
 def _streams_with(target: TargetModel, values: Sequence[Tensor], streams: Sequence[Tensor]) -> list[Tensor]:
     """Every block's output where `values` are written at the target's site and the blocks before it wrote `streams`."""
     with patched(target, {layer: lambda _x, _y, value=value: value.clone() for layer, value in enumerate(values)}):
-        return block_outputs(target, _few_tokens(target), streams)
+        return block_outputs(target, few_tokens(target), streams)
 
 
 def equal_but_for_rounding(
@@ -277,7 +277,7 @@ def _prove_stream(target: TargetModel) -> list[Tensor]:
         for block in blocks:
             module = target.model.get_submodule(block)
             stack.enter_context(before(module, lambda args: given.extend(arg.clone() for arg in args[:1])))
-        streams = block_outputs(target, _few_tokens(target))
+        streams = block_outputs(target, few_tokens(target))
     as_written = [torch.equal(own, wrote) for own, wrote in zip(given[1:], streams)]
     if len(given) != len(blocks) or not all(as_written):
         block = blocks[as_written.index(False) + 1] if False in as_written else blocks[0]
@@ -295,40 +295,10 @@ def _prove_inputs(target: TargetModel) -> None:
             read, module = target.model.get_submodule(paths.read), target.model.get_submodule(entry)
             stack.enter_context(after(read, lambda _a, out, i=i: gave.__setitem__(i, out.clone())))
             stack.enter_context(before(module, lambda args, i=i: got.__setitem__(i, args)))
-        block_outputs(target, _few_tokens(target))
+        block_outputs(target, few_tokens(target))
     for i, paths in enumerate(target.mlps):
         if len(got.get(i, ())) != 1 or not torch.equal(got[i][0].flatten(), gave[i].flatten()):
             raise ValueError(f"{paths.write} does not read the output of {paths.read} alone: {UNSUPPORTED}")
-
-
-def unembedding(target: TargetModel) -> nn.Module:
-    """The module that turns the last stream into the logits, found by its output; an identity where more comes after it.
-
-    Raises ValueError where the model gives no logits over its vocabulary.
-    """
-    written: list[tuple[nn.Module, Tensor]] = []
-    with contextlib.ExitStack() as stack, torch.inference_mode():
-        for module in target.model.modules():
-            if not any(module.children()):
-                stack.enter_context(after(module, lambda _a, out, module=module: written.append((module, out))))
-        logits = _logits_or_none(target)
-    if logits is None or logits.shape[-1] != target.vocab_size:
-        raise ValueError(
-            f"{target.name!r} gives no logits over its vocabulary of {target.vocab_size}, as if it were cut before its "
-            "output: load all of it, or train on what its layers write, with Local()"
-        )
-    same = [module for module, out in written if isinstance(out, Tensor) and _equal(out, logits)]
-    return same[0] if same else nn.Identity()
-
-
-def _logits_or_none(target: TargetModel) -> Tensor | None:
-    out = target.model(_few_tokens(target))
-    out = out[0] if isinstance(out, tuple) else out
-    return out if isinstance(out, Tensor) else getattr(out, "logits", None)
-
-
-def _equal(a: Tensor, b: Tensor) -> bool:
-    return a.shape == b.shape and torch.equal(a, b)
 
 
 def weights_fingerprint(model: nn.Module) -> str:

@@ -31,11 +31,11 @@ from config import (
 )
 from evaluation import evaluate
 from losses import kl_divergence, kl_through_head, log_probabilities
-from output_objective import CoderSet, Frame, Run, TrainingPass, backward, frame_of, planned
+from output_objective import CoderSet, Frame, Run, TrainingPass, backward, frame_of, planned, unembedding
 from recipes import new_coder
 from replacement import CodedPass
 from sparse_ops import Codes
-from target_models import TargetModel, unembedding
+from target_models import TargetModel
 from token_stream import each_by_itself
 from training import CoderRun
 
