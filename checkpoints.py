@@ -57,7 +57,15 @@ class TrainingRecord:
     seed: int
     commit: str | None
     recipe: str | None = None  # how it was trained: settings in words
+    objectives: tuple[str, ...] = ("local",)  # what it was trained for, one objective after the other
     hooks: tuple[str, ...] = ()  # TransformerLens hook points that a foreign file names as what it reads and writes
+
+    @property
+    def variant(self) -> str:
+        """What tells its rows from those of a coder trained on its own layers alone: `kl-free`, `kl-free-scratch`."""
+        if self.objectives[:1] == ("local",):
+            return "-".join(self.objectives[1:])
+        return "-".join([*self.objectives, "scratch"])
 
     @classmethod
     def imported(cls, name: str, target: str, hooks: tuple[str, ...] = ()) -> "TrainingRecord":

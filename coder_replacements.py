@@ -28,7 +28,7 @@ from logs import REPOSITORY
 from replacement import UNKNOWN, Coded, CodedPass, Origin, PartGroup, jointly_named, method_name
 from sae import BaseAutoencoder
 from sparse_ops import Codes
-from sparsity import SparseEncoder
+from sparsity import SparseEncoder, TrainingCodes
 from transcoder import BaseTranscoder
 
 
@@ -84,7 +84,12 @@ class Reading(NamedTuple):
 
 
 class CoderReplacement(Coded):
-    """Coders in place of the MLPs of the layers that they span."""
+    """Coders in place of the MLPs of the layers that they span; the same object trains, with its `members` in train mode."""
+
+    @property
+    @abstractmethod
+    def members(self) -> tuple[Coder[Any], ...]:
+        """The coders at work, in the order of their layers."""
 
     @abstractmethod
     def reading(self, layer: int, x: Float[Tensor, "token d_in"], y: Float[Tensor, "own d_out"]) -> Reading:
@@ -97,6 +102,13 @@ class CoderReplacement(Coded):
     def encode(self, layer: int, x: Tensor, y: Tensor) -> Codes:
         coder, i, read = self.reading(layer, x, y)
         return coder.encoders[i].encode(coder.encoder_inputs(i, read))
+
+    def training_codes(
+        self, layer: int, x: Float[Tensor, "token d_in"], y: Float[Tensor, "own d_out"]
+    ) -> TrainingCodes:
+        """The codes of `layer` with gradients of all that its encoder learns, and what its rule adds to the loss."""
+        coder, i, read = self.reading(layer, x, y)
+        return coder.encoders[i].encode_with_penalty(coder.encoder_inputs(i, read), coder.decoders[i])
 
     def values_at(self, layer: int, x: Tensor, y: Tensor, active: Codes) -> Codes:
         coder, i, read = self.reading(layer, x, y)
@@ -134,6 +146,10 @@ class _PerLayer[K: LayerCoder](CoderReplacement):
         self.k = _common_k(list(originals.values()), top_k)
         self.origin = origin
         self.coders = {layer: deployed(coder, top_k) for layer, coder in originals.items()}
+
+    @property
+    def members(self) -> tuple[K, ...]:
+        return tuple(self.coders.values())
 
     def encoders(self, layers: Sequence[int]) -> list[SparseEncoder[Any]]:
         return [self.coders[layer].encoder for layer in layers]
@@ -212,6 +228,10 @@ class CLTReplacement(CoderReplacement):
         each = torch.tensor([weights[target] for target in self.layers[i:]], device=written.device)
         return (written.square().sum(-1) @ each).sqrt().detach()
 
+    @property
+    def members(self) -> tuple[CrossLayerTranscoder]:
+        return (self.coder,)
+
     def encoders(self, layers: Sequence[int]) -> list[SparseEncoder[Any]]:
         """Of every layer that writes to one of `layers`."""
         return [encoder for i, encoder in zip(self.layers, self.coder.encoders) if i <= max(layers)]
@@ -243,25 +263,30 @@ def as_replacement(group: Sequence[Checkpoint], top_k: int | None = None) -> Cod
     seconds, paths = sum(record.train_seconds for record in records), " ".join(c.path for c in group)
     paths = paths.replace(f"{REPOSITORY}/", "")  # a table means the same on every machine
     origin = Origin(records[0].seed, records[0].train_tokens, seconds, paths)
-    return REPLACEMENTS[type(coders[0].config)](coders, top_k, origin)
+    return REPLACEMENTS[type(coders[0].config)](coders, top_k, records[0].variant, origin)
 
 
-def _one_clt(coders: Sequence[CrossLayerTranscoder], top_k: int | None, origin: Origin) -> CLTReplacement:
+def _one_clt(coders: Sequence[CrossLayerTranscoder], top_k: int | None, variant: str, origin: Origin) -> CLTReplacement:
     assert len(coders) == 1, f"{len(coders)} cross-layer transcoders cannot stand in one replacement"
-    return CLTReplacement(coders[0], top_k, origin=origin)
+    return CLTReplacement(coders[0], top_k, variant, origin)
 
 
 REPLACEMENTS: dict[type[CoderConfig], Callable[..., CoderReplacement]] = {
-    SAEConfig: lambda coders, top_k, origin: SAEReplacement(coders, top_k, origin=origin),
-    EncoderConfig: lambda coders, top_k, origin: TranscoderReplacement(coders, top_k, origin=origin),
+    SAEConfig: SAEReplacement,
+    EncoderConfig: TranscoderReplacement,
     CLTConfig: _one_clt,
 }
 
 
 def as_replacements(checkpoints: Sequence[Checkpoint], top_k: int | None = None) -> list[CoderReplacement]:
-    """One replacement per CLT, and one per set of per-layer coders that differ in their layer alone.
+    """One replacement for each set of `side_by_side`."""
+    return [as_replacement(own, top_k) for own in side_by_side(checkpoints)]
 
-    Coders that differ in k too stand together where each layer has one alone. Those of one row are of equal seeds, tokens and
+
+def side_by_side(checkpoints: Sequence[Checkpoint]) -> list[list[Checkpoint]]:
+    """Sets of coders that replace their layers together: each CLT, and per-layer coders that differ in their layer alone.
+
+    Coders that differ in k too stand together where each layer has one alone. Those of one set are of equal seeds, tokens and
     recipes. Of several equal coders of one layer the first of each layer stand together, then the second, and so on.
     """
     of_one_rule: dict[object, list[Checkpoint]] = {}
@@ -269,7 +294,7 @@ def as_replacements(checkpoints: Sequence[Checkpoint], top_k: int | None = None)
         family = checkpoint.coder.config.family
         whatever_k = dataclasses.replace(family, rule=type(family.rule)), _training(checkpoint)
         of_one_rule.setdefault(whatever_k, []).append(checkpoint)
-    return [as_replacement(group, top_k) for found in of_one_rule.values() for group in _side_by_side(found)]
+    return [own for found in of_one_rule.values() for own in _each_layer_once(found)]
 
 
 def _training(checkpoint: Checkpoint) -> tuple[object, ...]:
@@ -278,7 +303,7 @@ def _training(checkpoint: Checkpoint) -> tuple[object, ...]:
     return record.seed, record.train_tokens, record.recipe
 
 
-def _side_by_side(found: Sequence[Checkpoint]) -> list[list[Checkpoint]]:
+def _each_layer_once(found: Sequence[Checkpoint]) -> list[list[Checkpoint]]:
     """Checkpoints in sets that have a layer once."""
     layers = [checkpoint.coder.config.layers for checkpoint in found]
     if len(set(layers)) == len(layers) and isinstance(found[0].coder, LayerCoder):

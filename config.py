@@ -174,6 +174,56 @@ class CLTConfig:
 CoderConfig = SAEConfig | EncoderConfig | CLTConfig
 
 
+@dataclass(frozen=True)
+class Local:
+    """Every coder rebuilds what its own layers wrote: a loss of FVU."""
+
+    name: ClassVar[str] = "local"
+
+
+@dataclass(frozen=True)
+class Mixed:
+    """Which layers a batch replaces is drawn: one alone, some of them, or all, so that coders stay good alone and together."""
+
+    alone: float = 0.25  # share of the batches in which a single layer is replaced
+    some: float = 0.25  # share in which more than one but not all are; of two layers, all
+    running: float = 0.5  # share of the other batches in which codes follow the stream; else a clean pass gives them
+
+    def __post_init__(self) -> None:
+        shares = (self.alone, self.some, self.alone + self.some, self.running)
+        require(
+            min(shares) >= 0 and max(shares) <= 1, f"the shares of {self} must lie between 0 and 1, and so their sum"
+        )
+
+    def __str__(self) -> str:
+        return "mixed"
+
+
+@dataclass(frozen=True)
+class Output:
+    """The model's output stays what it was: a loss of KL(original ‖ replaced), and `local` times the FVU of what was written.
+
+    `single`, `frozen` and `free` are the ruler's protocols. FVU is against what the original model's MLPs wrote.
+    """
+
+    protocol: Literal["single", "frozen", "free"] | Mixed
+    local: float = 0.0  # weight of the mean FVU of a coder's layers, where the KL (nats per token) has weight 1
+
+    def __post_init__(self) -> None:
+        known = isinstance(self.protocol, Mixed) or self.protocol in ("single", "frozen", "free")
+        require(known, f"unknown protocol {self.protocol!r} of an objective: use single, frozen, free or Mixed()")
+        require(self.local >= 0, f"the weight of the local loss must not be negative, but is {self.local}")
+
+    @property
+    def name(self) -> str:
+        """As rows and names of checkpoints say it, e.g. `kl-free`."""
+        return f"kl-{self.protocol}" + (f"-fvu{self.local:g}" if self.local else "")
+
+
+Objective = Local | Output
+LOCAL = Local()
+
+
 def full_kind(config: CoderConfig) -> str:
     """E.g. `transcoder-skip`: the kind of coder and what tells it from the plain one."""
     return "-".join(filter(None, [config.kind, config.variant]))
@@ -183,6 +233,7 @@ def full_kind(config: CoderConfig) -> str:
 class TrainConfig:
     """How a group of coders is trained; one value serves every coder of the group."""
 
+    objective: Objective = LOCAL
     tokens: int  # training tokens seen by every coder
     lr: float | None = None  # peak learning rate of Adam; None: what `default_learning_rate` says of each coder
     warmup: float = 0.05  # fraction of the steps with a rising learning rate

@@ -142,16 +142,21 @@ def _computing_y(target: TargetModel, run: _Run) -> int:
     return sum(writer_parameters(target, layer) for layer in run.layers) if run.replacement.reads_y else 0
 
 
-class _Clean(NamedTuple):
-    """One clean forward pass of a batch."""
+class CleanPass(NamedTuple):
+    """One forward pass of a batch, nothing replaced."""
 
-    prediction: Original
+    logits: Float[Tensor, "batch seq vocab"]
     activations: Captured  # of all layers that are replaced or read
     streams: dict[int, Any]  # what each layer was given by the block before it
 
+    def stream(self, layers: Sequence[int]) -> tuple[int, Any]:
+        """The block with which a run that replaces `layers` may begin, and what it is given; block 0 needs nothing."""
+        first = min(layers) if min(layers) in self.streams else 0
+        return first, self.streams.get(first)
 
-def _clean(target: TargetModel, tokens: Int[Tensor, "batch seq"], layers: Sequence[int]) -> _Clean:
-    """Logits and every MLP's input and output, from one forward pass in the precision of the weights."""
+
+def clean_pass(target: TargetModel, tokens: Int[Tensor, "batch seq"], layers: Sequence[int]) -> CleanPass:
+    """Logits and every MLP's input and output, in the precision of the weights."""
     seen: dict[int, tuple[Tensor, Tensor]] = {}
 
     class Watch(Pass):
@@ -163,14 +168,14 @@ def _clean(target: TargetModel, tokens: Int[Tensor, "batch seq"], layers: Sequen
     with kept_streams(target, resumable) as streams:
         logits = replaced_logits(target, tokens, Watch(IdentityReplacement(layers)), layers, ignore)
     inputs, outputs = (torch.stack([seen[layer][i] for layer in layers]) for i in range(2))
-    return _Clean(Original.of(logits, tokens), Captured(inputs, outputs), streams)
+    return CleanPass(logits, Captured(inputs, outputs), streams)
 
 
 def ignore(layer: int, y_hat: Tensor) -> None:
     """Observes nothing."""
 
 
-def _pick(captured: Captured, all_layers: Sequence[int], layers: Sequence[int]) -> Captured:
+def pick(captured: Captured, all_layers: Sequence[int], layers: Sequence[int]) -> Captured:
     where = [all_layers.index(layer) for layer in layers]
     if where == list(range(where[0], where[0] + len(where))):
         return Captured(*(kept[where[0] : where[0] + len(where)] for kept in captured))
@@ -185,17 +190,17 @@ def _measure_batch(
     original: OriginalTally,
 ) -> None:
     """Every run on one batch; `read` are the layers whose clean activations serve all runs."""
-    clean = _clean(target, tokens, read)
-    original.add(clean.prediction.ce, clean.activations.outputs)
+    clean = clean_pass(target, tokens, read)
+    prediction = Original.of(clean.logits, tokens)
+    original.add(prediction.ce, clean.activations.outputs)
     frozen: dict[Replacement, Pass] = {}
     for run, tally in tallies.items():
-        captured = _pick(clean.activations, read, run.replacement.reads)
+        captured = pick(clean.activations, read, run.replacement.reads)
         if run.opened == "frozen" and run.replacement not in frozen:  # one for all its rows: codes are computed once
             frozen = {run.replacement: run.replacement.frozen(captured)}
 
         def forward(pass_: Pass, observe: Observer, layers: tuple[int, ...] = run.layers) -> Tensor:
-            first = min(layers) if min(layers) in clean.streams else 0
-            with resumed(target, first, clean.streams.get(first)):
+            with resumed(target, *clean.stream(layers)):
                 return replaced_logits(target, tokens, pass_, layers, observe)
 
         if run.opened == "frozen":
@@ -209,7 +214,7 @@ def _measure_batch(
             tally.add_error(layer, clean.activations.outputs[read.index(layer)], y_hat)
 
         logits = forward(pass_, observe)
-        tally.add_losses(*sequence_losses(clean.prediction, logits, tokens))
+        tally.add_losses(*sequence_losses(prediction, logits, tokens))
         tally.add_activity(pass_.active, *tokens.shape)
 
 

@@ -5,7 +5,7 @@ AuxK:     FVU of ŷ + αê, ŷ a constant, ê = decode(dead latents) without b_d
 Output:   CE = −log q(next token),  KL(p‖q) = Σ_v p_v (log p_v − log q_v)
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
 import torch
@@ -13,6 +13,12 @@ import torch.nn.functional as F
 from einops import rearrange
 from jaxtyping import Float, Int
 from torch import Tensor
+
+
+def wide(x: Tensor) -> Tensor:
+    """In float32 or, where it already is, in float64."""
+    return x if x.dtype == torch.float64 else x.float()
+
 
 # ------------------------------------------------------------------------------------------------ reconstruction
 
@@ -23,7 +29,7 @@ def fvu(
     variance: Float[Tensor, "*layer"],
 ) -> Float[Tensor, "*layer"]:
     """Fraction of variance unexplained, per layer. `variance` = E‖y − ȳ‖² per token, from a large sample."""
-    errors = F.mse_loss(y_hat.float(), y.float(), reduction="none")  # one pass over memory, and one in its gradient
+    errors = F.mse_loss(wide(y_hat), wide(y), reduction="none")  # one pass over memory, and one in its gradient
     return errors.sum((-1, -2)) / (y.shape[-2] * variance)
 
 
@@ -63,7 +69,7 @@ def kl_divergence(
     logits_p: Float[Tensor, "*batch vocab"], logits_q: Float[Tensor, "*batch vocab"]
 ) -> Float[Tensor, "*batch"]:
     """KL(p‖q) per position, in nats; p is the original model."""
-    log_p, log_q = logits_p.float().log_softmax(-1), logits_q.float().log_softmax(-1)
+    log_p, log_q = wide(logits_p).log_softmax(-1), wide(logits_q).log_softmax(-1)
     return (log_p.exp() * (log_p - log_q)).sum(-1)
 
 
@@ -107,6 +113,62 @@ def sequence_losses(
         shift = torch.linalg.vecdot(original.p[part], q - original.logits[part])
         kl.append((log_z - original.log_z[part] - shift).double().mean(1))
     return torch.cat(ce), torch.cat(kl)
+
+
+Head = Callable[[Float[Tensor, "row d"]], Float[Tensor, "row vocab"]]
+
+
+@torch.no_grad()
+def log_probabilities(hidden: Float[Tensor, "batch seq d"], head: Head) -> Float[Tensor, "token vocab"]:
+    """log softmax(head(hidden)) of every token; logits exist for a few tokens at a time."""
+    flat, vocab = hidden.flatten(0, -2), _width(hidden, head)
+    log_p = wide(flat).new_empty(len(flat), vocab)
+    rows = _rows_at_once(vocab, hidden.device)
+    for part, out in zip(flat.split(rows), log_p.split(rows)):
+        torch.log_softmax(wide(head(part)), -1, out=out)
+    return log_p
+
+
+def _width(hidden: Tensor, head: Head) -> int:
+    return head(hidden.detach().flatten(0, -2)[:1]).shape[-1]
+
+
+def _rows_at_once(vocab: int, device: torch.device) -> int:
+    """Tokens whose logits stay in a CPU's cache, or are worth a call of a GPU, but enough for a matrix product."""
+    return max(64, (2**20 if device.type == "cpu" else 2**25) // vocab)
+
+
+class _KLThroughHead(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, hidden: Tensor, log_p: Tensor, head: Head) -> Tensor:  # type: ignore[no-untyped-def,override]
+        rows, flat = _rows_at_once(log_p.shape[-1], hidden.device), hidden.flatten(0, -2)
+        grad, total = torch.empty_like(flat), log_p.new_zeros(())
+        for h, of_p, g in zip(flat.split(rows), log_p.split(rows), grad.split(rows)):
+            with torch.enable_grad():
+                own = h.detach().requires_grad_()
+                logits = head(own)
+            log_q, p = wide(logits.detach()).log_softmax(-1), of_p.exp()
+            total += (p * (of_p - log_q)).sum()
+            (d_h,) = torch.autograd.grad(logits, own, (log_q.exp_() - p).div_(len(flat)).to(logits.dtype))
+            g.copy_(d_h)
+        ctx.save_for_backward(grad)
+        ctx.shape = hidden.shape
+        return total / len(flat)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[no-untyped-def,override]
+        return (ctx.saved_tensors[0] * grad).view(ctx.shape), None, None
+
+
+def kl_through_head(
+    log_p: Float[Tensor, "token vocab"], hidden: Float[Tensor, "batch seq d"], head: Head
+) -> Float[Tensor, ""]:
+    """KL(p‖q) with q = softmax(head(hidden)), mean over tokens, in nats; gradient in `hidden` alone.
+
+    Logits of q and their gradient exist for a few tokens at a time, so that of all that is as wide as the vocabulary only
+    log p is held.
+    """
+    return _KLThroughHead.apply(hidden, log_p, head)  # type: ignore[no-any-return]
 
 
 # ------------------------------------------------------------------------------- stochastic parameter decomposition

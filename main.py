@@ -1,5 +1,7 @@
 """The main job: train transcoders and cross-layer transcoders on one stream, measure everything with one ruler.
 
+The sparsest of each are then trained further, briefly, on the model's output (`kl-mixed`): what the objective buys.
+
     python main.py                      # the embedded model, offline
     python main.py --tokens 50000 --eval-tokens 4096   # to see that it runs
     python main.py --target pile --device cuda --tokens 500000000 --d-dict 4096 --transcoder-k 16 32 64
@@ -17,9 +19,9 @@ import torch
 from baselines import baselines
 from checkpoints import CHECKPOINTS
 from coder_replacements import as_replacements
-from config import BatchTopK
+from config import BatchTopK, Mixed, Output
 from evaluation import PROTOCOLS, evaluate, held_out
-from recipes import SPDRecipe, clt_configs, train_coders, train_decomposition, transcoder_configs
+from recipes import SPDRecipe, clt_configs, train_coders, train_decomposition, transcoder_configs, tune_coders
 from spd_replacement import spd_replacements
 from spd_runs import find_spd
 from study import CoderStudySettings, Report, check_fits, run_study
@@ -36,6 +38,7 @@ class Settings(CoderStudySettings):
     d_dict: int = 1536  # latents per layer
     tokens: int = 1_000_000  # training tokens seen by every coder
     batch: int = 2048  # tokens per training batch
+    tune_tokens: int = 120_000  # training tokens of the sparsest coder of each kind on the model's output; 0: none
     retrain_spd: bool = False  # decompose afresh, briefly, instead of taking the shipped decomposition of `tiny`
     spd_steps: int = 200  # of four sequences each, where SPD is trained
     eval_tokens: int = 32_768  # held-out tokens the table is measured on
@@ -46,7 +49,8 @@ class Settings(CoderStudySettings):
 
 TEXT = """Every row is one method under one protocol, on held-out text. `single`: one layer replaced. `frozen`: all layers
 replaced, each reads the clean stream. `gates`: all layers replaced, a clean pass decides what is active, and what is active
-reads the stream. `free`: all layers replaced, everything reads the stream that the replacements produced."""
+reads the stream. `free`: all layers replaced, everything reads the stream that the replacements produced. `kl-mixed`: trained
+further on the KL between the model's output and that with layers replaced, where which layers is drawn anew for each batch."""
 REPORT = Report("The main job", TEXT)
 
 
@@ -58,6 +62,11 @@ def main(s: Settings) -> None:
         *clt_configs(target, layers=s.layers, rules=[BatchTopK(k) for k in s.clt_k], d_dict=s.d_dict),
     ]
     trained = train_coders(configs, target, tokens=s.tokens, batch=s.batch, seed=s.seed, folder=s.checkpoints)
+    if s.tune_tokens:
+        least = {config.kind: min(c.rule.k for c in configs if c.kind == config.kind) for config in configs}
+        sparsest = [c for c in trained if c.coder.k == least[c.coder.config.kind]]
+        sizes = {"tokens": s.tune_tokens, "batch": s.batch, "seed": s.seed, "folder": s.checkpoints}
+        trained += tune_coders(sparsest, target, objective=Output(Mixed()), **sizes)
     replacements = as_replacements(trained) + baselines(target, s.layers, s.neuron_k)
     if s.retrain_spd:
         recipe = SPDRecipe(components=512, gate_hidden=192, steps=s.spd_steps, batch=4, seed=s.seed)

@@ -11,22 +11,37 @@ import torch
 from torch import Tensor
 
 from activation_store import DataConfig
-from checkpoints import CONFIG, Checkpoint, Decomposition, TrainingRecord, build_coder, held, load_spd, save_checkpoint
+from checkpoints import (
+    CONFIG,
+    Checkpoint,
+    Decomposition,
+    TrainingRecord,
+    build_coder,
+    coder_name,
+    held,
+    load_spd,
+    save_checkpoint,
+)
 from coder import Coder
 from config import (
+    LOCAL,
     CLTConfig,
     CoderConfig,
     EncoderConfig,
     GateConfig,
+    Objective,
+    Output,
     Recon,
     Rule,
     SAEConfig,
     SPDConfig,
     SPDTrainConfig,
     TrainConfig,
+    require,
 )
 from devices import bf16_is_fast
 from logs import git_commit
+from output_training import train_on_output
 from spd_model import ComponentModel
 from spd_training import train_spd
 from target_models import TargetModel, mlp_matrices
@@ -70,15 +85,51 @@ def clt_configs(target: TargetModel, *, layers: Sequence[int], rules: Sequence[R
 
 
 def train_coders(
-    configs: Sequence[CoderConfig], target: TargetModel, *, tokens: int, batch: int, seed: int, folder: Path
-) -> list[Checkpoint]:
-    """Train what is not yet in `folder`, all on one stream over all the layers, with the project's default recipe."""
+    configs: Sequence[CoderConfig], target: TargetModel, *, tokens: int, batch: int, seed: int, folder: Path,
+    objective: Objective = LOCAL,
+) -> list[Checkpoint]:  # fmt: skip
+    """Train from scratch what is not yet in `folder`, on one stream over all the layers, with the project's default recipe."""
     if not configs:
         raise ValueError("no coder was asked for: name at least one layer and one k")
+    if isinstance(objective, Output):
+        starts = [untrained(config, target, seed) for config in configs]
+        train = TrainConfig(objective=objective, tokens=tokens, dead_after=dead_after(tokens), seed=seed)
+        return train_on_output(starts, target, batch=batch, config=train, folder=folder)
     layers = tuple(sorted({layer for config in configs for layer in config.layers}))
     data = DataConfig(layers=layers, batch_tokens=batch, seed=seed)
     train = TrainConfig(tokens=tokens, dead_after=dead_after(tokens), seed=seed)
     return train_group([new_coder(config, seed) for config in configs], target, data=data, config=train, folder=folder)
+
+
+def tune_coders(
+    checkpoints: Sequence[Checkpoint], target: TargetModel, *, tokens: int, objective: Objective, batch: int, seed: int,
+    folder: Path,
+) -> list[Checkpoint]:  # fmt: skip
+    """Train coders further, on the model's output: what is not yet in `folder`, on one stream, with the default recipe.
+
+    Raises ValueError for `Local()`, for which `train_coders` is there.
+    """
+    require(isinstance(objective, Output), f"{objective} asks nothing of the model's output: use train_coders")
+    seen = tokens + max(checkpoint.record.train_tokens or 0 for checkpoint in checkpoints)
+    train = TrainConfig(
+        objective=objective,
+        tokens=tokens,
+        anneal=0.0,
+        dead_after=dead_after(seen),
+        calibration_tokens=32_768,
+        seed=seed,
+    )
+    return train_on_output(checkpoints, target, batch=batch, config=train, folder=folder)
+
+
+def untrained(config: CoderConfig, target: TargetModel, seed: int) -> Checkpoint:
+    """A coder as `new_coder` makes it, with nothing in its record."""
+    name = coder_name(target.name, config, seed)
+    record = TrainingRecord(
+        name=name, target=target.name, target_fingerprint=target.fingerprint, train_tokens=0, train_seconds=0.0, seed=seed,
+        commit=None, objectives=(),
+    )  # fmt: skip
+    return Checkpoint(new_coder(config, seed), record, name)
 
 
 @dataclass(frozen=True, kw_only=True)

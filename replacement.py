@@ -73,6 +73,11 @@ class Pass(ABC):
         self.replacement = replacement
         self.active: dict[tuple[int, str], Active] = {}
 
+    @property
+    def reads_y(self) -> bool:
+        """Whether it is given what the MLP itself writes on the running stream, at every position."""
+        return self.replacement.reads_y
+
     @abstractmethod
     def __call__(
         self, layer: int, x: Float[Tensor, "batch seq d_in"], y: Float[Tensor, "batch own d_out"]
@@ -192,6 +197,10 @@ class CodedPass(Pass):
         self.clean = clean
         self.codes: dict[int, Codes] = {}
 
+    @property
+    def reads_y(self) -> bool:
+        return self.replacement.reads_y and self.clean is None
+
     def __call__(
         self, layer: int, x: Float[Tensor, "batch seq d_in"], y: Float[Tensor, "batch own d_out"]
     ) -> Float[Tensor, "batch seq d_out"]:
@@ -223,6 +232,10 @@ class CodedPass(Pass):
 
 class GatedPass(CodedPass):
     """A forward pass in which a clean pass says which parts are active, and the running stream what they are worth."""
+
+    @property
+    def reads_y(self) -> bool:
+        return self.replacement.reads_y
 
     def read(self, layer: int, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
         return x, y
@@ -265,7 +278,7 @@ def replaced_logits(
 
         return write
 
-    with patched(target, {layer: function(layer) for layer in layers}, first_only=not pass_.replacement.reads_y):
+    with patched(target, {layer: function(layer) for layer in layers}, first_only=not pass_.reads_y):
         return target.logits(tokens)
 
 

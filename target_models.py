@@ -301,6 +301,36 @@ def _prove_inputs(target: TargetModel) -> None:
             raise ValueError(f"{paths.write} does not read the output of {paths.read} alone: {UNSUPPORTED}")
 
 
+def unembedding(target: TargetModel) -> nn.Module:
+    """The module that turns the last stream into the logits, found by its output; an identity where more comes after it.
+
+    Raises ValueError where the model gives no logits over its vocabulary.
+    """
+    written: list[tuple[nn.Module, Tensor]] = []
+    with contextlib.ExitStack() as stack, torch.inference_mode():
+        for module in target.model.modules():
+            if not any(module.children()):
+                stack.enter_context(after(module, lambda _a, out, module=module: written.append((module, out))))
+        logits = _logits_or_none(target)
+    if logits is None or logits.shape[-1] != target.vocab_size:
+        raise ValueError(
+            f"{target.name!r} gives no logits over its vocabulary of {target.vocab_size}, as if it were cut before its "
+            "output: load all of it, or train on what its layers write, with Local()"
+        )
+    same = [module for module, out in written if isinstance(out, Tensor) and _equal(out, logits)]
+    return same[0] if same else nn.Identity()
+
+
+def _logits_or_none(target: TargetModel) -> Tensor | None:
+    out = target.model(_few_tokens(target))
+    out = out[0] if isinstance(out, tuple) else out
+    return out if isinstance(out, Tensor) else getattr(out, "logits", None)
+
+
+def _equal(a: Tensor, b: Tensor) -> bool:
+    return a.shape == b.shape and torch.equal(a, b)
+
+
 def weights_fingerprint(model: nn.Module) -> str:
     """16 hex digits that change with any bit of any weight, and with nothing else: name, type, shape and bytes are hashed."""
     digest = hashlib.sha256()

@@ -41,7 +41,7 @@ from checkpoints import (
     save_tensors,
 )
 from coder import Coder, codes_by_layer
-from config import CoderConfig, TrainConfig, full_kind, to_json
+from config import LOCAL, CoderConfig, TrainConfig, full_kind, to_json
 from devices import in_threads, keep_freed_memory
 from logs import Logger, git_commit
 from losses import auxk, fvu
@@ -70,9 +70,22 @@ def default_learning_rate(tokens: int, coder: CoderConfig) -> float:
     return 2e-4 / math.sqrt(coder.d_dict / 2**14) * factor**t
 
 
+def default_tuning_rate(tokens: int) -> float:
+    """Default peak learning rate of Adam where the objective is the model's output: 4e-4."""
+    if tokens < 1:
+        raise ValueError(f"{tokens} training tokens: ask for 1 or more (--tokens)")
+    return 4e-4
+
+
 def peak_rate(coder: Coder, config: TrainConfig) -> float:
-    """The rate a configuration gives, or the default of the coder's kind and of the run's length."""
-    return default_learning_rate(config.tokens, coder.config) if config.lr is None else config.lr
+    """The rate a configuration gives, or the default of its objective, the coder's kind and the run's length."""
+    if config.lr is not None:
+        return config.lr
+    return (
+        default_learning_rate(config.tokens, coder.config)
+        if config.objective == LOCAL
+        else default_tuning_rate(config.tokens)
+    )
 
 
 def dead_after(tokens: int) -> int:
@@ -98,12 +111,13 @@ def annealed_k(k: int, step: int, *, steps: int, config: TrainConfig) -> int:
     return round(k * (ANNEAL_FROM - (ANNEAL_FROM - 1) * progress))
 
 
-def recipe(config: TrainConfig, data: DataConfig, *, lr: float) -> str:
+def recipe(config: TrainConfig, batch_tokens: int, *, lr: float) -> str:
     """Training settings that change the result, as text; two coders with equal recipes are interchangeable."""
     c = config
+    objective = "" if c.objective == LOCAL else f"{c.objective}, "
     return (
-        f"lr {lr:.6g}, warmup {c.warmup:g}, decay {c.decay:g}, anneal {ANNEAL_FROM}k over {c.anneal:g}, "
-        f"clip {c.max_grad_norm:g}, aux {c.aux:g} after {c.dead_after}, betas {c.betas}, batch {data.batch_tokens}"
+        f"{objective}lr {lr:.6g}, warmup {c.warmup:g}, decay {c.decay:g}, anneal {ANNEAL_FROM}k over {c.anneal:g}, "
+        f"clip {c.max_grad_norm:g}, aux {c.aux:g} after {c.dead_after}, betas {c.betas}, batch {batch_tokens}"
     )
 
 
@@ -123,7 +137,7 @@ class CoderRun:
 
 def training_step(run: CoderRun, batch: ActivationBatch, *, config: TrainConfig, lr: float) -> Float[Tensor, "3"]:
     """One step of one coder; returns (loss, FVU, L0 per layer), still on the device."""
-    coder, optimiser = run.coder, run.optimiser
+    coder = run.coder
     x, y = coder.view(*batch, run.rows)
     codes, penalty = coder.encode_with_penalty(x, y, run.variance)
     y_hat = coder.reconstruct(codes, x)
@@ -133,6 +147,16 @@ def training_step(run: CoderRun, batch: ActivationBatch, *, config: TrainConfig,
         e_hat = coder.aux_reconstruction(x, config.dead_after)
         loss = loss + config.aux * auxk(y, y_hat, e_hat=e_hat, variance=run.variance).mean()
     loss.backward()
+    descend(run, config=config, lr=lr)
+    coder.update_statistics(codes)
+    layers = codes_by_layer(codes)
+    l0 = sum((own.values > 0).sum() / own.n_rows for own in layers) / len(layers)
+    return torch.stack([loss.detach(), error.detach(), l0])
+
+
+def descend(run: CoderRun, *, config: TrainConfig, lr: float) -> None:
+    """The step that a coder's gradient asks for, which is used up."""
+    coder, optimiser = run.coder, run.optimiser
     coder.constrain_gradients()
     torch.nn.utils.clip_grad_norm_(coder.parameters(), config.max_grad_norm)
     for group in optimiser.param_groups:
@@ -140,10 +164,6 @@ def training_step(run: CoderRun, batch: ActivationBatch, *, config: TrainConfig,
     optimiser.step()
     optimiser.zero_grad(set_to_none=True)
     coder.constrain_weights()
-    coder.update_statistics(codes)
-    layers = codes_by_layer(codes)
-    l0 = sum((own.values > 0).sum() / own.n_rows for own in layers) / len(layers)
-    return torch.stack([loss.detach(), error.detach(), l0])
 
 
 def _side_by_side[B](function: Callable[[CoderRun], B], runs: Sequence[CoderRun], device: torch.device) -> list[B]:
@@ -195,7 +215,7 @@ def train_group(
             (name, coder) for name, coder in zip(names, coders)
             if not is_trained(
                 folder / name, coder.config, train_tokens=config.tokens, fingerprint=fingerprint,
-                recipe=recipe(config, data, lr=peak_rate(coder, config)),
+                recipe=recipe(config, data.batch_tokens, lr=peak_rate(coder, config)),
             )
         ]  # fmt: skip
 
@@ -305,7 +325,7 @@ def _train(
         record = TrainingRecord(
             name=run.name, target=target.name, target_fingerprint=target.fingerprint, train_tokens=config.tokens,
             train_seconds=run.seconds + max(overhead, 0.0), seed=config.seed, commit=git_commit(),
-            recipe=recipe(config, data, lr=run.lr),
+            recipe=recipe(config, data.batch_tokens, lr=run.lr),
         )  # fmt: skip
         save_checkpoint(folder / run.name, run.coder, record)
         run.logger.close()

@@ -112,7 +112,7 @@ def main(s: Settings) -> None:
     origin, replacements = Origin(s.seed, s.tokens, 0.0, ""), []
     for runs in sets.values():
         coders = [run.coder for run in runs]
-        replacements.append(REPLACEMENTS[type(coders[0].config)](coders, None, origin))
+        replacements.append(REPLACEMENTS[type(coders[0].config)](coders, None, "", origin))
     rows = [
         Row(
             kind, s.d_dict, s.k, s.batch, s.tokens, s.seed, rate, p.ce_degradation, p.ce_low, p.ce_high, p.fvu, p.l0,

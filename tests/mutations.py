@@ -256,7 +256,157 @@ RULER = [
     ),
 ]  # fmt: skip
 
-MUTATIONS = [*CODERS, *DECOMPOSITIONS, *RULER]
+ON_OUTPUT = "test_output_objective.py::test_the_gradient_is_that_of_the_equations"
+SOME = "test_output_objective.py::test_the_gradient_of_some_layers_is_that_of_the_equations"
+DEAD = "test_output_objective.py::test_the_gradient_of_auxk_is_that_of_the_equations"
+PLANS = "test_output_objective.py::test_a_mixed_objective_draws_what_it_says"
+CHUNKED = "test_output_objective.py::test_kl_through_the_head_is_the_plain_one_and_so_is_its_gradient"
+THRESHOLDS = "test_output_training.py::test_thresholds_are_set_where_the_trained_protocol_has_coders_read"
+TUNED = "test_output_training.py::test_the_rate_rises_stays_and_falls_and_latents_are_counted"
+CUT = "test_output_training.py::test_an_interrupted_training_ends_bit_identical"
+OUTPUT = [
+    Mutation(
+        "free: earlier coders learn nothing from later ones",
+        "output_objective.py",
+        "own = (self._tokens(x), self._tokens(y)) if",
+        "own = (self._tokens(x).detach(), self._tokens(y).detach()) if",
+        f"{ON_OUTPUT}[clt-topk-free-0.0]",
+    ),
+    Mutation(
+        "free reads the clean stream",
+        "output_objective.py",
+        "if layer in self.follows else self.original(layer)",
+        "if False else self.original(layer)",
+        f"{ON_OUTPUT}[skip-topk-free-0.0]",
+    ),
+    Mutation(
+        "a source that is not replaced follows",
+        "output_objective.py",
+        "            if layer not in self.follows:\n",
+        "            if x is None and layer in self.follows:\n",
+        f"{SOME}[clt-two]",
+    ),
+    Mutation(
+        "clean: what a run says is lost",
+        "output_objective.py",
+        "if leaf.grad is not None and",
+        "if False and",
+        f"{ON_OUTPUT}[sae-topk-single-0.0]",
+    ),
+    Mutation(
+        "local loss left out",
+        "output_objective.py",
+        "(objective.local * error.sum() if objective.local else 0.0)",
+        "0.0",
+        f"{ON_OUTPUT}[clt-topk-frozen-0.5]",
+    ),
+    Mutation(
+        "local loss at full weight",
+        "output_objective.py",
+        "objective.local * error.sum()",
+        "error.sum()",
+        f"{ON_OUTPUT}[clt-topk-frozen-0.5]",
+    ),
+    Mutation(
+        "gates learn nothing from the target",
+        "output_objective.py",
+        " + of_gates.sum()",
+        "",
+        f"{ON_OUTPUT}[sae-gated-free-0.0]",
+    ),
+    Mutation(
+        "decoder learns from gates",
+        "output_objective.py",
+        "with frozen(self.replacement.reading(layer, *own).coder):",
+        "if True:",
+        f"{ON_OUTPUT}[skip-gated-free-0.0]",
+    ),
+    Mutation(
+        "penalty left out",
+        "output_objective.py",
+        "_penalty(member, pass_) + _auxk",
+        "_auxk",
+        f"{ON_OUTPUT}[transcoder-relu-frozen-0.0]",
+    ),
+    Mutation(
+        "penalty summed over layers",
+        "output_objective.py",
+        "pass_.trained[layer].penalty for layer in own]).mean()",
+        "pass_.trained[layer].penalty for layer in own]).sum()",
+        f"{ON_OUTPUT}[clt-relu-free-0.0]",
+    ),
+    Mutation(
+        "FVU summed over layers",
+        "output_objective.py",
+        "torch.stack(errors).mean() if errors",
+        "torch.stack(errors).sum() if errors",
+        f"{ON_OUTPUT}[clt-topk-frozen-0.5]",
+    ),
+    Mutation(
+        "AuxK never added",
+        "output_objective.py",
+        "    if not coder.n_dead:\n",
+        "    if True:\n",
+        f"{DEAD}[transcoder-free]",
+    ),
+    Mutation(
+        "AuxK: what the dead read moves",
+        "output_objective.py",
+        "torch.zeros_like(some)).detach()",
+        "torch.zeros_like(some))",
+        f"{DEAD}[transcoder-free]",
+    ),
+    Mutation("KL of sums", "losses.py", "return total / len(flat)", "return total", CHUNKED),
+    Mutation("KL's gradient of sums", "losses.py", ".div_(len(flat))", "", CHUNKED),
+    Mutation(
+        "alone follows the stream",
+        "output_objective.py",
+        "return Run((layers[order[0]],), False)",
+        "return Run((layers[order[0]],), True)",
+        PLANS,
+    ),
+    Mutation(
+        "some may be all", "output_objective.py", "torch.randint(2, n, (1,)", "torch.randint(2, n + 1, (1,)", PLANS
+    ),
+    Mutation("a tuning at one rate", "output_training.py", "lr=member.lr * factor", "lr=member.lr", TUNED),
+    Mutation(
+        "silence not counted",
+        "output_training.py",
+        "                encoder.update_statistics(codes[layer])\n",
+        "                pass\n",
+        f"{CUT}[protocol3-True]",
+    ),
+    Mutation(
+        "draws not resumed",
+        "output_training.py",
+        '        self.generator.set_state(state["generator"])\n',
+        "",
+        f"{CUT}[protocol3-True]",
+    ),
+    Mutation(
+        "text not resumed",
+        "output_training.py",
+        '        self.stream.load_state_dict(state["stream"])\n',
+        "",
+        f"{CUT}[free-False]",
+    ),
+    Mutation(
+        "calibrated on the clean stream",
+        "output_training.py",
+        'else protocol == "free"',
+        "else False",
+        f"{THRESHOLDS}[free]",
+    ),
+    Mutation(
+        "stages read the same text",
+        "output_training.py",
+        "config.seed + stages",
+        "config.seed",
+        "test_output_training.py::test_every_stage_reads_the_text_in_an_order_of_its_own",
+    ),
+]
+
+MUTATIONS = [*CODERS, *DECOMPOSITIONS, *RULER, *OUTPUT]
 
 
 class _Failures:

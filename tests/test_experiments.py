@@ -52,8 +52,19 @@ SCRIPTS = {
     ),
     "exp_014_sae_sites/sae_sites.py": ([*SMALL, "--top-k", "8"], {"sae", "sae-attn_out", "sae-resid"}),
     "../main.py": (
-        [*SMALL[2:], "--retrain-spd", "--spd-steps", "1", "--transcoder-k", "8", "--clt-k", "8"],
-        {"transcoder", "clt", "spd", "spd-0.5"},
+        [
+            *SMALL[2:],
+            "--retrain-spd",
+            "--spd-steps",
+            "1",
+            "--transcoder-k",
+            "8",
+            "--clt-k",
+            "8",
+            "--tune-tokens",
+            "2048",
+        ],
+        {"transcoder", "clt", "transcoder-kl-mixed", "clt-kl-mixed", "spd", "spd-0.5"},
     ),
 }
 
