@@ -30,11 +30,11 @@ from config import (
     TrainConfig,
 )
 from evaluation import evaluate, held_out
-from output_objective import Run
+from output_objective import Run, unembedding
 from output_training import OutputGroup, calibrate, record_after, train_on_output, what_is_read
 from recipes import new_coder, train_coders, tune_coders, untrained
 from sparse_ops import to_dense
-from target_models import TargetModel, at_site, unembedding, weights_fingerprint
+from target_models import TargetModel, at_site, weights_fingerprint
 from training import train_group
 
 BATCH = 4 * 16
