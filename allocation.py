@@ -112,7 +112,7 @@ class Alone(NamedTuple):
         return max(self.kl, 0.0) / max(self.squared, 1e-30)
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def alone(target: TargetModel, replacement: Coded, batches: Iterable[Int[Tensor, "batch seq"]]) -> dict[int, Alone]:
     """What each layer of a replacement costs alone; first positions, which are left to the model, are not counted."""
     kl, squared, n = dict.fromkeys(replacement.layers, 0.0), dict.fromkeys(replacement.layers, 0.0), 0
@@ -150,7 +150,7 @@ def _original_pass(
     return logits, Captured(*(torch.stack([seen[layer][side] for layer in layers]) for side in range(2)))
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def joint_threshold(
     target: TargetModel, replacement: Coded, sizes: Mapping[int, Float[Tensor, "part"]],
     batches: Iterable[Int[Tensor, "batch seq"]],

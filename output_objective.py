@@ -161,7 +161,7 @@ def unembedding(target: TargetModel) -> nn.Module:
     Raises ValueError where the model gives no logits over its vocabulary.
     """
     written: list[tuple[nn.Module, Tensor]] = []
-    with contextlib.ExitStack() as stack, torch.inference_mode():
+    with contextlib.ExitStack() as stack, torch.no_grad():
         for module in target.model.modules():
             if not any(module.children()):
                 stack.enter_context(after(module, lambda _a, out, module=module: written.append((module, out))))

@@ -1,6 +1,6 @@
 """Do the ruler's 95 % intervals cover? A check on real text: intervals from one draw of documents, values from the others.
 
-A few sequences of every held-out document are measured once, under every protocol. Then `draws` times some of the documents
+A few sequences of every held-out document are measured once, all layers replaced. Then `draws` times some of the documents
 are drawn at random; each row's interval is made from them, as the ruler makes it, and also as if sequences were independent,
 and compared with the row's value on all the other documents. That value has an error of its own: of exact intervals from
 m documents a share P(|z| < 1.96 / √(1 + m / rest)) would contain it. Writes results/coverage.csv.
@@ -19,7 +19,6 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from tqdm import trange
 
-from baselines import baselines
 from checkpoints import CHECKPOINTS, CONFIG, load_checkpoint
 from coder_replacements import as_replacements
 from evaluation import RESAMPLES, evaluate
@@ -33,7 +32,7 @@ from token_stream import HeldOutText, TokenStream
 @dataclass(frozen=True)
 class Settings:
     checkpoints: Path = CHECKPOINTS / "main"
-    per_document: int = 4  # sequences at most
+    per_document: int = 2  # sequences at most
     documents: int = 60  # of a draw
     draws: int = 200
     seed: int = 0
@@ -82,10 +81,9 @@ def covers(
 def main(s: Settings) -> None:
     target = load_target("tiny", "cpu")
     folders = sorted(config.parent for config in s.checkpoints.glob(f"*/{CONFIG}"))
-    replacements = as_replacements([load_checkpoint(str(folder)) for folder in folders])
-    layers = tuple(range(target.n_layers))
+    replacements = as_replacements([load_checkpoint(str(folder), "cpu") for folder in folders])
     text = every_document(target, s.per_document)
-    measured = evaluate(target, replacements + baselines(target, layers, (16, 128)), text)
+    measured = evaluate(target, replacements, text, ("frozen", "free"))
     n, generator = int(text.documents.max()) + 1, torch.Generator().manual_seed(s.seed)
     hits = torch.zeros(len(measured.points), 2)
     for _ in trange(s.draws, desc="draws", mininterval=2):
@@ -98,7 +96,7 @@ def main(s: Settings) -> None:
             p.method, str(p.k), p.protocol, " ".join(map(str, p.layers)), p.ce_degradation, *(hit / s.draws).tolist(),
             expected, n, len(text.tokens),
         )
-        for p, hit in zip(measured.points, hits) if p.method != "identity"
+        for p, hit in zip(measured.points, hits)
     ]  # fmt: skip
     write_csv(s.output, Row._fields, [tuple(map(str, row)) for row in rows])
     for name in ("covered", "covered_by_sequences", "expected"):

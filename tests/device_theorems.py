@@ -447,7 +447,7 @@ def test_the_main_job_on_the_device_gives_the_cpus_table(
     for place in (device, "cpu"):
         main.main(
             main.Settings(
-                layers=(0, 1), transcoder_k=(8,), clt_k=(8,), neuron_k=(4,), d_dict=64, tokens=2048, batch=512,
+                layers=(0, 1), transcoder_k=(8,), clt_k=(8,), neuron_k=(4,), d_dict=64, tokens=2048, tune_tokens=512, batch=512,
                 retrain_spd=True, spd_steps=2, eval_tokens=256, device=place, output=tmp_path / place,
                 checkpoints=tmp_path / "checkpoints" / place,
             )
@@ -455,6 +455,8 @@ def test_the_main_job_on_the_device_gives_the_cpus_table(
     tables = [read_points(tmp_path / place / "points.csv") for place in (device, "cpu")]
     assert {
         "transcoder",
+        "transcoder-kl-mixed",
+        "clt-kl-mixed",
         "clt",
         "spd",
         "spd-0.5",
