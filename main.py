@@ -3,7 +3,7 @@
 The sparsest of each are then trained further, briefly, on the model's output (`kl-mixed`): what the objective buys.
 
     python main.py                      # the embedded model, offline
-    python main.py --tokens 50000 --eval-tokens 4096   # to see that it runs
+    python main.py --tokens 50000 --tune-tokens 8192 --eval-tokens 4096   # to see that it runs
     python main.py --target pile --device cuda --tokens 500000000 --d-dict 4096 --transcoder-k 16 32 64
 
 Writes points.csv, pareto.png, settings.json and README.md into `output/main`, checkpoints into `checkpoints/main`, and
