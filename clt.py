@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from coder import ActivationStats, Coder, unscaled
 from config import CLTConfig
 from sparse_ops import Codes, decode
-from sparsity import TrainingCodes, new_encoder
+from sparsity import new_encoder
 
 
 class CrossLayerTranscoder(Coder[tuple[Codes, ...]]):
@@ -53,10 +53,8 @@ class CrossLayerTranscoder(Coder[tuple[Codes, ...]]):
         return x * self.x_scale[i]
 
     def encode_layer(self, i: int, x: Float[Tensor, "batch d_in"]) -> Codes:
+        """Codes of the i-th layer spanned."""
         return self.encoders[i].encode(x * self.x_scale[i])
-
-    def training_codes(self, i: int, x: Float[Tensor, "batch d_in"]) -> TrainingCodes:
-        return self.encoders[i].encode_with_penalty(x * self.x_scale[i], self.W_dec[i])
 
     def encode(self, x: Float[Tensor, "layer batch d_in"]) -> tuple[Codes, ...]:
         return tuple(self.encode_layer(i, x_i) for i, x_i in enumerate(x))
@@ -66,7 +64,10 @@ class CrossLayerTranscoder(Coder[tuple[Codes, ...]]):
         variance: Float[Tensor, "layer"],
     ) -> tuple[tuple[Codes, ...], Float[Tensor, ""]]:  # fmt: skip
         """The penalty is the mean over the layers' encoders; what it asks of all codes together is counted once."""
-        trained = [self.training_codes(i, x_i) for i, x_i in enumerate(x)]
+        trained = [
+            encoder.encode_with_penalty(x[i] * self.x_scale[i], self.W_dec[i])
+            for i, encoder in enumerate(self.encoders)
+        ]
         penalty = torch.stack([of_layer.penalty for of_layer in trained]).mean()
         gates = tuple(of_layer.gates for of_layer in trained if of_layer.gates is not None)
         penalty = penalty + self.frozen_error(gates, x, y=y, variance=variance) if gates else penalty

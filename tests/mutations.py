@@ -374,7 +374,7 @@ OUTPUT = [
         "output_training.py",
         "                encoder.update_statistics(codes[layer])\n",
         "                pass\n",
-        f"{CUT}[protocol3-True]",
+        TUNED,
     ),
     Mutation(
         "draws not resumed",
