@@ -50,18 +50,18 @@ from target_models import TargetModel
 ANNEAL_FROM = 4  # times k; the field starts at 10k, whose first steps cost more than all the others together
 
 
-SHORT, LONG = 3e6, 1e8  # tokens of a run
+SHORT, LONG = 2e6, 1e8  # tokens of a run
 RATE_FACTOR = {"sae": 43.0, "transcoder": 15.0, "transcoder-skip": 12.0, "clt": 10.0}  # of a short run
 
 
 def default_learning_rate(tokens: int, coder: CoderConfig) -> float:
     """Default peak learning rate of Adam: 2e-4 / √(d_dict / 2¹⁴) · c^t, c a factor of the kind of coder.
 
-        t = log(10⁸ / tokens) / log(10⁸ / 3·10⁶), at least 0 and at most 1
+        t = log(10⁸ / tokens) / log(10⁸ / 2·10⁶), at least 0 and at most 1
 
     The first factor is the field's rule for runs of 10⁸ tokens and more (sparsify, dictionary_learning); for short runs it is
     ten and more times too low. Swept by ΔCE on the tuning text (`tiny`, k 16, 1,536 latents; benchmarks/learning_rate.py):
-    from 3·10⁵ to 3·10⁶ tokens the best rate of a kind stays where it is, and an SAE's is four times a CLT's.
+    up to 10⁶ tokens the best rate of a kind stays where it is, at 3·10⁶ it begins to fall; an SAE's is four times a CLT's.
     """
     if min(tokens, coder.d_dict) < 1:
         raise ValueError(f"{tokens} training tokens, {coder.d_dict} latents: ask for 1 or more (--tokens, --d-dict)")

@@ -28,6 +28,8 @@ from replacement import Origin
 from target_models import TargetModel, load_target
 from training import CoderRun, annealed_k, dead_after, default_learning_rate, schedule, start_run, training_step
 
+TICKS = (0.003, 0.006, 0.012, 0.024, 0.048)
+
 
 @dataclass(frozen=True)
 class Settings:
@@ -128,13 +130,16 @@ def main(s: Settings) -> None:
 def draw(table: Path) -> None:
     """ΔCE free against the rate: a panel per number of tokens; a line, and the default rate as an upright, per kind."""
     import matplotlib.pyplot as plt
+    from matplotlib.ticker import NullFormatter
 
     rows = read_csv(table)
     budgets = sorted({int(row["tokens"]) for row in rows})
-    figure, axes = plt.subplots(1, len(budgets), figsize=(4.2 * len(budgets), 3.6), squeeze=False, layout="constrained")
+    figure, axes = plt.subplots(
+        1, len(budgets), figsize=(4.2 * len(budgets), 3.8), squeeze=False, sharex=True, layout="constrained"
+    )
     for axis, tokens in zip(axes[0], budgets):
         own = [row for row in rows if int(row["tokens"]) == tokens]
-        for i, kind in enumerate(dict.fromkeys(row["kind"] for row in own)):
+        for i, kind in enumerate(Settings.kinds):
             rows_of = sorted((r for r in own if r["kind"] == kind), key=lambda r: float(r["rate"]))
             columns = {c: [float(r[c]) for r in rows_of] for c in ("rate", "free", "free_low", "free_high")}
             axis.plot(columns["rate"], columns["free"], marker="o", color=f"C{i}", label=kind)
@@ -142,8 +147,10 @@ def draw(table: Path) -> None:
             config = configs(kind, load_target("tiny", "cpu"), Settings(d_dict=int(own[0]["d_dict"])))[0]
             axis.axvline(default_learning_rate(tokens, config), color=f"C{i}", linestyle=":")
         axis.set(xscale="log", yscale="log", title=f"{tokens:,} tokens", xlabel="peak learning rate")
+        axis.xaxis.set_minor_formatter(NullFormatter())
+        axis.set_xticks(TICKS, [f"{tick:g}" for tick in TICKS])
     axes[0][0].set_ylabel("ΔCE, all layers, free (nats; tuning text)")
-    axes[0][0].legend(frameon=False)
+    axes[0][-1].legend(frameon=False)
     with atomic_path(table.with_suffix(".png")) as temporary:
         figure.savefig(temporary, dpi=120, format="png")
 

@@ -238,7 +238,7 @@ def a_transcoder(d_dict: int) -> EncoderConfig:
 def test_learning_rate_is_the_fields_rule_in_long_runs() -> None:
     for tokens in (10**8, 10**9):
         assert default_learning_rate(tokens, a_transcoder(2**14)) == 2e-4
-    short, shorter, between = (default_learning_rate(n, a_transcoder(2**14)) for n in (3 * 10**6, 10**5, 17_320_508))
+    short, shorter, between = (default_learning_rate(n, a_transcoder(2**14)) for n in (2 * 10**6, 10**5, 14_142_136))
     assert short == shorter == pytest.approx(15 * 2e-4) and between == pytest.approx((short * 2e-4) ** 0.5)
 
 

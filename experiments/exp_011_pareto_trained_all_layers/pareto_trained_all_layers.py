@@ -22,10 +22,11 @@ from coder_replacements import as_replacements
 from config import BatchTopK
 from evaluation import evaluate, held_out
 from recipes import clt_configs, sae_configs, train_coders, transcoder_configs
+from replacement import Replacement
 from spd_replacement import spd_replacements
 from spd_runs import find_spd
 from study import CoderStudySettings, Report, check_fits, run_study
-from target_models import load_target
+from target_models import TargetModel, load_target
 
 HERE = Path(__file__).parent
 
@@ -38,6 +39,7 @@ class Settings(CoderStudySettings):
     clt_top_k: tuple[int, ...] = (8, 16, 64)  # of the CLTs, per layer
     sae_top_k: tuple[int, ...] = (16, 64)  # of the SAEs of MLP outputs
     neurons: tuple[int, ...] = (8, 32, 128, 512)
+    n_seeds: int = 1  # trainings of every coder, with seeds from `seed` on
     spd: bool = True  # the target's decomposition (exp_004's) beside them
     output: Path = HERE / "output"
 
@@ -45,7 +47,8 @@ class Settings(CoderStudySettings):
 PRESETS = (
     Settings(),
     Settings(
-        target="tiny", clt_top_k=(8, 16), d_dict=1536, tokens=1_000_000, batch=2048, eval_tokens=61_440, device="cpu"
+        target="tiny", clt_top_k=(8, 16), d_dict=1536, tokens=1_000_000, batch=2048, eval_tokens=61_440, device="cpu",
+        n_seeds=3,
     ),
     Settings(
         target="smollm2", layers=(8, 9, 10), top_k=(16, 32, 64), clt_top_k=(32,), sae_top_k=(32,), neurons=(64, 256),
@@ -56,27 +59,26 @@ PRESETS = (
 REPORT = Report("Natively trained coders, all MLPs replaced", __doc__)
 
 
-def main(s: Settings) -> None:
-    target = load_target(s.target, s.device)
-    check_fits(s, target)
-    spd = spd_replacements(target, find_spd(target, s.layers), s.layers) if s.spd else []  # there may be none
+def trained(s: Settings, target: TargetModel, seed: int) -> list[Replacement]:
+    """Coders of one seed at their own k's, and with their k's shared out over the layers."""
     kinds = ((transcoder_configs, s.top_k), (clt_configs, s.clt_top_k), (sae_configs, s.sae_top_k))
     configs = [
         config
         for build, ks in kinds
         for config in build(target, layers=s.layers, rules=[BatchTopK(k) for k in ks], d_dict=s.d_dict)
     ]
-    trained = train_coders(
-        configs, target, tokens=s.tokens, batch=s.batch, seed=s.seed, folder=checkpoint_folder(s.target)
-    )
-    swept, others = ([c for c in trained if (c.coder.config.kind == "transcoder") == is_so] for is_so in (True, False))
-    replacements = [
-        *as_replacements(trained),
-        *by_layer(target, swept),
-        *jointly(target, as_replacements(others)),
-        *spd,
-        *baselines(target, s.layers, s.neurons),
-    ]
+    folder = checkpoint_folder(s.target)
+    coders = train_coders(configs, target, tokens=s.tokens, batch=s.batch, seed=seed, folder=folder)
+    swept, others = ([c for c in coders if (c.coder.config.kind == "transcoder") == is_so] for is_so in (True, False))
+    return [*as_replacements(coders), *by_layer(target, swept), *jointly(target, as_replacements(others))]
+
+
+def main(s: Settings) -> None:
+    target = load_target(s.target, s.device)
+    check_fits(s, target)
+    spd = spd_replacements(target, find_spd(target, s.layers), s.layers) if s.spd else []  # there may be none
+    coders = [replacement for seed in range(s.seed, s.seed + s.n_seeds) for replacement in trained(s, target, seed)]
+    replacements = [*coders, *spd, *baselines(target, s.layers, s.neurons)]
     measured = evaluate(target, replacements, held_out(target, s.eval_tokens), ("frozen", "gates", "free"))
     REPORT.write(s, measured)
 
