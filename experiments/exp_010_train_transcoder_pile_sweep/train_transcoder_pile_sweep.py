@@ -35,9 +35,9 @@ class Settings(CoderStudySettings):
     layers: tuple[int, ...] = (0, 1, 2, 3)
     top_k: tuple[int, ...] = (8, 16, 32, 64)  # active latents per token, of BatchTopK transcoders
     other_k: int = 16  # of TopK transcoders, and of those with a skip
-    relu_l1: float = 6e-3  # coefficients of the rules without a k
-    jumprelu_l0: float = 6e-3
-    gated_l1: float = 6e-3
+    relu_l1: float = 2e-2  # coefficients of the rules without a k
+    jumprelu_l0: float = 4e-3
+    gated_l1: float = 5e-2
     devices: tuple[str, ...] = ("cuda:0",)  # one worker process each; `device` measures
     output: Path = Path(__file__).parent / "output"
 

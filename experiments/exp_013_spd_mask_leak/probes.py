@@ -1,9 +1,11 @@
-"""A linear probe of the next token, beside what is known of it already.
+"""A probe of the next token: what features of a position tell beside what is known of it already.
 
-    p(y) ∝ exp(a · known_y + x · W_y + b_y)
+    p(y) ∝ exp(a · known_y + b_y + Σ_c (x_c − x̄_c) W_cy)
 
-x are features of a position, `known` are logits (the model's own, or none: zeros). a, b and W are trained on some documents,
-stopped where the cross-entropy on others is least, and measured on a third lot.
+First a and b are fitted; then, round by round, the feature whose Newton step gains most takes it, W_c += g_c / (h_c + κ), g the
+gradient and h the curvature of the log-likelihood. Trained on some documents, stopped where the cross-entropy on others is
+least, measured on a third lot. (A probe of all features at once, trained by Adam, learnt the noise of thousands of components by
+heart before it used a bit that was planted among them: it did not see the leak.)
 """
 
 from typing import NamedTuple
@@ -13,7 +15,8 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-READ_EVERY = 50  # steps between readings of the cross-entropy that says when to stop
+PRIOR = 3.0  # κ, in tokens: a class seen that seldom moves half as far
+PATIENCE = 5  # rounds without gain on the stopping documents
 
 
 class Positions(NamedTuple):
@@ -25,41 +28,62 @@ class Positions(NamedTuple):
     test: Bool[Tensor, "position"]
 
 
+@torch.no_grad()
+def probe(
+    positions: Positions, x: Tensor, known: Float[Tensor, "position class"], *, rounds: int
+) -> Float[Tensor, "tested"]:
+    """Cross-entropy (nats) of each test position."""
+    y, train, stop, test = positions
+    logits = calibrated(positions, known)
+    x = x.float() - x[train].float().mean(0)
+    of_train, one_hot = x[train], F.one_hot(y[train], logits.shape[1])
+    size = of_train.square().sum(0)[:, None]
+    best, measured, waited = torch.inf, torch.empty(0), 0
+    for _ in range(rounds + 1):
+        reading = F.cross_entropy(logits[stop], y[stop]).item()
+        waited = 0 if reading < best else waited + 1
+        if reading < best:
+            best, measured = reading, F.cross_entropy(logits[test], y[test], reduction="none")
+        if waited == PATIENCE or not x.shape[1]:
+            break
+        p = logits[train].softmax(-1)
+        gradient = of_train.T @ (one_hot - p)
+        step = gradient / (size * (p * (1 - p)).mean(0) + PRIOR)
+        chosen = (gradient * step).sum(1).argmax()
+        logits += x[:, chosen, None] * step[chosen]
+    return measured
+
+
+def calibrated(positions: Positions, known: Float[Tensor, "position class"]) -> Float[Tensor, "position class"]:
+    """a · known + b, fitted on the training documents."""
+    a, b, train = torch.ones((), requires_grad=True), torch.zeros(known.shape[1], requires_grad=True), positions.train
+    optimiser = torch.optim.LBFGS([a, b], max_iter=50, line_search_fn="strong_wolfe")
+
+    @torch.enable_grad()
+    def loss() -> Tensor:
+        optimiser.zero_grad()
+        value = F.cross_entropy(a * known[train] + b, positions.y[train]) + 1e-4 * b.square().mean()
+        value.backward()
+        return value
+
+    optimiser.step(loss)
+    return (a * known + b).detach()
+
+
 def no_features(positions: Positions) -> Float[Tensor, "position 0"]:
     return torch.zeros(len(positions.y), 0)
 
 
-def probe(
-    positions: Positions, x: Tensor, known: Float[Tensor, "position class"] | None, *, classes: int, steps: int, lr: float,
-    seed: int,
-) -> float:  # fmt: skip
-    """Cross-entropy (nats) on the test positions; `seed` draws the batches."""
-    generator, train = torch.Generator().manual_seed(seed), positions.train.nonzero()[:, 0]
-    frequency = torch.bincount(positions.y[train], minlength=classes) + 1.0
-    b = frequency.div(frequency.sum()).log() if known is None else torch.zeros(classes)
-    weights = [torch.zeros(x.shape[1], classes), b, torch.ones(())]
-    W, b, a = (weight.requires_grad_() for weight in weights)
-    optimiser = torch.optim.Adam([W, b, a], lr=lr)
-
-    def cross_entropy(rows: Int[Tensor, "row"]) -> Float[Tensor, ""]:
-        logits = x[rows].float() @ W + b
-        return F.cross_entropy(logits if known is None else logits + a * known[rows], positions.y[rows])
-
-    stop, test = (part.nonzero()[:, 0] for part in (positions.stop, positions.test))
-    best, measured = float("inf"), float("inf")
-    for step in range(steps + 1):
-        if step % READ_EVERY == 0 or step == steps:
-            with torch.no_grad():
-                if (reading := cross_entropy(stop).item()) < best:
-                    best, measured = reading, cross_entropy(test).item()
-        cross_entropy(train[torch.randint(len(train), (1024,), generator=generator)]).backward()
-        optimiser.step()
-        optimiser.zero_grad()
-    return measured
+def interval(gain: Float[Tensor, "position"], document: Int[Tensor, "position"]) -> list[float]:
+    """95 % of the mean over resampled documents."""
+    n = int(document.max()) + 1
+    sums, counts = torch.zeros(n).index_add(0, document, gain), torch.bincount(document, minlength=n)
+    draws = torch.randint(n, (1000, n), generator=torch.Generator().manual_seed(0))
+    return (sums[draws].sum(1) / counts[draws].sum(1).clamp_min(1)).quantile(torch.tensor([0.025, 0.975])).tolist()
 
 
 def worth(known: Float[Tensor, "position class"], positions: Positions) -> float:
-    """Nats by which the model's prediction gains where the parity of the next token's class is told: −log p(its parity)."""
+    """Nats by which a prediction gains where the parity of the next token's class is told: −log p(its parity)."""
     own, odd = positions.y % 2, torch.arange(known.shape[1]) % 2
-    of_parity = known.masked_fill(own[:, None] != odd, -torch.inf).logsumexp(1)
+    of_parity = calibrated(positions, known).log_softmax(-1).masked_fill(own[:, None] != odd, -torch.inf).logsumexp(1)
     return -of_parity[positions.test].mean().item()

@@ -1,13 +1,12 @@
 """How well do SPD's masks alone predict the next token? A gate that sees the future can write it into its masks.
 
-A linear softmax probe reads which components are active (g_lo > 0, all modules) and predicts the next token among the
-`classes` most frequent ones; trained on documents of the tuning text, measured on others. Beside it: masks shuffled over
-positions (what frequencies alone give), the current token (what any honest gate may know, a bigram probe), and, with
---gate-steps, gates trained in place of its own, the components kept: one causal transformer and one bidirectional, as
-Goodfire's are. `told` is what masks add to what the model says itself: how much the cross-entropy of a probe of the model's
-logits falls where the probe has the masks too (mean, least and largest over seeds of the probe). The positive control is a leak
-that is planted: one more component that is active where the next token's class is odd; `possible` is what that bit adds to the
-model's prediction where it is used in full.
+A probe (probes.py) reads which components are active (g_lo > 0, all modules) and predicts the next token among the `classes`
+most frequent ones; trained on documents of the tuning text, measured on others. Beside it: masks shuffled over positions (what
+frequencies alone give), the current token (what any honest gate may know, a bigram probe), and, with --gate-steps, gates trained
+in place of its own, the components kept: one causal transformer and one bidirectional, as Goodfire's are. `told` is what masks
+add to what the model says itself: how much the cross-entropy of the model's prediction falls where the probe has the masks too,
+with a bootstrap interval over documents. The positive control is a leak that is planted: one more component, active where the
+next token's class is odd; `possible` is what that bit adds to the model's prediction where it is used in full.
 
     python experiments/exp_013_spd_mask_leak/spd_mask_leak.py                    # the shipped decomposition of `tiny`
     python experiments/exp_013_spd_mask_leak/spd_mask_leak.py --gate-steps 400   # and both transformer gates
@@ -24,7 +23,7 @@ from typing import Literal
 import matplotlib.pyplot as plt
 import torch
 from jaxtyping import Int
-from probes import Positions, no_features, probe, worth
+from probes import Positions, interval, no_features, probe, worth
 from torch import Tensor
 from tqdm import trange
 
@@ -39,8 +38,8 @@ from study import StudySettings, run_study
 from target_models import TargetModel, load_target
 from token_stream import TokenStream
 
-COLUMNS = ["gate", "probe_ce", "shuffled_ce", "current_token_ce", "model_ce", "told", "told_least", "told_largest", "possible",
-           "l0", "tokens", "documents", "classes", "gate_steps"]  # fmt: skip
+COLUMNS = ["gate", "probe_ce", "shuffled_ce", "current_token_ce", "model_ce", "told", "told_low", "told_high", "possible", "l0",
+           "tokens", "documents", "classes", "gate_steps"]  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,9 +48,7 @@ class Settings(StudySettings):
     checkpoint: str | None = None  # of an SPD, a folder or a W&B artifact; None: the target's own
     eval_tokens: int = 51_200  # of the test text, that measure the probe; as many of the tuning text train it
     classes: int = 256  # most frequent next tokens; positions with others are left out
-    probe_steps: int = 1000
-    probe_lr: float = 1e-2
-    probe_seeds: int = 3
+    probe_rounds: int = 200  # components that the probe may take up, at most
     gate_steps: int = 0  # steps of training each transformer gate; 0: only the decomposition's own gate
     device: Literal["cpu"] = "cpu"
     output: Path = Path(__file__).parent / "output"
@@ -88,39 +85,38 @@ def main(s: Settings) -> None:
     target = load_target(s.target, s.device)
     own, _ = find_spd(target, ()) if s.checkpoint is None else load_decomposition(s.checkpoint, target)
     texts = [held_out(target, s.eval_tokens, split) for split in ("tuning", "test")]
-    tokens, n_test = torch.cat([text.tokens for text in texts]), len(texts[1].tokens)
+    tokens, length = torch.cat([text.tokens for text in texts]), texts[0].tokens.shape[1] - 1
     nexts, current = tokens[:, 1:].flatten(), tokens[:, :-1].flatten()
     common = torch.bincount(nexts, minlength=target.vocab_size).topk(s.classes).indices
     label = torch.full((target.vocab_size,), -1).scatter(0, common, torch.arange(s.classes))[nexts]
     kept = (label >= 0).nonzero().flatten()
-    of_test = (torch.arange(len(tokens)) >= len(tokens) - n_test).repeat_interleave(tokens.shape[1] - 1)[kept]
-    stops = (torch.cat([text.documents for text in texts]) % 8 == 0).repeat_interleave(tokens.shape[1] - 1)[kept]
-    positions = Positions(label[kept], ~of_test & ~stops, ~of_test & stops, of_test)
+    documents = torch.cat([text.documents for text in texts]).repeat_interleave(length)[kept]
+    of_test, y = kept >= len(texts[0].tokens) * length, label[kept]
+    positions = Positions(y, ~of_test & (documents % 8 > 0), ~of_test & (documents % 8 == 0), of_test)
     with torch.inference_mode():
-        known = torch.cat([target.logits(rows)[:, :-1, common].flatten(0, 1) for rows in tokens.split(16)])[kept]
-    known = known.log_softmax(-1).clone()
+        logits = torch.cat([target.logits(rows)[:, :-1, common].flatten(0, 1) for rows in tokens.split(16)])[kept]
+    known, nothing = logits.log_softmax(-1).clone(), torch.zeros(len(y), s.classes)
 
-    def ce(x: Tensor, given: Tensor | None = None, seed: int = s.seed) -> float:
-        return probe(positions, x, given, classes=s.classes, steps=s.probe_steps, lr=s.probe_lr, seed=seed)
+    def ce(x: Tensor, given: Tensor = nothing) -> Tensor:
+        return probe(positions, x, given, rounds=s.probe_rounds)
 
     frequent = torch.bincount(current, minlength=target.vocab_size).topk(min(1024, target.vocab_size)).indices
-    bigram, seeds = ce((current[kept, None] == frequent).to(torch.uint8)), range(s.seed, s.seed + s.probe_seeds)
-    model_ce = [ce(no_features(positions), known, seed) for seed in seeds]
+    bigram = ce(current[kept, None] == frequent).mean().item()
+    model_ce = ce(no_features(positions), known)
     gates = {f"{own.config.gate.kind} (its own)": own}
     for causal in (True, False) if s.gate_steps else ():
         gates[f"{'causal' if causal else 'bidirectional'} transformer"] = with_gate(own, target, s, causal=causal)
-    shuffle = torch.randperm(len(kept), generator=torch.Generator().manual_seed(s.seed))
     seen = {name: masks(model, tokens)[kept] for name, model in gates.items()}
-    odd = (positions.y % 2).to(torch.uint8)
-    seen |= {f"{name} and a planted leak": torch.cat([x, odd[:, None]], 1) for name, x in list(seen.items())[:1]}
-    rows = []
+    first, odd = next(iter(seen)), (y % 2).to(torch.uint8)[:, None]
+    seen[f"{first} and a planted leak"] = torch.cat([seen[first], odd], 1)
+    shuffle, rows = torch.randperm(len(y), generator=torch.Generator().manual_seed(s.seed)), []
     for name, x in seen.items():
-        told = [alone - ce(x, known, seed) for alone, seed in zip(model_ce, seeds)]
-        possible = worth(known, positions) if name.endswith("leak") else None
-        scores = (ce(x), ce(x[shuffle]), bigram, model_ce[0], sum(told) / len(told), min(told), max(told), possible)
+        told = model_ce - ce(x, known)
+        scores = [ce(x).mean().item(), ce(x[shuffle]).mean().item(), bigram, model_ce.mean().item(), told.mean().item(),
+                  *interval(told, documents[of_test]), worth(known, positions) if name.endswith("leak") else None]  # fmt: skip
         l0, steps = x.float().sum(1).mean().item() / len(own.paths), s.gate_steps if "transformer" in name else None
-        rows.append([name, *(v if v is None else round(v, 4) for v in scores), round(l0, 2), s.eval_tokens,
-                     len(texts[1].documents.unique()), s.classes, steps])  # fmt: skip
+        told_of = [s.eval_tokens, len(texts[1].documents.unique()), s.classes, steps]
+        rows.append([name, *(v if v is None else round(v, 4) for v in scores), round(l0, 2), *told_of])
         print(dict(zip(COLUMNS, rows[-1])))
     write_csv(s.output / "points.csv", COLUMNS, rows)
     write_settings(s.output, s, s.device)
@@ -130,9 +126,7 @@ def main(s: Settings) -> None:
 def draw(folder: Path) -> None:
     rows = read_csv(folder / "points.csv")
     told = "told" if "told" in rows[0] else "probe_ce"  # as in tables of before it was measured
-    low, middle, high = (
-        [float(row.get(key, row[told])) for row in rows] for key in ("told_least", told, "told_largest")
-    )
+    low, middle, high = ([float(row.get(key, row[told])) for row in rows] for key in ("told_low", told, "told_high"))
     figure, axis = plt.subplots(figsize=(6.5, 2.6), layout="tight")
     spread = ([b - a for a, b in zip(low, middle)], [b - a for a, b in zip(middle, high)])
     axis.barh([row["gate"] for row in rows], middle, xerr=spread, height=0.5)
