@@ -220,7 +220,7 @@ class Output:
         return f"kl-{self.protocol}" + (f"-fvu{self.local:g}" if self.local else "")
 
 
-Objective = Local | Output
+CoderObjective = Local | Output
 LOCAL = Local()
 
 
@@ -233,7 +233,7 @@ def full_kind(config: CoderConfig) -> str:
 class TrainConfig:
     """How a group of coders is trained; one value serves every coder of the group."""
 
-    objective: Objective = LOCAL
+    objective: CoderObjective = LOCAL
     tokens: int  # training tokens seen by every coder
     lr: float | None = None  # peak learning rate of Adam; None: what `default_learning_rate` says of each coder
     warmup: float = 0.05  # fraction of the steps with a rising learning rate

@@ -27,9 +27,9 @@ from config import (
     LOCAL,
     CLTConfig,
     CoderConfig,
+    CoderObjective,
     EncoderConfig,
     GateConfig,
-    Objective,
     Output,
     Recon,
     Rule,
@@ -86,7 +86,7 @@ def clt_configs(target: TargetModel, *, layers: Sequence[int], rules: Sequence[R
 
 def train_coders(
     configs: Sequence[CoderConfig], target: TargetModel, *, tokens: int, batch: int, seed: int, folder: Path,
-    objective: Objective = LOCAL,
+    objective: CoderObjective = LOCAL,
 ) -> list[Checkpoint]:  # fmt: skip
     """Train from scratch what is not yet in `folder`, on one stream over all the layers, with the project's default recipe."""
     if not configs:
@@ -102,7 +102,7 @@ def train_coders(
 
 
 def tune_coders(
-    checkpoints: Sequence[Checkpoint], target: TargetModel, *, tokens: int, objective: Objective, batch: int, seed: int,
+    checkpoints: Sequence[Checkpoint], target: TargetModel, *, tokens: int, objective: CoderObjective, batch: int, seed: int,
     folder: Path,
 ) -> list[Checkpoint]:  # fmt: skip
     """Train coders further, on the model's output: what is not yet in `folder`, on one stream, with the default recipe.

@@ -372,4 +372,4 @@ def test_saes_of_other_sites_train_on_the_output_too(target: TargetModel, tmp_pa
     before, after = (
         evaluate(target, as_replacements(own), held_out(target, 480), ["free"]).points for own in (starts, ends)
     )
-    assert after[0].kl < before[0].kl and after[0].method == f"sae-{site}-kl-free"
+    assert after[0].kl < before[0].kl and after[0].method == f"sae-{site}-per_token-kl-free"

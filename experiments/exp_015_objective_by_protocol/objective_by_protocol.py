@@ -33,7 +33,7 @@ from target_models import TargetModel, load_target
 
 PROTOCOLS: tuple[Protocol, ...] = ("single", "frozen", "free")
 Kind = Literal["sae", "transcoder", "transcoder-skip", "clt"]
-Objective = Literal["single", "frozen", "free", "mixed"]
+CoderObjective = Literal["single", "frozen", "free", "mixed"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,8 +42,8 @@ class Settings(CoderStudySettings):
     kinds: tuple[Kind, ...] = ("sae", "transcoder", "transcoder-skip", "clt")
     layers: tuple[int, ...] = (0, 1, 2, 3)
     top_k: tuple[int, ...] = (8, 16, 32)  # active latents per token and layer
-    tuned: tuple[Objective, ...] = ("single", "frozen", "free", "mixed")  # half of the tokens on the KL
-    scratch: tuple[Objective, ...] = ("free",)  # all of the tokens on the KL
+    tuned: tuple[CoderObjective, ...] = ("single", "frozen", "free", "mixed")  # half of the tokens on the KL
+    scratch: tuple[CoderObjective, ...] = ("free",)  # all of the tokens on the KL
     local: float = 0.0  # weight of the local loss beside the KL
     n_seeds: int = 3  # from `seed` on
     spd: bool = True  # the target's decomposition (exp_004's) beside them
@@ -61,7 +61,7 @@ PRESETS = (
         output=Path(__file__).parent / "output" / "smollm2",
     ),
 )  # fmt: skip
-REPORT = ObjectiveReport("Objective by protocol", __doc__)
+REPORT = ObjectiveReport("CoderObjective by protocol", __doc__)
 
 
 def configs(s: Settings, target: TargetModel, kind: Kind) -> Sequence[CoderConfig]:
@@ -76,7 +76,7 @@ def configs(s: Settings, target: TargetModel, kind: Kind) -> Sequence[CoderConfi
     return build[kind]()
 
 
-def objective(s: Settings, name: Objective) -> Output:
+def objective(s: Settings, name: CoderObjective) -> Output:
     return Output(Mixed() if name == "mixed" else name, s.local)
 
 
