@@ -417,7 +417,8 @@ def test_a_foreign_dictionary_is_measured_on_the_device_as_on_the_cpu(
 ) -> None:
     """`measure.main`: an imported transcoder beside all baselines."""
     monkeypatch.setattr(baselines, "BASELINE_TOKENS", 8192)
-    monkeypatch.setattr(measure, "load_target", lambda name, place: on(cpu, place))
+    for module in (measure, interop):
+        monkeypatch.setattr(module, "load_target", lambda name, place: on(cpu, place))
     record = TrainingRecord(
         name="n",
         target=cpu.name,

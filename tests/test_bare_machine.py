@@ -65,4 +65,4 @@ def test_coders_and_decompositions_are_trained_and_measured_on_a_bare_machine(tm
     call = [sys.executable, "-c", SCRIPT, str(REPOSITORY), str(tmp_path)]
     run = subprocess.run(call, cwd=tmp_path, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
-    assert run.stdout.splitlines()[-1] == "48 rows measured without 6 packages"
+    assert run.stdout.splitlines()[-1] == "65 rows measured without 6 packages"

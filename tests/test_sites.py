@@ -57,7 +57,7 @@ def test_an_exact_sae_changes_nothing_at_its_site(small_target: TargetModel, sit
     for point in measured.points:
         assert abs(point.ce_degradation) < 1e-5 and point.kl < 1e-5 and point.fvu < 1e-10, f"{point}"
     of_site = "" if site == "mlp_out" else f"-{site}"
-    assert {p.method for p in measured.points} == {f"identity{of_site}", f"sae{of_site}"}
+    assert {p.method for p in measured.points} == {f"identity{of_site}", f"sae{of_site}-relu"}
 
 
 @pytest.mark.parametrize("site", SITES)
@@ -101,7 +101,7 @@ def test_saes_of_a_site_are_trained_and_measured_by_the_command_line(
 
 
 def test_a_site_is_never_mistaken_for_another(small_target: TargetModel, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="sae-resid writes resid, the target is read at mlp_out.*at_site"):
+    with pytest.raises(ValueError, match="sae-resid-relu writes resid, the target is read at mlp_out.*at_site"):
         evaluation.evaluate(small_target, [SAEReplacement([exact_sae(0, "resid")])], each_by_itself(TOKENS))
     transcoder = new_coder(EncoderConfig(layer=0, d_in=16, d_out=16, d_dict=32, rule=BatchTopK(4)), 0)
     with pytest.raises(ValueError, match="transcoder writes mlp_out, the target is read at resid"):

@@ -87,7 +87,7 @@ def draw(points: Sequence[ParetoPoint], path: Path) -> None:
         len(kinds), 3, figsize=(11, 2.9 * len(kinds) + 0.7), sharex=True, sharey="col", squeeze=False, layout="constrained"
     )  # fmt: skip
     for row, kind in enumerate(kinds):
-        for column, (protocol, title) in enumerate(ROWS.items()):
+        for column, protocol in enumerate(("single", "frozen", "free")):
             panel, share = grid[row][column], layers if protocol == "single" else 1
             for method in dict.fromkeys(method for method, _ in found if split(method)[0] == kind):
                 name = split(method)[1]
@@ -103,7 +103,7 @@ def draw(points: Sequence[ParetoPoint], path: Path) -> None:
             panel.plot(
                 [c.l0 for c in spd], [getattr(c, protocol) / share for c in spd], "x", color="#8a8a8a", label="SPD"
             )
-            panel.set(xscale="log", yscale="log", title=f"{kind}: {title.partition(':')[0]}")
+            panel.set(xscale="log", yscale="log", ROWS[protocol]=f"{kind}: {title.partition(':')[0]}")
             panel.grid(True, color="#e4e4e4", linewidth=0.7)
         grid[row][0].set_ylabel("ΔCE (nats per token)")
         grid[row][2].legend(fontsize=8, frameon=False)
