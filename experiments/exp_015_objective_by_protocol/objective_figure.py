@@ -103,7 +103,7 @@ def draw(points: Sequence[ParetoPoint], path: Path) -> None:
             panel.plot(
                 [c.l0 for c in spd], [getattr(c, protocol) / share for c in spd], "x", color="#8a8a8a", label="SPD"
             )
-            panel.set(xscale="log", yscale="log", ROWS[protocol]=f"{kind}: {title.partition(':')[0]}")
+            panel.set(xscale="log", yscale="log", title=f"{kind}: {ROWS[protocol].partition(':')[0]}")
             panel.grid(True, color="#e4e4e4", linewidth=0.7)
         grid[row][0].set_ylabel("ΔCE (nats per token)")
         grid[row][2].legend(fontsize=8, frameon=False)
