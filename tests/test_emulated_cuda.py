@@ -102,7 +102,7 @@ def test_an_spd_step_waits_for_the_device_this_often(
 
 
 def test_the_ruler_waits_for_the_device_this_often(cpu: TargetModel, device: str, waiting: Waiting) -> None:
-    """415 times for one more batch of six replacements of two layers under three protocols: twelve times a pass."""
+    """415 times for one more batch of six replacements of two layers under four protocols: twelve times a pass."""
     target, counts = on(cpu, device), []
     for n in (2, 4):
         with waiting() as waits:
