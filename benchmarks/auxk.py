@@ -20,8 +20,8 @@ from typing import NamedTuple
 import torch
 import tyro
 from jaxtyping import Int
+from learning_rate import train_at_once
 from torch import Tensor
-from tqdm import tqdm
 
 from activation_store import ActivationBatch, ActivationsStore, DataConfig
 from coder import codes_by_layer
@@ -34,7 +34,7 @@ from recipes import clt_configs, new_coder, sae_configs, transcoder_configs
 from replacement import Origin
 from sparse_ops import fire_counts
 from target_models import TargetModel, load_target
-from training import CoderRun, annealed_k, dead_after, schedule, start_run, training_step
+from training import CoderRun, dead_after, start_run
 
 DEPTH = 5.0  # of sleep, in scaled pre-activation units; fresh latents have standard deviation 1
 CONFIGS = {"transcoder": transcoder_configs, "sae": sae_configs, "clt": clt_configs}
@@ -99,22 +99,6 @@ def new_trials(s: Settings, target: TargetModel, store: ActivationsStore, unused
     return trials
 
 
-def train(s: Settings, trials: Sequence[Trial], store: ActivationsStore) -> None:
-    steps = -(-s.tokens // s.batch)
-    for step in tqdm(range(steps), desc=f"{s.tokens:,} tokens, {len(trials)} trials", mininterval=10):
-        batch = next(store)
-        for _, config, runs in trials:
-            for run in runs:
-                run.coder.set_k(annealed_k(s.k, step, steps=steps, config=config))
-                training_step(run, batch, config=config, lr=config.lr * schedule(step, steps, config))
-                if config.aux and (step + 1) % config.metrics_every == 0:
-                    run.coder.count_dead(config.dead_after)
-    calibration = list(itertools.islice(store, max(1, trials[0].config.calibration_tokens // s.batch)))
-    for run in itertools.chain.from_iterable(trial.runs for trial in trials):
-        run.coder.calibrate([run.coder.view(*batch, run.rows)[0] for batch in calibration])
-        run.coder.eval().requires_grad_(False)
-
-
 def read(run: CoderRun, batches: Iterable[ActivationBatch]) -> tuple[list[float], Int[Tensor, "encoder d_dict"]]:
     """FVU per layer, and how often each latent fired."""
     errors, fired = [], []
@@ -131,7 +115,7 @@ def measure(s: Settings, target: TargetModel, trials: Sequence[Trial], data: Dat
     origin, replacements = Origin(s.seed, s.tokens, 0.0, ""), []
     for trial in trials:
         coders = [run.coder for run in trial.runs]
-        replacements.append(REPLACEMENTS[type(coders[0].config)](coders, None, origin))
+        replacements.append(REPLACEMENTS[type(coders[0].config)](coders, None, "", origin))
     points = evaluate(target, replacements, held_out(target, s.eval_tokens), ("free",)).points
     rows = []
     for (kind, config, runs), point in zip(trials, points, strict=True):
@@ -156,7 +140,7 @@ def main(s: Settings) -> None:
     store = ActivationsStore(target, data)
     with tempfile.TemporaryDirectory() as unused:
         trials = new_trials(s, target, store, Path(unused))
-    train(s, trials, store)
+    train_at_once([(trial.config, run) for trial in trials for run in trial.runs], store, k=s.k)
     rows = measure(s, target, trials, data)
     print(*rows, sep="\n")
     earlier = [tuple(row.values()) for row in read_csv(s.output)] if s.output.exists() else []

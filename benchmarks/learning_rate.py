@@ -8,9 +8,10 @@ Every kind gets the same rates. Appends to results/learning_rate.csv; `--plot` d
     python benchmarks/learning_rate.py --plot
 """
 
+import dataclasses
 import itertools
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -81,29 +82,40 @@ def train(s: Settings, target: TargetModel) -> dict[tuple[str, float], list[Code
     """One set of coders for every kind and rate, all on one stream."""
     data = DataConfig(layers=tuple(range(target.n_layers)), batch_tokens=s.batch, seed=s.seed)
     store = ActivationsStore(target, data)
-    config = TrainConfig(tokens=s.tokens, lr=0.0, dead_after=dead_after(s.tokens), seed=s.seed)
+    config = TrainConfig(tokens=s.tokens, dead_after=dead_after(s.tokens), seed=s.seed)
     with tempfile.TemporaryDirectory() as unused:
         sets = {
             (kind, rate): [
-                start_run("", new_coder(own, s.seed), store=store, config=config, folder=Path(unused))
+                start_run(
+                    "",
+                    new_coder(own, s.seed),
+                    store=store,
+                    config=dataclasses.replace(config, lr=rate),
+                    folder=Path(unused),
+                )
                 for own in configs(kind, target, s)
             ]
             for kind, rate in itertools.product(s.kinds, s.rates)
         }
-    steps = -(-s.tokens // s.batch)
-    for step in tqdm(range(steps), desc=f"{s.tokens:,} tokens, {len(sets)} sets", mininterval=10):
-        batch, k, factor = next(store), annealed_k(s.k, step, steps=steps, config=config), schedule(step, steps, config)
-        for (_, rate), runs in sets.items():
-            for run in runs:
-                run.coder.set_k(k)
-                training_step(run, batch, config=config, lr=rate * factor)
-                if (step + 1) % config.metrics_every == 0:
-                    run.coder.count_dead(config.dead_after)
-    calibration = list(itertools.islice(store, max(1, config.calibration_tokens // s.batch)))
-    for run in itertools.chain.from_iterable(sets.values()):
+    train_at_once([(config, run) for runs in sets.values() for run in runs], store, k=s.k)
+    return sets
+
+
+def train_at_once(trials: Sequence[tuple[TrainConfig, CoderRun]], store: ActivationsStore, *, k: int) -> None:
+    """Train coders, each with its own configuration, on the same batches, and deploy them; one number of tokens for all."""
+    tokens, batch_tokens = trials[0][0].tokens, store.config.batch_tokens
+    steps = -(-tokens // batch_tokens)
+    for step in tqdm(range(steps), desc=f"{tokens:,} tokens, {len(trials)} coders", mininterval=10):
+        batch = next(store)
+        for config, run in trials:
+            run.coder.set_k(annealed_k(k, step, steps=steps, config=config))
+            training_step(run, batch, config=config, lr=run.lr * schedule(step, steps, config))
+            if config.aux and (step + 1) % config.metrics_every == 0:
+                run.count_dead(config.dead_after)
+    calibration = list(itertools.islice(store, max(1, trials[0][0].calibration_tokens // batch_tokens)))
+    for _, run in trials:
         run.coder.calibrate([run.coder.view(*batch, run.rows)[0] for batch in calibration])
         run.coder.eval().requires_grad_(False)
-    return sets
 
 
 def main(s: Settings) -> None:
