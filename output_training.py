@@ -10,7 +10,6 @@ or on half of each.
 
 import copy
 import dataclasses
-import hashlib
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -37,7 +36,7 @@ from logs import Logger, git_commit
 from output_objective import CoderSet, Frame, Run, TrainingPass, as_read, backward, frame_of, planned, unembedding
 from target_models import TargetModel
 from token_stream import TokenStream
-from training import CoderRun, Progress, annealed_k, descend, peak_rate, recipe, run_training, schedule
+from training import CoderRun, Progress, annealed_k, descend, group_file, peak_rate, recipe, run_training, schedule
 
 LOGITS_AT_MOST = 2**29  # of the original model, held for a batch: 2 GiB in float32
 STATISTICS_TOKENS = 16_384  # that give scales, means and variances
@@ -236,8 +235,7 @@ class OutputGroup:
         speed = progress.pace * self.seen
         for own, (loss, kl, error, l0) in zip(self.sets, readings):
             for member in own.members:
-                member.coder.count_dead(self.config.dead_after)
-                dead = member.coder.n_dead / sum(encoder.d_dict for encoder in member.coder.encoders)
+                dead = member.count_dead(self.config.dead_after)
                 metrics = {"loss": loss, "kl": kl, "fvu": error, "l0": l0, "dead": dead, "tokens_per_second": speed}
                 member.logger.log(progress.step, metrics)
         _, kl, error, l0 = (sum(column) / len(column) for column in zip(*readings))
@@ -248,27 +246,19 @@ class OutputGroup:
         return [member for own in self.sets for member in own.members]
 
     def state_dict(self) -> dict[str, Any]:
-        coders = {
-            m.name: {"coder": m.coder.state_dict(), "optimiser": m.optimiser.state_dict(), "seconds": m.seconds}
-            for m in self.members
-        }
+        coders = {member.name: member.state_dict() for member in self.members}
         return {"stream": self.stream.state_dict(), "generator": self.generator.get_state(), "coders": coders}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.stream.load_state_dict(state["stream"])
         self.generator.set_state(state["generator"])
         for member in self.members:
-            own = state["coders"][member.name]
-            member.coder.load_state_dict(own["coder"])
-            member.optimiser.load_state_dict(own["optimiser"])
-            member.seconds = own["seconds"]
-            member.coder.count_dead(self.config.dead_after)
+            member.load_state_dict(state["coders"][member.name], self.config.dead_after)
 
 
 def _train(group: OutputGroup) -> None:
     config, members = group.config, group.members
-    digest = hashlib.sha256(" ".join(member.name for member in members).encode()).hexdigest()[:12]
-    file = group.folder / f"group_{digest}.pt"
+    file = group_file(group.folder, [member.name for member in members])
     every = {"metrics_every": config.metrics_every, "checkpoint_every": config.checkpoint_every}
     spent = run_training(group, group.steps, file=file, **every)
     overhead = max(0.0, spent - sum(member.seconds for member in members)) / len(members)

@@ -134,6 +134,20 @@ class CoderRun:
     lr: float  # peak learning rate
     seconds: float = 0.0  # wall-clock seconds attributed to this coder
 
+    def count_dead(self, dead_after: int) -> float:
+        """The share of latents that were silent for `dead_after` tokens, which AuxK works on from now on."""
+        self.coder.count_dead(dead_after)
+        return self.coder.n_dead / sum(encoder.d_dict for encoder in self.coder.encoders)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"coder": self.coder.state_dict(), "optimiser": self.optimiser.state_dict(), "seconds": self.seconds}
+
+    def load_state_dict(self, state: dict[str, Any], dead_after: int) -> None:
+        self.coder.load_state_dict(state["coder"])
+        self.optimiser.load_state_dict(state["optimiser"])
+        self.seconds = state["seconds"]
+        self.count_dead(dead_after)
+
 
 def training_step(run: CoderRun, batch: ActivationBatch, *, config: TrainConfig, lr: float) -> Float[Tensor, "3"]:
     """One step of one coder; returns (loss, FVU, L0 per layer), still on the device."""
@@ -300,6 +314,11 @@ def run_training(trainee: Trainee, steps: int, *, file: Path, metrics_every: int
     return earlier + time.perf_counter() - began
 
 
+def group_file(folder: Path, names: Sequence[str]) -> Path:
+    """Where the state of coders that train together is kept until all of them are done."""
+    return folder / f"group_{hashlib.sha256(' '.join(names).encode()).hexdigest()[:12]}.pt"
+
+
 def _train(
     todo: list[tuple[str, Coder]], target: TargetModel, *, data: DataConfig, config: TrainConfig, folder: Path
 ) -> None:
@@ -308,8 +327,7 @@ def _train(
     store = ActivationsStore(target, data)
     runs = [start_run(name, coder, store=store, config=config, folder=folder) for name, coder in todo]
     group = _Group(runs, store, config)
-    digest = hashlib.sha256(" ".join(group.names).encode()).hexdigest()[:12]
-    state_file = folder / f"group_{digest}.pt"
+    state_file = group_file(folder, group.names)
     every = {"metrics_every": config.metrics_every, "checkpoint_every": config.checkpoint_every}
     spent = run_training(group, group.steps, file=state_file, **every)
     overhead = (spent - sum(run.seconds for run in runs)) / len(runs)
@@ -374,27 +392,16 @@ class _Group:
     def read(self, readings: list[list[float]], progress: Progress) -> str:
         speed = progress.pace * self.store.config.batch_tokens
         for run, (loss, error, l0) in zip(self.runs, readings):
-            run.coder.count_dead(self.config.dead_after)
-            dead = run.coder.n_dead / sum(encoder.d_dict for encoder in run.coder.encoders)
+            dead = run.count_dead(self.config.dead_after)
             metrics = {"loss": loss, "fvu": error, "l0": l0, "dead": dead, "tokens_per_second": speed}
             run.logger.log(progress.step, metrics)
         loss, error, l0 = (sum(column) / len(column) for column in zip(*readings))
         return f"{speed:,.0f} tokens/s, loss {loss:.3f}, FVU {error:.3f}, L0 {l0:.1f}, dead {dead:.1%}"
 
     def state_dict(self) -> dict[str, Any]:
-        coders = {
-            run.name: {
-                "coder": run.coder.state_dict(), "optimiser": run.optimiser.state_dict(), "seconds": run.seconds,
-            }
-            for run in self.runs
-        }  # fmt: skip
-        return {"store": self.store.state_dict(), "coders": coders}
+        return {"store": self.store.state_dict(), "coders": {run.name: run.state_dict() for run in self.runs}}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.store.load_state_dict(state["store"])
         for run in self.runs:
-            own = state["coders"][run.name]
-            run.coder.load_state_dict(own["coder"])
-            run.optimiser.load_state_dict(own["optimiser"])
-            run.seconds = own["seconds"]
-            run.coder.count_dead(self.config.dead_after)
+            run.load_state_dict(state["coders"][run.name], self.config.dead_after)

@@ -124,12 +124,12 @@ CODERS = [
     ),
     Mutation(
         "dead latents never counted", "training.py",
-        "            run.coder.count_dead(self.config.dead_after)\n            dead", "            dead", COUNTED,
+        "        self.coder.count_dead(dead_after)\n        return", "        return", COUNTED,
     ),
     Mutation(
         "dead latents not counted on resuming", "training.py",
-        '            run.seconds = own["seconds"]\n            run.coder.count_dead(self.config.dead_after)\n',
-        '            run.seconds = own["seconds"]\n', RESUMED,
+        '        self.seconds = state["seconds"]\n        self.count_dead(dead_after)\n',
+        '        self.seconds = state["seconds"]\n', RESUMED,
     ),
     Mutation("silence not counted", "training.py", "    coder.update_statistics(codes)\n", "", f"{STEP}[sae-topk]"),
     Mutation("Gated: the gates' decoder learns", "coder.py", "with frozen(self):", "if True:", f"{STEP}[transcoder-gated]"),
