@@ -289,27 +289,39 @@ def binary_entropy(p: Float[Tensor, "part"]) -> Float[Tensor, "part"]:
     return -(torch.xlogy(p, p) + torch.xlogy(1 - p, 1 - p)) / torch.log(torch.tensor(2.0, dtype=p.dtype))
 
 
-def bootstrap_interval(values: Float[Tensor, "sequence"], draws: Draws) -> tuple[float, float]:
-    """The 2.5th and 97.5th percentiles of the mean over the sequences of the documents drawn."""
-    means = draws.weights @ values.double() / draws.weights.sum(1)
+def resampled_means(values: Float[Tensor, "sequence"], draws: Draws) -> Float[Tensor, "resample"]:
+    """The mean over the sequences of the documents drawn, of each draw."""
+    return draws.weights @ values.double() / draws.weights.sum(1)
+
+
+def percentiles(means: Float[Tensor, "resample"]) -> tuple[float, float]:
+    """The 2.5th and 97.5th."""
     low, high = means.quantile(torch.tensor([0.025, 0.975], dtype=means.dtype)).tolist()
     return low, high
 
 
+def bootstrap_interval(values: Float[Tensor, "sequence"], draws: Draws) -> tuple[float, float]:
+    """The 95 % percentile interval of the mean over documents."""
+    return percentiles(resampled_means(values, draws))
+
+
 def pair_points(rows: Sequence[tuple[Identity, Tally]], draws: Draws) -> list[PairPoint]:
     """The difference of every two rows in which all layers are replaced, under one protocol, on the same draws of documents."""
-    pairs = [
-        (a, b) for i, a in enumerate(rows) for b in rows[i + 1 :]
-        if a[0].protocol == b[0].protocol != "single" and a[0].layers == b[0].layers
+    whole = [(*row, resampled_means(row[1].ce, draws)) for row in rows if row[0].protocol != "single"]
+    return [
+        _pair(a, b) for i, a in enumerate(whole) for b in whole[i + 1 :]
+        if (a[0].protocol, a[0].layers) == (b[0].protocol, b[0].layers)
     ]  # fmt: skip
-    return [_pair(*first, *second, draws) for first, second in pairs]
 
 
-def _pair(a: Identity, of_a: Tally, b: Identity, of_b: Tally, draws: Draws) -> PairPoint:
-    difference = of_a.ce - of_b.ce
-    low, high = bootstrap_interval(difference, draws)
+type _Resampled = tuple[Identity, Tally, Float[Tensor, "resample"]]
+
+
+def _pair(first: _Resampled, second: _Resampled) -> PairPoint:
+    (a, of_a, means), (b, of_b, others) = first, second
+    low, high = percentiles(means - others)
     return PairPoint(
         target=a.target, protocol=a.protocol, layers=a.layers, method=a.method, k=a.k, seed=a.seed,
-        other=b.method, other_k=b.k, other_seed=b.seed, difference=difference.mean().item(), low=low, high=high,
+        other=b.method, other_k=b.k, other_seed=b.seed, difference=(of_a.ce - of_b.ce).mean().item(), low=low, high=high,
         checkpoint=of_a.replacement.origin.checkpoint, other_checkpoint=of_b.replacement.origin.checkpoint,
     )  # fmt: skip
