@@ -389,11 +389,6 @@ class HeldOutText(NamedTuple):
         return HeldOutText(self.tokens.to(device), self.documents)
 
 
-def each_by_itself(tokens: Int[Tensor, "sequence seq"]) -> HeldOutText:
-    """Sequences that have nothing to do with each other."""
-    return HeldOutText(tokens, torch.arange(len(tokens)))
-
-
 def held_out_text(stream: TokenStream, n_tokens: int, or_fewer: bool = False) -> HeldOutText:
     """⌈n_tokens / seq⌉ sequences drawn at random over the documents of a split that nothing was read of yet.
 

@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from small import clt, make_small_target, saes, transcoders
+from small import clt, each_by_itself, make_small_target, saes, transcoders
 from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
@@ -69,7 +69,7 @@ from spd_model import ComponentModel
 from spd_replacement import SPDReplacement
 from spd_training import SPDTrainer
 from target_models import Loaded, TargetModel, make_target
-from token_stream import DatasetSpec, each_by_itself
+from token_stream import DatasetSpec
 from training import CoderRun, group_step, start_run, train_group
 
 Waiting = Callable[[], contextlib.AbstractContextManager[Counter[str]]]

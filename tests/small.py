@@ -30,7 +30,7 @@ from replacement import Pass, Replacement, replaced_logits
 from sae import build_sae
 from spd_model import ComponentModel
 from target_models import Loaded, TargetModel, make_target
-from token_stream import DatasetSpec
+from token_stream import DatasetSpec, HeldOutText
 from transcoder import BaseTranscoder, build_transcoder
 
 WORDS = [f"w{i}" for i in range(60)]
@@ -114,6 +114,11 @@ def saes(layers: Sequence[int]) -> list[Coder]:
 def clt(layers: Sequence[int], rule: object = BatchTopK(4)) -> CrossLayerTranscoder:
     g = torch.Generator().manual_seed(7)
     return randomise(CrossLayerTranscoder(CLTConfig(layers=tuple(layers), d_in=D, d_out=D, d_dict=F, rule=rule), g))  # type: ignore
+
+
+def each_by_itself(tokens: Tensor) -> HeldOutText:
+    """Sequences that have nothing to do with each other."""
+    return HeldOutText(tokens, torch.arange(len(tokens)))
 
 
 def run(target: TargetModel, tokens: Tensor, pass_: Pass, layers: Sequence[int]) -> Tensor:

@@ -7,7 +7,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from small import SEQ, D, all_methods, clean, clt, make_tiny, saes, some_tokens, transcoders
+from small import SEQ, D, all_methods, clean, clt, each_by_itself, make_tiny, saes, some_tokens, transcoders
 from torch import Tensor
 
 from allocation import allocated, alone, by_layer, joint_threshold, jointly
@@ -19,7 +19,6 @@ from evaluation import evaluate
 from replacement import Coded, CodedPass
 from sparse_ops import from_dense, to_dense
 from target_models import TargetModel
-from token_stream import each_by_itself
 
 LAYERS = (0, 1, 2)
 

@@ -31,6 +31,7 @@ from device_theorems import (  # noqa: F401  # fixtures and tests: collected her
     test_the_ruler_on_the_device_reads_what_it_reads_on_the_cpu,
     trainer_of,
 )
+from small import each_by_itself
 from test_cuda import (  # noqa: F401
     test_a_coders_products_are_float32,
     test_a_product_of_pairs_is_plain_indexing,
@@ -50,7 +51,6 @@ from evaluation import evaluate
 from losses import fvu
 from patching import capture
 from target_models import TargetModel
-from token_stream import each_by_itself
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="a real device is here: test_cuda.py proves the same")
 sparse_triton = pytest.importorskip("sparse_triton", reason="Triton is not installed: there is no CUDA path to emulate")

@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from small import SEQ, D, F, H, all_methods, clean, clt, make_tiny, run, some_tokens, the, transcoders
+from small import SEQ, D, F, H, all_methods, clean, clt, each_by_itself, make_tiny, run, some_tokens, the, transcoders
 from torch import Tensor
 
 from baselines import IdentityReplacement, MeanReplacement, NeuronsReplacement, ZeroReplacement
@@ -15,7 +15,7 @@ from losses import cross_entropy, kl_divergence
 from metrics import binary_entropy, bootstrap_interval, document_draws
 from replacement import Origin, Replacement, replaced_logits
 from target_models import TargetModel
-from token_stream import HeldOutText, each_by_itself
+from token_stream import HeldOutText
 from transcoder import build_transcoder
 
 

@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 
 import pytest
 import torch
-from small import D, H, make_tiny, randomise, some_tokens
+from small import D, H, each_by_itself, make_tiny, randomise, some_tokens
 from torch import Tensor
 
 from coder import Coder
@@ -36,7 +36,6 @@ from recipes import new_coder
 from replacement import CodedPass
 from sparse_ops import Codes
 from target_models import TargetModel
-from token_stream import each_by_itself
 from training import CoderRun
 
 LAYERS, F_DICT, AUX, DEAD_AFTER = (0, 1), 24, 0.25, 10**6

@@ -16,6 +16,7 @@ from small import (
     clean,
     clt,
     decomposition,
+    each_by_itself,
     make_tiny,
     randomise,
     run,
@@ -43,7 +44,6 @@ from replacement import Coded, Origin, Pass, replaced_logits
 from sparse_ops import to_dense
 from spd_replacement import SPDReplacement
 from target_models import TargetModel
-from token_stream import each_by_itself
 from transcoder import build_transcoder
 
 

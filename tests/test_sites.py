@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from small import make_small_target, write_corpus
+from small import each_by_itself, make_small_target, write_corpus
 
 import evaluation
 import measure
@@ -18,7 +18,6 @@ from recipes import new_coder, sae_configs
 from replacement import replaced_logits
 from sae import BaseAutoencoder, build_sae
 from target_models import TargetModel, at_site
-from token_stream import each_by_itself
 from training import train_group
 
 SITES: tuple[Site, ...] = ("mlp_out", "attn_out", "resid")

@@ -2,13 +2,26 @@
 
 import pytest
 import torch
-from small import C_DOWN, C_FC, LOCAL, VOCAB, D, H, clean, decomposition, make_tiny, run, some_tokens, the
+from small import (
+    C_DOWN,
+    C_FC,
+    LOCAL,
+    VOCAB,
+    D,
+    H,
+    clean,
+    decomposition,
+    each_by_itself,
+    make_tiny,
+    run,
+    some_tokens,
+    the,
+)
 
 from config import GateConfig, SPDConfig
 from evaluation import evaluate
 from spd_model import ComponentModel
 from spd_replacement import SPDReplacement
-from token_stream import each_by_itself
 
 SCALAR = GateConfig(kind="mlp", hidden=(4,))
 GLOBAL = GateConfig(kind="global_shared_mlp", hidden=(16,))

@@ -16,7 +16,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from plain import Adam, clipped, norm
-from small import F, make_tiny, some_tokens, transcoders
+from small import F, each_by_itself, make_tiny, some_tokens, transcoders
 from torch import Tensor
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
@@ -31,7 +31,6 @@ from replacement import Origin
 from sae import build_sae
 from sparse_ops import to_dense
 from target_models import TargetModel
-from token_stream import each_by_itself
 from training import CoderRun, start_run, train_encoder, train_group, training_step
 from transcoder import build_transcoder
 
