@@ -31,11 +31,11 @@ from devices import bf16_is_fast, device_name, keep_freed_memory
 from evaluation import Protocol, evaluate, held_out
 from logs import git_commit, read_csv, write_csv
 from metrics import average
-from output_objective import frame_of, planned
+from output_objective import frame_of, planned, unembedding
 from output_training import OutputGroup, record_after, sequences_of, set_step, train_on_output
 from patching import after, capture
 from recipes import clt_configs, sae_configs, train_coders, transcoder_configs
-from target_models import TargetModel, load_target, unembedding
+from target_models import TargetModel, load_target
 from training import dead_after, default_tuning_rate, group_step
 
 PROTOCOLS: tuple[Protocol, ...] = ("single", "frozen", "free")
