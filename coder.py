@@ -156,6 +156,11 @@ class Coder[C: (Codes, tuple[Codes, ...])](nn.Module, ABC):
         for encoder in self.encoders:
             encoder.count_dead(dead_after)
 
+    @property
+    def step_shape(self) -> tuple[tuple[int, ...], ...]:
+        """What decides the shapes within a training step, of every encoder."""
+        return tuple(encoder.step_shape for encoder in self.encoders)
+
     def dead_fraction(self, window: int) -> float:
         """Share of latents that were silent in the last `window` training tokens."""
         silent = [(encoder.tokens_since_fired >= window).float().mean().item() for encoder in self.encoders]

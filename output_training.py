@@ -36,7 +36,18 @@ from logs import Logger, git_commit
 from output_objective import CoderSet, Frame, Run, TrainingPass, as_read, backward, frame_of, planned, unembedding
 from target_models import TargetModel
 from token_stream import TokenStream
-from training import CoderRun, Progress, annealed_k, descend, group_file, peak_rate, recipe, run_training, schedule
+from training import (
+    CoderRun,
+    Progress,
+    adam,
+    annealed_k,
+    descend,
+    group_file,
+    peak_rate,
+    recipe,
+    run_training,
+    schedule,
+)
 
 LOGITS_AT_MOST = 2**29  # of the original model, held for a batch: 2 GiB in float32
 STATISTICS_TOKENS = 16_384  # that give scales, means and variances
@@ -147,7 +158,7 @@ def start_set(
         if is_fresh(own[0]):
             coder.initialise(stats)
         lr = peak_rate(coder, config)
-        optimiser = torch.optim.Adam(coder.parameters(), lr=lr, betas=config.betas, fused=True)
+        optimiser = adam(coder, config, lr=lr)
         name = order[coder.config.layers]
         logger = Logger(name, folder / name, {"coder": to_json(coder.config), "train": to_json(config)})
         members.append(CoderRun(name, coder, rows, coder.variance(stats), optimiser, logger, lr))

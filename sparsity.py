@@ -140,6 +140,11 @@ class SparseEncoder[R](nn.Module, ABC):
         self.tokens_since_fired += codes.n_rows
         self.tokens_since_fired.masked_fill_(fired, 0)
 
+    @property
+    def step_shape(self) -> tuple[int, ...]:
+        """What decides the shapes within a training step."""
+        return (self.n_dead,)
+
     def count_dead(self, dead_after: int) -> None:
         """Count the latents that were silent for `dead_after` tokens (synchronises the device)."""
         self.n_dead = int((self.tokens_since_fired >= dead_after).sum())
@@ -196,6 +201,10 @@ class _Counted[R: TopK | BatchTopK](SparseEncoder[R]):
 
     def set_k(self, k: int) -> None:
         self.k_now = min(k, self.d_dict)
+
+    @property
+    def step_shape(self) -> tuple[int, ...]:
+        return self.n_dead, self.k_now
 
 
 class TopKEncoder(_Counted[TopK]):

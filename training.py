@@ -6,8 +6,9 @@ Any number of SAEs, transcoders and cross-layer transcoders train on one stream 
     step = project the gradient (SAE) → clip → Adam → renormalise (SAE)
 
 One forward of the target feeds all coders; each has its own optimiser, schedule, metrics and checkpoint. On a CPU they
-step side by side. What differs between kinds of coders is asked of the coder. Nothing in a step synchronises the
-device: metrics are read, dead latents counted and NaN looked for every `metrics_every` steps.
+step side by side; on CUDA each replays its step as a recorded graph (`step_graphs.py`). What differs between kinds of
+coders is asked of the coder. Nothing in a step synchronises the device: metrics are read, dead latents counted and NaN
+looked for every `metrics_every` steps.
 k falls from 4k to k over the first `anneal` of the steps (linear). The learning rate rises over `warmup`, stays, and
 falls linearly to zero over the last `decay`. The deployed threshold is set on tokens of the stream that come after the
 last training batch, so that neither training nor evaluation has seen them.
@@ -45,8 +46,10 @@ from config import LOCAL, CoderConfig, TrainConfig, full_kind, to_json
 from devices import in_threads, keep_freed_memory
 from logs import Logger, git_commit
 from losses import auxk, fvu
+from step_graphs import RecordedStep, records_graphs
 from target_models import TargetModel
 
+RECORDED_UP_TO = 1 << 26  # pre-activations of an encoder in a batch: a recording holds the memory of its own step
 ANNEAL_FROM = 4  # times k; the field starts at 10k, whose first steps cost more than all the others together
 
 
@@ -133,6 +136,7 @@ class CoderRun:
     logger: Logger
     lr: float  # peak learning rate
     seconds: float = 0.0  # wall-clock seconds attributed to this coder
+    recorded: RecordedStep | None = None  # where steps are recorded
 
     def count_dead(self, dead_after: int) -> float:
         """The share of latents that were silent for `dead_after` tokens, which AuxK works on from now on."""
@@ -149,7 +153,9 @@ class CoderRun:
         self.count_dead(dead_after)
 
 
-def training_step(run: CoderRun, batch: ActivationBatch, *, config: TrainConfig, lr: float) -> Float[Tensor, "3"]:
+def training_step(
+    run: CoderRun, batch: ActivationBatch, *, config: TrainConfig, lr: float | Float[Tensor, ""]
+) -> Float[Tensor, "3"]:
     """One step of one coder; returns (loss, FVU, L0 per layer), still on the device."""
     coder = run.coder
     x, y = coder.view(*batch, run.rows)
@@ -168,7 +174,7 @@ def training_step(run: CoderRun, batch: ActivationBatch, *, config: TrainConfig,
     return torch.stack([loss.detach(), error.detach(), l0])
 
 
-def descend(run: CoderRun, *, config: TrainConfig, lr: float) -> None:
+def descend(run: CoderRun, *, config: TrainConfig, lr: float | Float[Tensor, ""]) -> None:
     """The step that a coder's gradient asks for, which is used up."""
     coder, optimiser = run.coder, run.optimiser
     coder.constrain_gradients()
@@ -189,6 +195,17 @@ def _side_by_side[B](function: Callable[[CoderRun], B], runs: Sequence[CoderRun]
     return [results[i] for i in range(len(runs))]
 
 
+def _step(run: CoderRun, batch: ActivationBatch, *, config: TrainConfig, lr: float) -> Float[Tensor, "3"]:
+    """`training_step`, recorded where launching kernels takes longer than running them."""
+    device, n_tokens = batch.inputs.device, batch.inputs.shape[1]
+    largest = n_tokens * max(encoder.d_dict for encoder in run.coder.encoders)
+    if not records_graphs(device) or largest > RECORDED_UP_TO:
+        return training_step(run, batch, config=config, lr=lr)
+    if run.recorded is None:
+        run.recorded = RecordedStep(lambda x, y, lr: training_step(run, ActivationBatch(x, y), config=config, lr=lr))
+    return run.recorded(run.coder.step_shape, *batch, torch.full((), lr, device=device))
+
+
 def group_step(
     runs: Sequence[CoderRun], batch: ActivationBatch, *, config: TrainConfig, factor: float
 ) -> Float[Tensor, "run 3"]:
@@ -196,7 +213,7 @@ def group_step(
 
     def timed(run: CoderRun) -> tuple[Tensor, float]:
         begin = time.perf_counter()
-        return training_step(run, batch, config=config, lr=run.lr * factor), time.perf_counter() - begin
+        return _step(run, batch, config=config, lr=run.lr * factor), time.perf_counter() - begin
 
     began = time.perf_counter()
     readings, spent = zip(*_side_by_side(timed, runs, batch.inputs.device))
@@ -350,6 +367,13 @@ def _train(
     state_file.unlink(missing_ok=True)
 
 
+def adam(coder: Coder, config: TrainConfig, *, lr: float) -> torch.optim.Adam:
+    """The optimiser of a coder that lies where it will be trained."""
+    parameters = list(coder.parameters())
+    capturable = records_graphs(parameters[0].device)
+    return torch.optim.Adam(parameters, lr=lr, betas=config.betas, fused=True, capturable=capturable)
+
+
 def start_run(name: str, coder: Coder, *, store: ActivationsStore, config: TrainConfig, folder: Path) -> CoderRun:
     site = coder.config.site
     if site != store.target.site:
@@ -362,7 +386,7 @@ def start_run(name: str, coder: Coder, *, store: ActivationsStore, config: Train
     coder.to(store.target.device).train()
     coder.initialise(stats)
     lr = peak_rate(coder, config)
-    optimiser = torch.optim.Adam(coder.parameters(), lr=lr, betas=config.betas, fused=True)
+    optimiser = adam(coder, config, lr=lr)
     logger = Logger(name, folder / name, {"coder": to_json(coder.config), "train": to_json(config)})
     return CoderRun(name, coder, rows, coder.variance(stats), optimiser, logger, lr)
 

@@ -16,7 +16,7 @@ from losses import fvu
 from sae import BaseAutoencoder
 from sparse_encode import dense_encode_batch_topk, dense_encode_topk
 from sparsity import SparseEncoder, jumprelu
-from training import CoderRun, group_step
+from training import CoderRun, adam, group_step
 
 
 def run_of(config: CoderConfig, device: str) -> CoderRun:
@@ -31,7 +31,7 @@ def run_of(config: CoderConfig, device: str) -> CoderRun:
         coder.y_scale.fill_(1.3 if coder.y_scale is not coder.x_scale else 0.7)
     rows, variance = list(range(len(config.layers))), float(config.d_in)
     stats = ActivationStats(*[torch.full((len(rows),), variance, device=device)] * 5, n_tokens=1)
-    optimiser = torch.optim.Adam(coder.parameters(), lr=1e-4, fused=True)
+    optimiser = adam(coder, TrainConfig(tokens=1), lr=1e-4)
     return CoderRun("", coder, rows, coder.variance(stats), optimiser, None, 1e-4)  # type: ignore[arg-type]
 
 

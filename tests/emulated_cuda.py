@@ -315,6 +315,7 @@ def emulated_cuda() -> Iterator[Emulation]:
     Inference mode is replaced by `no_grad`: views of ordinary tensors made in it are ordinary, which a subclass cannot be.
     """
     import sparse_triton
+    import training
 
     assert not torch.cuda.is_available(), "there is a real CUDA device: use it"
     torch._C._ensureCUDADeviceGuardSet()
@@ -344,6 +345,7 @@ def emulated_cuda() -> Iterator[Emulation]:
         patch.setattr(torch, "inference_mode", torch.no_grad)
         patch.setattr(torch, "load", functools.partial(_load, torch.load))
         patch.setattr(torch.Tensor, "pin_memory", _pinned)
+        patch.setattr(training, "records_graphs", lambda _device: False)  # a recording needs a driver
         patch.setattr(sparse_triton, "_segment_sums", _Kernel(_segment_sums))
         patch.setattr(sparse_triton, "_pair_dots", _Kernel(_pair_dots))
         stack.enter_context(_Calls())

@@ -42,6 +42,7 @@ from device_theorems import (  # noqa: F401  # fixtures and tests: collected her
 )
 from torch import Tensor
 
+import training
 from activation_store import ActivationBatch, ActivationsStore
 from checkpoints import build_coder
 from coder import ActivationStats
@@ -203,6 +204,31 @@ def large_steps(kind: str, rule: str, device: str, folder: Path) -> list[Tensor]
 def test_a_step_taken_twice_is_the_same_to_the_last_bit(kind: str, rule: str, device: str, tmp_path: Path) -> None:
     first, again = (large_steps(kind, rule, device, tmp_path / str(i)) for i in range(2))
     assert all(torch.equal(*pair) for pair in zip(first, again, strict=True))
+
+
+@every_kind
+@every_rule
+def test_a_recorded_step_is_the_step_itself(
+    kind: str, rule: str, cpu: TargetModel, device: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Ten steps, most of them replayed, while k, the rate and the number of dead latents change in between."""
+    target, ends = on(cpu, device), []
+    for i, recorded in enumerate((True, False)):
+        if not recorded:
+            monkeypatch.setattr(training, "records_graphs", lambda _device: False)
+        store = ActivationsStore(target, DATA)
+        run = start_run(kind, coder_of(kind, rule), store=store, config=TRAIN, folder=tmp_path / str(i))
+        for step in range(10):
+            if run.coder.k is not None:
+                run.coder.set_k(8 if step < 4 else 6)
+            if step == 7:
+                run.coder.count_dead(1)
+            readings = group_step([run], next(store), config=TRAIN, factor=1 / (1 + step))
+            assert readings.isfinite().all()
+        assert recorded == (run.recorded is not None and run.recorded.graph is not None) or not N_DEVICES
+        ends.append([*run.coder.state_dict().values(), readings])
+    for one, other in zip(*ends, strict=True):
+        assert_close(one, other, 1e-5)
 
 
 @pytest.mark.parametrize("source", ["stochastic", "pgd", "persistent"])
