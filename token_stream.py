@@ -392,8 +392,8 @@ class HeldOutText(NamedTuple):
 def held_out_text(stream: TokenStream, n_tokens: int, or_fewer: bool = False) -> HeldOutText:
     """⌈n_tokens / seq⌉ sequences drawn at random over the documents of a split that nothing was read of yet.
 
-    Long documents are cut into sequences, of which each gives as few as must be: the same smallest cap for all. Short ones are
-    packed, whole, into sequences of their own. The draw is the same on every call. Raises ValueError where the split
+    Long documents are cut into sequences, of which each gives as few as must be: none a second one before every document gave its
+    first. Short ones are packed, whole, into sequences of their own. The draw is the same on every call. Raises ValueError where the split
     is too small, with `or_fewer` where it holds no whole sequence, and for no tokens.
     """
     if n_tokens < 1:
@@ -408,9 +408,10 @@ def held_out_text(stream: TokenStream, n_tokens: int, or_fewer: bool = False) ->
     n, generator = min(n, held), random.Random(0)
     documents = [generator.sample(rows, len(rows)) for rows in documents]
     cap = next(cap for cap in itertools.count(1) if sum(min(cap, len(rows)) for rows in documents) >= n)
-    offered = [(i, row) for i, rows in enumerate(documents) for row in rows[:cap]]
-    drawn = sorted(generator.sample(range(len(offered)), n))
-    numbers = torch.tensor([offered[i][0] for i in drawn]).unique(return_inverse=True)[1]
-    tokens = torch.tensor([offered[i][1] for i in drawn])
+    whole = [(i, row) for i, rows in enumerate(documents) for row in rows[: cap - 1]]
+    more = [(i, rows[cap - 1]) for i, rows in enumerate(documents) if len(rows) >= cap]
+    drawn = sorted(whole + generator.sample(more, n - len(whole)), key=lambda pair: pair[0])
+    numbers = torch.tensor([i for i, _ in drawn]).unique(return_inverse=True)[1]
+    tokens = torch.tensor([row for _, row in drawn])
     stream.check(tokens)
     return HeldOutText(tokens, numbers)
