@@ -68,7 +68,7 @@ def long_and_short(folder: Path) -> TokenStream:
     return TokenStream(DatasetSpec(str(folder), val_split="val"), word_tokenizer(), "test", 1, 16)
 
 
-@pytest.mark.parametrize("n", [10, 60])
+@pytest.mark.parametrize("n", [10, 45])
 def test_held_out_sequences_are_spread_over_the_documents(tmp_path: Path, n: int) -> None:
     stream = long_and_short(tmp_path)
     tokens, numbers = held_out_text(stream, n * 16)
