@@ -393,8 +393,8 @@ def held_out_text(stream: TokenStream, n_tokens: int, or_fewer: bool = False) ->
     """⌈n_tokens / seq⌉ sequences drawn at random over the documents of a split that nothing was read of yet.
 
     Long documents are cut into sequences, of which each gives as few as must be: none a second one before every document
-    gave its first. Short ones are packed, whole, into sequences of their own. The draw is the same on every call. Raises ValueError where the split
-    is too small, with `or_fewer` where it holds no whole sequence, and for no tokens.
+    gave its first. Short ones are packed, whole, into sequences of their own. The draw is the same on every call.
+    Raises ValueError where the split is too small, with `or_fewer` where it holds no whole sequence, and for no tokens.
     """
     if n_tokens < 1:
         raise ValueError(f"{n_tokens} held-out tokens were asked for (--tokens, --eval-tokens): ask for 1 or more")
