@@ -195,7 +195,7 @@ def _side_by_side[B](function: Callable[[CoderRun], B], runs: Sequence[CoderRun]
     return [results[i] for i in range(len(runs))]
 
 
-def _step(run: CoderRun, batch: ActivationBatch, *, config: TrainConfig, lr: float) -> Float[Tensor, "3"]:
+def recorded_step(run: CoderRun, batch: ActivationBatch, *, config: TrainConfig, lr: float) -> Float[Tensor, "3"]:
     """`training_step`, recorded where launching kernels takes longer than running them."""
     device, n_tokens = batch.inputs.device, batch.inputs.shape[1]
     largest = n_tokens * max(encoder.d_dict for encoder in run.coder.encoders)
@@ -213,7 +213,7 @@ def group_step(
 
     def timed(run: CoderRun) -> tuple[Tensor, float]:
         begin = time.perf_counter()
-        return _step(run, batch, config=config, lr=run.lr * factor), time.perf_counter() - begin
+        return recorded_step(run, batch, config=config, lr=run.lr * factor), time.perf_counter() - begin
 
     began = time.perf_counter()
     readings, spent = zip(*_side_by_side(timed, runs, batch.inputs.device))

@@ -27,7 +27,7 @@ from logs import atomic_path, git_commit, read_csv, write_csv
 from recipes import clt_configs, new_coder, sae_configs, transcoder_configs
 from replacement import Origin
 from target_models import TargetModel, load_target
-from training import CoderRun, annealed_k, dead_after, default_learning_rate, schedule, start_run, training_step
+from training import CoderRun, annealed_k, dead_after, default_learning_rate, recorded_step, schedule, start_run
 
 TICKS = (0.003, 0.006, 0.012, 0.024, 0.048)
 
@@ -109,7 +109,7 @@ def train_at_once(trials: Sequence[tuple[TrainConfig, CoderRun]], store: Activat
         batch = next(store)
         for config, run in trials:
             run.coder.set_k(annealed_k(k, step, steps=steps, config=config))
-            training_step(run, batch, config=config, lr=run.lr * schedule(step, steps, config))
+            recorded_step(run, batch, config=config, lr=run.lr * schedule(step, steps, config))
             if config.aux and (step + 1) % config.metrics_every == 0:
                 run.count_dead(config.dead_after)
     calibration = list(itertools.islice(store, max(1, trials[0][0].calibration_tokens // batch_tokens)))
