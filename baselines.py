@@ -22,7 +22,19 @@ from torch import Tensor
 from activation_store import ActivationsStore, DataConfig
 from allocation import jointly
 from patching import Captured
-from replacement import UNKNOWN, Coded, CodedPass, Origin, PartGroup, Pass, Replacement, by_token, jointly_named
+from replacement import (
+    UNKNOWN,
+    Coded,
+    CodedPass,
+    Key,
+    Origin,
+    PartGroup,
+    Pass,
+    Replacement,
+    Sources,
+    by_token,
+    jointly_named,
+)
 from sparse_ops import Codes, decode, from_dense
 from target_models import TargetModel, mlp_matrices, writer_parameters
 
@@ -144,6 +156,13 @@ class _Baseline(Replacement):
     def free(self, captured: Captured, run: Callable[[Pass], object]) -> "_BaselinePass":
         return self.begin()
 
+    def attacked(self, captured: Captured, sources: Sources) -> "_AttackedBaseline":
+        return _AttackedBaseline(self, sources)
+
+    def surface(self, layers: Sequence[int]) -> dict[Key, int]:
+        """No parts, and what the function leaves of each MLP."""
+        return {(layer, "mlp"): 0 for layer in layers}
+
 
 class _BaselinePass(Pass):
     replacement: _Baseline
@@ -158,6 +177,23 @@ class _BaselinePass(Pass):
         if self.clean is not None:
             x, y = (kept[self.replacement.reads.index(layer)] for kept in self.clean)
         return by_token(functools.partial(self.replacement.write, layer), x, y)
+
+
+class _AttackedBaseline(Pass):
+    """What the baseline leaves of the MLP is let in as an adversary says."""
+
+    replacement: _Baseline
+    reads_y = True  # type: ignore[assignment]
+
+    def __init__(self, replacement: _Baseline, sources: Sources) -> None:
+        super().__init__(replacement)
+        self.sources = sources
+
+    def __call__(
+        self, layer: int, x: Float[Tensor, "batch seq d_in"], y: Float[Tensor, "batch seq d_out"]
+    ) -> Float[Tensor, "batch seq d_out"]:
+        y_hat = by_token(functools.partial(self.replacement.write, layer), x, y)
+        return torch.lerp(y_hat, y, self.sources.deltas[layer, "mlp"])
 
 
 class AffineReplacement(_Baseline):

@@ -18,6 +18,7 @@ The first position of a sequence is left to the model by `replaced_logits`: code
 import functools
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
+from types import MappingProxyType
 from typing import ClassVar, NamedTuple, Self
 
 import torch
@@ -27,7 +28,7 @@ from torch import Tensor
 
 from config import Site
 from patching import Captured, patched
-from sparse_ops import Codes
+from sparse_ops import Codes, FullLayout, to_dense
 from target_models import TargetModel
 
 
@@ -64,6 +65,27 @@ class Active(NamedTuple):
         """Entries of value 0 (a top-k larger than the number of positive pre-activations) are not active."""
         nonzero = codes.values != 0
         return Active(codes.rows[nonzero], codes.cols[nonzero])
+
+
+Key = tuple[int, str]  # a layer, and the name of a group of its parts
+
+
+class Sources(NamedTuple):
+    """What an adversary chose, the same at every token: a number in [0, 1] for each part and for each remainder."""
+
+    parts: Mapping[Key, Float[Tensor, "part"]]
+    deltas: Mapping[Key, Float[Tensor, ""]]
+    dealt: Mapping[Key, Int[Tensor, "part"]] = MappingProxyType(
+        {}
+    )  # whose gate each part gets; where none is told, its own
+
+    def gates(self, key: Key, on: Float[Tensor, "*batch part"]) -> Float[Tensor, "*batch part"]:
+        """The gates of a group, dealt."""
+        return on[..., self.dealt[key]] if key in self.dealt else on
+
+    def masks(self, key: Key, on: Float[Tensor, "*batch part"]) -> Float[Tensor, "*batch part"]:
+        """m = g + (1 − g) s."""
+        return torch.lerp(self.parts[key].expand_as(on), torch.ones_like(on), self.gates(key, on))
 
 
 class Pass(ABC):
@@ -117,9 +139,17 @@ class Replacement(ABC):
         Gates that read layers which the stream has not reached `run` another pass before.
         """
 
+    @abstractmethod
+    def attacked(self, captured: Captured, sources: Sources) -> Pass:
+        """A pass gated by a clean one in which inactive parts and remainders are let in as `sources` say (adversary.py)."""
+
     def part_groups(self, layers: Sequence[int]) -> list[PartGroup]:
         """The parts at work when only `layers` are replaced."""
         return []
+
+    def surface(self, layers: Sequence[int]) -> dict[Key, int]:
+        """What an adversary has: each remainder, and the number of parts before it."""
+        return {(group.layer, group.name): group.n_parts for group in self.part_groups(layers)}
 
     def dense_parameters(self, layers: Sequence[int]) -> int:
         """Parameters in `layers` that work on every token: a skip's, a delta's, an affine map's; biases don't count."""
@@ -183,6 +213,9 @@ class Coded(Replacement):
     def free(self, captured: Captured, run: Callable[[Pass], object]) -> "CodedPass":
         return self.begin()
 
+    def attacked(self, captured: Captured, sources: Sources) -> "AttackedPass":
+        return AttackedPass(self, captured, sources)
+
 
 class CodedPass(Pass):
     """A forward pass by codes; `codes[layer]` is computed once, when first needed.
@@ -245,6 +278,39 @@ class GatedPass(CodedPass):
             assert x is not None and y is not None, f"layer {layer} is read before the running stream came by"
             self.keep(layer, self.replacement.values_at(layer, x, y, super().encode(layer)))
         return self.codes[layer]
+
+
+class AttackedPass(Pass):
+    """A forward pass by codes whose inactive parts, and what all parts leave of the MLP, an adversary lets in."""
+
+    replacement: Coded
+    reads_y = True  # type: ignore[assignment]  # of the remainder
+
+    def __init__(self, replacement: Coded, clean: Captured, sources: Sources) -> None:
+        super().__init__(replacement)
+        self.gates = CodedPass(replacement, clean)
+        self.active = self.gates.active
+        self.let_in, self.all_parts = CodedPass(replacement, None), CodedPass(replacement, None)
+        self.sources = sources
+
+    def __call__(
+        self, layer: int, x: Float[Tensor, "batch seq d_in"], y: Float[Tensor, "batch seq d_out"]
+    ) -> Float[Tensor, "batch seq d_out"]:
+        return by_token(functools.partial(self._write, layer), x, y)
+
+    def _write(
+        self, layer: int, x: Float[Tensor, "token d_in"], y: Float[Tensor, "token d_out"]
+    ) -> Float[Tensor, "token d_out"]:
+        key = (layer, self.replacement.part_name)
+        gates = self.gates.encode(layer)
+        on = gates._replace(values=(gates.values != 0).to(x.dtype))
+        every = FullLayout(gates.n_rows, gates.d_dict, x.device)
+        parts = self.replacement.values_at(layer, x, y, Codes(x.new_ones(gates.n_rows * gates.d_dict), every))
+        mask = self.sources.masks(key, to_dense(on))
+        self.all_parts.codes[layer] = parts
+        self.let_in.codes[layer] = parts._replace(values=parts.values * mask.flatten())
+        rest = y - self.replacement.write(self.all_parts, layer, x, y)
+        return self.replacement.write(self.let_in, layer, x, y) + self.sources.deltas[key] * rest
 
 
 def by_token(

@@ -18,7 +18,7 @@ from transformers.pytorch_utils import Conv1D
 
 from checkpoints import Decomposition
 from patching import Captured
-from replacement import UNKNOWN, Active, Origin, PartGroup, Pass, Replacement, method_name
+from replacement import UNKNOWN, Active, Origin, PartGroup, Pass, Replacement, Sources, method_name
 from spd_model import ComponentModel, weight_map
 from spd_runs import find_spd
 from target_models import TargetModel, mlp_matrices
@@ -105,6 +105,9 @@ class SPDReplacement(Replacement):
         run(first)
         return SPDPass(self, {}, self.model.importance_logits(first.inputs))
 
+    def attacked(self, captured: Captured, sources: Sources) -> "AttackedSPDPass":
+        return AttackedSPDPass(self, *self.clean_importances(captured), sources)
+
     def on(self, path: str, z: Float[Tensor, "batch seq component"]) -> Bool[Tensor, "batch seq component"]:
         """Which components of a matrix are active where the importance logits are z."""
         if self.top_k is None:
@@ -162,9 +165,12 @@ class SPDPass(Pass):
     ) -> Float[Tensor, "batch seq d_out"]:
         paths = self.replacement.paths[layer]
         masks = {path: functools.partial(self._mask, layer, name, path) for name, path in paths.items()}
-        delta = dict.fromkeys(masks, 1.0) if self.replacement.delta else None
-        with self.replacement.model.masked(masks, delta):
+        with self.replacement.model.masked(masks, self._deltas(layer)):
             return self.replacement.target.mlp(layer, self.given.get(layer, x)).to(y.dtype)
+
+    def _deltas(self, layer: int) -> dict[str, Float[Tensor, ""] | float] | None:
+        """The mask of what the components leave of each matrix."""
+        return dict.fromkeys(self.replacement.paths[layer].values(), 1.0) if self.replacement.delta else None
 
     def _mask(self, layer: int, name: str, path: str, x: Tensor) -> Float[Tensor, "batch seq component"]:
         z = self.replacement.model.importance_logit(path, x.float()) if self.z is None else self.z[path]
@@ -173,6 +179,24 @@ class SPDPass(Pass):
         by_token = rearrange(on, "batch seq component -> (batch seq) component")
         self.active[layer, name] = Active(*by_token.nonzero().unbind(1))
         return on.to(x.dtype)
+
+
+class AttackedSPDPass(SPDPass):
+    """Gates are those of a clean pass; inactive components, and what components leave of a matrix, an adversary lets in."""
+
+    def __init__(
+        self, replacement: SPDReplacement, inputs: dict[str, Tensor], z: dict[str, Tensor], sources: Sources
+    ) -> None:
+        assert not replacement.delta, f"{replacement.method}: the adversary says how much of Δ is let in"
+        super().__init__(replacement, inputs, z)
+        self.sources = sources
+
+    def _deltas(self, layer: int) -> dict[str, Float[Tensor, ""] | float]:
+        return {path: self.sources.deltas[layer, name] for name, path in self.replacement.paths[layer].items()}
+
+    def _mask(self, layer: int, name: str, path: str, x: Tensor) -> Float[Tensor, "batch seq component"]:
+        on = super()._mask(layer, name, path, x)
+        return self.sources.masks((layer, name), on)
 
 
 def spd_replacements(
