@@ -357,10 +357,11 @@ def _select_by_bounds(x: Tensor, W: Tensor, b: Tensor, k: int, flat: bool) -> tu
     if flat:
         candidates = kernels.triton_candidates_in_batch(bounds, k)
         pre = kernels.triton_pre_activations(x, W, b, candidates)
-        won = torch.nonzero_static(_largest(pre[None], k * n)[0], size=k * n)[:, 0]
+        ordered, order = pre.sort(descending=True, stable=True)  # NaN first, ties to the lowest
+        won = order[: k * n].sort().values
         rows, cols, pre = (kept.index_select(0, won) for kept in (candidates.rows, candidates.cols, pre))
-        layout = Layout(rows.long(), cols.long(), n, d_dict)
-        layout.unproven = n - (pre.nan_to_num(torch.inf).amin() > candidates.rest).sum()
+        layout = Layout(rows, cols, n, d_dict)
+        layout.unproven = n - (ordered[k * n - 1] > candidates.rest).sum()
         return layout, pre
     candidates = kernels.triton_candidates_by_token(bounds, k)
     pre = kernels.triton_pre_activations(x, W, b, candidates)

@@ -83,9 +83,9 @@ def _pre_activations(
 ):  # fmt: skip
     pair = tl.program_id(0).to(tl.int64) * ENTRIES + tl.arange(0, ENTRIES)
     inside = pair < n
-    col = tl.load(cols + pair, mask=inside, other=-1).to(tl.int64)
+    col = tl.load(cols + pair, mask=inside, other=-1)
     exists = col >= 0
-    row = tl.load(rows + pair, mask=exists, other=0).to(tl.int64)
+    row = tl.load(rows + pair, mask=exists, other=0)
     col = tl.where(exists, col, 0)
     total = _dots(x, row, W, col, exists, x_stride, W_stride, d, ENTRIES, COLUMNS)
     total += tl.load(b + col, mask=exists, other=0.0)
@@ -157,8 +157,8 @@ def _write_candidates(
         n_above, n_equal = above + (so_far & 0xFFFF), equal + (so_far >> 16)
         taken = (key >= threshold) | ((key == threshold - 1) & (n_equal <= room))
         place = n_above + tl.minimum(n_equal, room) - 1
-        tl.store(cols + place, column, mask=taken)
-        tl.store(rows + place, tl.zeros((TILE,), tl.int32) + t.to(tl.int32), mask=taken)
+        tl.store(cols + place, column.to(tl.int64), mask=taken)
+        tl.store(rows + place, tl.zeros((TILE,), tl.int64) + t, mask=taken)
         rest = tl.maximum(rest, tl.max(tl.where(taken, NONE, key), 0))
         found = tl.sum(both, 0)
         above += found & 0xFFFF
@@ -196,7 +196,7 @@ def _candidates_by_token(
         rows + own, cols + own, t, row, d_dict, high, high * 0, high * 0, CAPACITY - found, TILE
     )
     slot = tl.arange(0, CAPACITY)
-    tl.store(cols + own + slot, tl.full((CAPACITY,), -1, tl.int32), mask=slot >= n)
+    tl.store(cols + own + slot, tl.full((CAPACITY,), -1, tl.int64), mask=slot >= n)
     tl.store(rest + t, _bound_of(left))
 
 
@@ -219,7 +219,7 @@ def _winners_by_token(
     wins = rank < k
     place = t * k + tl.cumsum(wins.to(tl.int32), 0) - 1
     tl.store(winner_rows + place, tl.zeros((CAPACITY,), tl.int64) + t, mask=wins)
-    tl.store(winner_cols + place, tl.load(cols + own + slot).to(tl.int64), mask=wins)
+    tl.store(winner_cols + place, tl.load(cols + own + slot), mask=wins)
     tl.store(winner_pre + place, exact, mask=wins)
     smallest = tl.min(tl.where(wins, value, float("inf")), 0)
     tl.store(unproven + t, 1 - (smallest > tl.load(rest + t)).to(tl.int32))
@@ -308,6 +308,7 @@ def triton_upper_bounds(
     d = x.shape[1]
     width = (d + 3 + 7) // 8 * 8  # whole 16 bytes, as tensor cores want them
     gamma, block = (d + 8) * 2.0**-23, triton.next_power_of_2(width)
+    torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False  # partial sums stay float32
     x_low, W_low = (torch.empty(len(rows), width, dtype=torch.bfloat16, device=x.device) for rows in (x, W))
     ratios = torch.empty(len(W), device=x.device)
     with torch.cuda.device_of(x):
@@ -328,7 +329,7 @@ def triton_candidates_by_token(bounds: Shaped[Tensor, "batch d_dict"], k: int) -
     """Each token's entries with the largest upper bounds: 2k, up to the next power of two, or up to an eighth fewer."""
     (n, d_dict), capacity = bounds.shape, max(32, triton.next_power_of_2(2 * k))
     assert k < capacity < d_dict, f"{k=} {capacity=} {d_dict=}"
-    rows, cols = torch.empty(2, n * capacity, dtype=torch.int32, device=bounds.device)
+    rows, cols = torch.empty(2, n * capacity, dtype=torch.int64, device=bounds.device)
     rest = torch.empty(n, device=bounds.device)
     block = min(HELD, triton.next_power_of_2(d_dict))
     with torch.cuda.device_of(bounds):
@@ -348,22 +349,22 @@ def triton_candidates_in_batch(bounds: Shaped[Tensor, "batch d_dict"], k: int) -
     (n, d_dict), device = bounds.shape, bounds.device
     capacity = 2 * k * n
     assert capacity <= n * d_dict // MEMBERS, f"{k=} {d_dict=}: there are fewer than 2k·B maxima"
-    rows = torch.empty(capacity, dtype=torch.int32, device=device)
+    rows = torch.empty(capacity, dtype=torch.int64, device=device)
     cols, rest = torch.full_like(rows, -1), torch.empty(n, device=device)
     counts = torch.empty(2, n, dtype=torch.int32, device=device)
     bits = bounds.view(torch.int16)
     with torch.cuda.device_of(bounds):
         histogram = torch.zeros(2, COPIES, KEYS, dtype=torch.int32, device=device)
         everything = torch.full((), KEYS - 1, dtype=torch.int32, device=device)
-        sizes = {"COPIES": COPIES, "KEYS": KEYS}
+        sizes = {"COPIES": COPIES, "KEYS": KEYS, "num_warps": 8}
         _histogram[(n,)](histogram[0], bits, everything, d_dict, **sizes, MEMBERS=MEMBERS, GROUPS=GROUPS)
         last = (_totals(histogram[0]) < capacity).sum(dtype=torch.int32)  # from this key up are at least `capacity`
         _histogram[(n,)](histogram[1], bits, last, d_dict, **sizes, MEMBERS=1, GROUPS=TILE)
         cut = (_totals(histogram[1]) <= capacity).sum(dtype=torch.int32)  # above this key are at most `capacity`
-        _count_candidates[(n,)](counts[0], counts[1], bits, cut, last, d_dict, TILE=TILE)
+        _count_candidates[(n,)](counts[0], counts[1], bits, cut, last, d_dict, TILE=TILE, num_warps=8)
         ends = counts.cumsum(1, dtype=torch.int32)
         _candidates_in_batch[(n,)](
-            rows, cols, rest, bits, cut, last, *counts, *ends, n, d_dict, capacity, TILE=TILE
+            rows, cols, rest, bits, cut, last, *counts, *ends, n, d_dict, capacity, TILE=TILE, num_warps=8
         )  # fmt: skip
     return Candidates(rows, cols, rest)
 

@@ -143,7 +143,7 @@ def _candidates_in_batch(
     place = torch.where(taken, taken.cumsum(0) - 1, capacity)
     flat = torch.arange(n * d_dict, device=keys.device)
     for out, values in ((rows, flat // d_dict), (cols, flat % d_dict)):
-        out.copy_(torch.cat([out, out[:1]]).index_copy_(0, place, values.int())[:-1])
+        out.copy_(torch.cat([out, out[:1]]).index_copy_(0, place, values)[:-1])
     rest.copy_(_bound_of(torch.where(taken, NONE, keys).view(n, d_dict).amax(1)))
 
 
