@@ -10,7 +10,7 @@ columns of a cross-layer decoder). `sparse_ops` and `sparse_encode` import this 
 interpreter, and `tests/emulated_cuda.py` has a twin of every kernel in plain torch.
 
 Bounds are bf16, compared as integers of the same order: a `key` is the int16 whose bits they are, negative ones turned
-round, NaN of either sign above all. A static number of candidates has room; the places that stay free hold latent −1.
+round, NaN of either sign above all. A static number of candidates has room; places of the batch that stay free hold latent −1.
 """
 
 from typing import NamedTuple
@@ -163,12 +163,12 @@ def _write_candidates(
         found = tl.sum(both, 0)
         above += found & 0xFFFF
         equal += found >> 16
-    return rest, above + tl.minimum(equal, room)
+    return rest
 
 
 @triton.jit
 def _candidates_by_token(
-    rows, cols, rest, bounds, d_dict, least, CAPACITY: tl.constexpr, BLOCK: tl.constexpr, HOLDS: tl.constexpr,
+    rows, cols, rest, bounds, d_dict, CAPACITY: tl.constexpr, BLOCK: tl.constexpr, HOLDS: tl.constexpr,
     TILE: tl.constexpr,
 ):  # fmt: skip
     t = tl.program_id(0).to(tl.int64)
@@ -181,7 +181,7 @@ def _candidates_by_token(
             high = tl.maximum(high, tl.max(_keys(row, begin + column, d_dict), 0) + 1)
     low = high * 0 - 32769
     found = high * 0
-    while (high - low > 1) & (found < least):
+    while (high - low > 1) & (found < CAPACITY):
         middle = (low + high) >> 1
         n = tl.sum((keys >= middle).to(tl.int32), 0)
         if not HOLDS:
@@ -192,11 +192,9 @@ def _candidates_by_token(
         high = tl.where(fits, middle, high)
         low = tl.where(fits, low, middle)
     own = t * CAPACITY
-    left, n = _write_candidates(
+    left = _write_candidates(
         rows + own, cols + own, t, row, d_dict, high, high * 0, high * 0, CAPACITY - found, TILE
-    )
-    slot = tl.arange(0, CAPACITY)
-    tl.store(cols + own + slot, tl.full((CAPACITY,), -1, tl.int64), mask=slot >= n)
+    )  # fmt: skip
     tl.store(rest + t, _bound_of(left))
 
 
@@ -260,7 +258,7 @@ def _candidates_in_batch(
     threshold = 32768 - tl.minimum(tl.load(cut), tl.load(last) + 1)
     before, equal_before = tl.load(above_ends + t) - tl.load(above + t), tl.load(equal_ends + t) - tl.load(equal + t)
     room = capacity - tl.load(above_ends + n - 1)
-    left, _ = _write_candidates(rows, cols, t, bounds + t * d_dict, d_dict, threshold, before, equal_before, room, TILE)
+    left = _write_candidates(rows, cols, t, bounds + t * d_dict, d_dict, threshold, before, equal_before, room, TILE)
     tl.store(rest + t, _bound_of(left))
 
 
@@ -326,7 +324,7 @@ class Candidates(NamedTuple):
 
 
 def triton_candidates_by_token(bounds: Shaped[Tensor, "batch d_dict"], k: int) -> Candidates:
-    """Each token's entries with the largest upper bounds: 2k, up to the next power of two, or up to an eighth fewer."""
+    """Each token's 2k entries with the largest upper bounds, or up to the next power of two; ties to the lowest latent."""
     (n, d_dict), capacity = bounds.shape, max(32, triton.next_power_of_2(2 * k))
     assert k < capacity < d_dict, f"{k=} {capacity=} {d_dict=}"
     rows, cols = torch.empty(2, n * capacity, dtype=torch.int64, device=bounds.device)
@@ -334,8 +332,8 @@ def triton_candidates_by_token(bounds: Shaped[Tensor, "batch d_dict"], k: int) -
     block = min(HELD, triton.next_power_of_2(d_dict))
     with torch.cuda.device_of(bounds):
         _candidates_by_token[(n,)](
-            rows, cols, rest, bounds.view(torch.int16), d_dict, capacity - capacity // 8, CAPACITY=capacity,
-            BLOCK=block, HOLDS=d_dict <= block, TILE=min(TILE, block), num_warps=max(4, block // 2048),
+            rows, cols, rest, bounds.view(torch.int16), d_dict, CAPACITY=capacity, BLOCK=block, HOLDS=d_dict <= block,
+            TILE=min(TILE, block), num_warps=max(4, block // 2048),
         )  # fmt: skip
     return Candidates(rows, cols, rest)
 

@@ -202,7 +202,11 @@ def pieces(size: Size, x: Tensor) -> Iterator[tuple[str, str, Step]]:
 def unproven(made: Any) -> str:
     """A note on a whole selection; empty for a piece."""
     layout = made[0] if isinstance(made, tuple) and isinstance(made[0], Layout) else None
-    return "" if layout is None or layout.unproven is None else f"{int(layout.unproven)} of {layout.n_rows} tokens unproven"
+    return (
+        ""
+        if layout is None or layout.unproven is None
+        else f"{int(layout.unproven)} of {layout.n_rows} tokens unproven"
+    )
 
 
 def import_sparsify(bench: Bench) -> Any:

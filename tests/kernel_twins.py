@@ -1,7 +1,7 @@
 """What every Triton kernel of `sparse_triton.py` does, in plain torch and with the same arguments.
 
 `emulated_cuda.py` runs these in place of the kernels, `test_sparse_triton.py` compares the kernels with them. Nothing here
-makes a host wait for a device. Of candidates more than the kernel's may be named: any from `least` to CAPACITY are right.
+makes a host wait for a device.
 """
 
 from typing import Any
@@ -85,11 +85,10 @@ def _bound_of(key: Any) -> Any:
 
 
 def _candidates_by_token(
-    rows: Any, cols: Any, rest: Any, bounds: Any, d_dict: int, least: int, CAPACITY: int, BLOCK: int, HOLDS: bool,
-    TILE: int,
+    rows: Any, cols: Any, rest: Any, bounds: Any, d_dict: int, CAPACITY: int, BLOCK: int, HOLDS: bool, TILE: int,
 ) -> None:  # fmt: skip
     """The CAPACITY largest keys of each token in order of their latents, ties to the lowest; the largest left out."""
-    assert bounds.shape[1] == d_dict > CAPACITY >= least and (d_dict <= BLOCK or not HOLDS)
+    assert bounds.shape[1] == d_dict > CAPACITY and (d_dict <= BLOCK or not HOLDS)
     keys = _keys(bounds)
     order = keys.sort(dim=1, descending=True, stable=True).indices
     cols.copy_(order[:, :CAPACITY].sort(dim=1).values.flatten())

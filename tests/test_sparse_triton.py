@@ -64,7 +64,7 @@ sys.path.insert(0, "tests")
 import torch
 import sparse_encode
 import sparse_triton as kernels
-from kernel_twins import TWINS
+from kernel_twins import TWINS, _keys
 
 g = torch.Generator().manual_seed(0)
 N, D, LATENTS, K = 5, 24, 1024, 8
@@ -105,6 +105,9 @@ def compare(x, W, b, k, proven=None):
     bounds = kernels.triton_upper_bounds(x, W, b)
     candidates = kernels.triton_candidates_by_token(bounds, k)
     pre = kernels.triton_pre_activations(x, W, b, candidates)
+    capacity, keys = len(pre) // len(x), _keys(bounds.view(torch.int16))
+    largest = keys.sort(dim=1, descending=True, stable=True).indices[:, :capacity].sort(dim=1).values
+    assert torch.equal(candidates.cols.view(-1, capacity), largest) and capacity >= 2 * k
     rows, cols, won, unproven = kernels.triton_winners_by_token(candidates, pre, k)
     assert torch.equal(rows, torch.arange(len(x)).repeat_interleave(k)) and cols.min() >= 0
     assert (cols.view(-1, k).diff() > 0).all()
@@ -156,7 +159,8 @@ assert torch.equal(layout.rows * LATENTS + layout.cols, torch.arange(N * K)) and
 
 # pre-activations closer than bounds are sharp: few are proven, and those rightly
 x, W, b = problem()
-unproven = compare(x, W[:1] + 1e-4 * W, 0 * b, K)
+b.zero_()[5] = 100.0  # the largest winner is above every bound left out
+unproven = compare(x, W[:1] + 1e-4 * W, b, K)
 assert unproven[0] > 0 and unproven[1] > 0, unproven
 
 # what is not finite is seen
