@@ -14,9 +14,13 @@ m and ‖w‖ are one more column of the product. Whoever wins has upper ≥ the
 bound exceeds a guess are kept, (2) the k·B largest of them and a few more get float32 values, whose k·B-th largest T can
 only be too low, (3) every entry with upper ≥ T gets its float32 value too, and the winners are among these. A guess
 that proves higher than T is lowered to T. Nothing of size B·d_dict outlives a block of tokens, and every thread has
-blocks of its own. On CUDA, where (1) and (3) would wait for the device to count, the product and the selection are
-float32. On a processor without bf16 products the float32 product gives not bounds but the pre-activations themselves,
-and (1) is followed by the selection.
+blocks of its own. On a processor without bf16 products the float32 product gives not bounds but the pre-activations
+themselves, and (1) is followed by the selection.
+
+On CUDA, (1) and (3) would wait for the device to count. There a static number of entries with the largest bounds, about
+2k·B, get float32 values, the winners are the largest of these, and a token is proven if the smallest winner is larger than
+every bound left out. Tokens that are not are counted (`Layout.unproven`); whoever trains reads it in the metrics. Where
+bounds cannot pay (`_bounds_pay`), the product and the selection are float32.
 
 Every function has a dense twin (`dense_*`) that says the same in plain matrix products; tests compare the two.
 """
@@ -67,7 +71,7 @@ def encode_topk(
     x: Float[Tensor, "batch d_in"], W_enc: Float[Tensor, "d_dict d_in"], b_enc: Float[Tensor, "d_dict"], k: int
 ) -> Codes:
     """relu(pre) at the k largest pre-activations of each token; k·B entries. Ties go to the lowest latent."""
-    return _encode(x, W_enc, b_enc, _select(x, W_enc, b_enc, k, None))
+    return _encode_largest(x, W_enc, b_enc, k, None)
 
 
 def encode_batch_topk(
@@ -80,9 +84,9 @@ def encode_batch_topk(
     """relu(pre) at the k·B largest pre-activations of the batch; ties go to the lowest (token, latent).
 
     `bound` is a guess of the smallest winner (that of the batch before, −inf if unknown). It decides how fast the
-    winners are found, never who they are.
+    winners are found, never who they are. On CUDA it is not read.
     """
-    return _encode(x, W_enc, b_enc, _select(x, W_enc, b_enc, k, bound))
+    return _encode_largest(x, W_enc, b_enc, k, bound)
 
 
 def encode_threshold(
@@ -133,10 +137,18 @@ def _encode(x: Tensor, W_enc: Tensor, b_enc: Tensor, selected: _Selected) -> Cod
     return Codes(values, layout)
 
 
+def _encode_largest(x: Tensor, W_enc: Tensor, b_enc: Tensor, k: int, bound: Tensor | None) -> Codes:
+    """Codes at the k largest of each token (`bound` None), or at the k·B largest of the batch."""
+    assert 1 <= k <= len(W_enc), f"{k=} must lie between 1 and {len(W_enc)} latents"
+    if not _bounds_pay(x, W_enc, k):
+        return _encode(x, W_enc, b_enc, _select(x, W_enc, b_enc, k, bound))
+    layout, pre = _select_by_bounds(x, W_enc, b_enc, k, flat=bound is not None)
+    return Codes(_Encode.apply(x, W_enc, b_enc, pre, layout), layout)
+
+
 @torch.no_grad()
 def _select(x: Tensor, W: Tensor, b: Tensor, k: int, bound: Tensor | None) -> _Selected:
     """The k largest of each token (`bound` None), or the k·B largest of the batch."""
-    assert 1 <= k <= len(W), f"{k=} must lie between 1 and {len(W)} latents"
     if x.device.type == "cuda":
         return _select_static(x, W, b, k, flat=bound is not None)
     low = torch.bfloat16 if bf16_is_fast(x.device) else torch.float32
@@ -329,11 +341,39 @@ def _select_by_token(x: Tensor, W: Tensor, b: Tensor, k: int, low: torch.dtype) 
     return None
 
 
-def _select_static(x: Tensor, W: Tensor, b: Tensor, k: int, flat: bool) -> _Selected:
-    """For CUDA: float32 selection in which every shape is known, so that nothing synchronises.
+def _bounds_pay(x: Tensor, W: Tensor, k: int) -> bool:
+    """Whether CUDA selects by bounds: latents are many, candidates few, and bf16 products faster than those of x."""
+    many = len(W) >= 1024 and k <= len(W) // 64
+    return many and x.device.type == "cuda" and x.dtype == torch.float32 and bf16_is_fast(x.device)
 
-    How many entries have upper bounds above the smallest winner is known on the device alone, hence no bound selects.
-    """
+
+@torch.no_grad()
+def _select_by_bounds(x: Tensor, W: Tensor, b: Tensor, k: int, flat: bool) -> tuple[Layout, Float[Tensor, "active"]]:
+    """For CUDA: the largest of a static number of entries with the largest bounds, without a wait, and their layout."""
+    import sparse_triton as kernels
+
+    n, d_dict = len(x), len(W)
+    bounds = kernels.triton_upper_bounds(x, W, b)
+    if flat:
+        candidates = kernels.triton_candidates_in_batch(bounds, k)
+        pre = kernels.triton_pre_activations(x, W, b, candidates)
+        ordered, order = pre.sort(descending=True, stable=True)  # NaN first, ties to the lowest
+        won = order[: k * n].sort().values
+        rows, cols, pre = (kept.index_select(0, won) for kept in (candidates.rows, candidates.cols, pre))
+        layout = Layout(rows, cols, n, d_dict)
+        layout.unproven = n - (ordered[k * n - 1] > candidates.rest).sum()
+        return layout, pre
+    candidates = kernels.triton_candidates_by_token(bounds, k)
+    pre = kernels.triton_pre_activations(x, W, b, candidates)
+    rows, cols, pre, unproven = kernels.triton_winners_by_token(candidates, pre, k)
+    layout = Layout(rows, cols, n, d_dict)
+    layout.row_starts = torch.arange(0, n * k + 1, k, device=x.device)
+    layout.unproven = unproven.sum()
+    return layout, pre
+
+
+def _select_static(x: Tensor, W: Tensor, b: Tensor, k: int, flat: bool) -> _Selected:
+    """For CUDA: float32 selection in which every shape is known, so that nothing synchronises."""
     pre = torch.addmm(b, x, W.T)
     mask = _largest(pre.view(1, -1), k * len(x)) if flat else _largest(pre, k)
     winners = torch.nonzero_static(mask.flatten(), size=k * len(x))[:, 0]
@@ -343,14 +383,16 @@ def _select_static(x: Tensor, W: Tensor, b: Tensor, k: int, flat: bool) -> _Sele
 def _kth_largest(values: Float[Tensor, "group n"], k: int) -> Float[Tensor, "group 1"]:
     n = values.shape[1]
     if values.device.type == "cuda":
-        return values.topk(k).values[:, -1:]
+        return values.topk(k, sorted=False).values.amin(1, keepdim=True)
     return torch.from_numpy(np.partition(values.numpy(), n - k, axis=1)[:, n - k, None])
 
 
 def _largest(values: Float[Tensor, "group n"], k: int) -> Bool[Tensor, "group n"]:
     """True at the k largest of each group; ties go to the lowest index. NaN is the largest, and is seen in the loss."""
+    if values.device.type == "cuda":
+        values = values.nan_to_num(torch.inf, torch.inf, -torch.inf)
     smallest = _kth_largest(values, k)
-    if values.device.type == "cuda" or smallest.isnan().any():
+    if values.device.type == "cpu" and smallest.isnan().any():
         values, smallest = values.nan_to_num(torch.inf, torch.inf, -torch.inf), smallest.nan_to_num(torch.inf)
     mask = ~(values < smallest)
     if values.device.type == "cpu" and mask.sum() == k * len(values):  # no ties

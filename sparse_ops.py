@@ -27,6 +27,8 @@ DENSE_SUMS_ABOVE = {"cpu": 1 / 8, "cuda": 1 / 32}  # active share of a batch; th
 class Layout:
     """Where the active entries of a batch lie, by token and by latent; the second order is sorted once, when needed."""
 
+    unproven: Int[Tensor, ""] | None = None  # tokens whose winners may not be float32's; None where all are
+
     def __init__(self, rows: Int[Tensor, "active"], cols: Int[Tensor, "active"], n_rows: int, d_dict: int) -> None:
         self.rows, self.cols, self.n_rows, self.d_dict = rows, cols, n_rows, d_dict
         self.dense = len(rows) > n_rows * d_dict * DENSE_SUMS_ABOVE[rows.device.type]

@@ -60,6 +60,7 @@ class SparseEncoder[R](nn.Module, ABC):
         self.W_enc = nn.Parameter(W_enc)
         self.b_enc = nn.Parameter(W_enc.new_zeros(len(W_enc)))
         self.register_buffer("tokens_since_fired", torch.zeros(len(W_enc), dtype=torch.int64))
+        self.register_buffer("unproven", torch.zeros((), dtype=torch.int64), persistent=False)
         self.n_dead = 0  # at the last count; AuxK works on so many latents
 
     @property
@@ -139,6 +140,8 @@ class SparseEncoder[R](nn.Module, ABC):
         fired = fire_counts(codes) > 0
         self.tokens_since_fired += codes.n_rows
         self.tokens_since_fired.masked_fill_(fired, 0)
+        if codes.layout.unproven is not None:
+            self.unproven += codes.layout.unproven
 
     @property
     def step_shape(self) -> tuple[int, ...]:

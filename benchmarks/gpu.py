@@ -12,7 +12,8 @@ traceback written to the log, and the next measurement begun. The parts, in thei
     device    names, versions, and what the device reaches: a copy in its memory, a product in each precision
     tests     pytest -m cuda
     steps     loss and gradients of every kind of coder under every rule against those of its dense twin, and their times
-    engine    a step of ours, of the dense twin and of sparsify; one encoder product in each precision; the gathers
+    engine    a step of ours, of the dense twin and of sparsify; one encoder product in each precision; the gathers; the
+              pieces of the selection by bounds
     clt       a 4-layer cross-layer transcoder against its dense twin
     training  main.py's coders, trained as main.py trains them, harvest included
     profile   the kernels of a step
@@ -56,6 +57,7 @@ from checkpoints import build_coder, load_spd, save_checkpoint
 from config import BatchTopK, CoderConfig, EncoderConfig, JumpReLU, Recon, Relu, SPDTrainConfig, TopK, TrainConfig
 from llama_simple_mlp import LlamaSimpleMLP, LlamaSimpleMLPConfig, initialise
 from logs import atomic_path, errors_in_one_line, git_commit
+from sparse_encode import _select_by_bounds
 from sparse_ops import Layout
 from spd_training import SPDTrainer, train_spd
 from target_models import ASSETS, Loaded, TargetModel, load_target, load_tokenizer, make_target
@@ -164,6 +166,47 @@ def engine(bench: Bench) -> None:
         with bench.guarded("gathers", size):
             ms = bench.milliseconds(gathers(size, next(given), bench.device))
             bench.row("gathers of a step", size, ms, (gather_work(size), "fp32"), ours.get("BatchTopK"))
+        with bench.guarded("pieces of the selection", size):
+            if bench.device == "cpu":
+                bench.row("pieces of the selection", note="skipped: needs CUDA")
+                continue
+            for name, rule, piece in pieces(size, next(given).inputs[0]):
+                ms = bench.milliseconds(piece)
+                bench.row(f"{rule}: {name}", size, ms, None, ours.get(rule), unproven(piece()))
+
+
+def pieces(size: Size, x: Tensor) -> Iterator[tuple[str, str, Step]]:
+    """(name, rule, call) of each piece of a selection by bounds, and of the whole, on random weights."""
+    import sparse_triton as kernels
+
+    k, W = size.k, torch.randn(size.d_dict, size.d, device=x.device) / size.d**0.5
+    b = torch.zeros(size.d_dict, device=x.device)
+    bounds = kernels.triton_upper_bounds(x, W, b)
+    found = {
+        "TopK": kernels.triton_candidates_by_token(bounds, k),
+        "BatchTopK": kernels.triton_candidates_in_batch(bounds, k),
+    }
+    exact = {rule: kernels.triton_pre_activations(x, W, b, candidates) for rule, candidates in found.items()}
+    yield "rounding and bounds", "TopK", lambda: kernels.triton_upper_bounds(x, W, b)
+    yield "candidates", "TopK", lambda: kernels.triton_candidates_by_token(bounds, k)
+    yield "candidates", "BatchTopK", lambda: kernels.triton_candidates_in_batch(bounds, k)
+    yield "float32 values", "TopK", lambda: kernels.triton_pre_activations(x, W, b, found["TopK"])
+    yield "float32 values", "BatchTopK", lambda: kernels.triton_pre_activations(x, W, b, found["BatchTopK"])
+    yield "winners", "TopK", lambda: kernels.triton_winners_by_token(found["TopK"], exact["TopK"], k)
+    winners = lambda pre: pre.sort(descending=True, stable=True).indices[: k * size.batch].sort()  # noqa: E731
+    yield "winners", "BatchTopK", lambda: winners(exact["BatchTopK"])
+    yield "selection", "TopK", lambda: _select_by_bounds(x, W, b, k, flat=False)
+    yield "selection", "BatchTopK", lambda: _select_by_bounds(x, W, b, k, flat=True)
+
+
+def unproven(made: Any) -> str:
+    """A note on a whole selection; empty for a piece."""
+    layout = made[0] if isinstance(made, tuple) and isinstance(made[0], Layout) else None
+    return (
+        ""
+        if layout is None or layout.unproven is None
+        else f"{int(layout.unproven)} of {layout.n_rows} tokens unproven"
+    )
 
 
 def import_sparsify(bench: Bench) -> Any:

@@ -12,7 +12,8 @@ CPU's generator, so that whatever a program computes here it must compute on the
 
 Every operation below autograd passes through one function, `_Devices.__torch_dispatch__`, gradients' own included. To torch's
 C++ an emulated tensor lies on "meta", a device without memory, whose code paths ask nothing of a driver; only Python sees
-CUDA. The two Triton kernels are replaced by `_Kernel`s that do the same eagerly, with the same arguments.
+CUDA. The Triton kernels are replaced by `_Kernel`s that do the same eagerly, with the same arguments: their dense twins,
+which stand in `kernel_twins.py`.
 """
 
 import contextlib
@@ -25,6 +26,7 @@ from typing import Any
 
 import pytest
 import torch
+from kernel_twins import TWINS
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode, return_and_correct_aliasing
 from torch.utils._pytree import tree_map_only
@@ -245,30 +247,11 @@ class _Kernel:
         assert all(n > 0 for n in grid), f"an empty {grid=} cannot be launched"
         return self.launch
 
-    def launch(self, *args: Any, **constants: int) -> None:
+    def launch(self, *args: Any, num_warps: int = 4, **constants: int) -> None:
         for i, x in enumerate(args):
             if isinstance(x, torch.Tensor) and x.device != torch.device("cuda", _current):
                 raise ValueError(f"Pointer argument (at {i}) cannot be accessed from Triton ({x.device} tensor?)")
         self.function(*args, **constants)
-
-
-def _segment_sums(
-    out: Any, index: Any, starts: Any, weights: Any, table: Any, row_stride: int, d: int, ENTRIES: int, COLUMNS: int
-) -> None:
-    """out[s] = Σ weights[e] · table[index[e]] over starts[s] ≤ e < starts[s + 1]."""
-    assert table.stride() == (row_stride, 1) and all(x.is_contiguous() for x in (out, index, starts, weights))
-    segment = torch.repeat_interleave(starts.diff(), output_size=len(index))
-    total = torch.zeros(out.shape, device=out.device)  # in float32, whatever the tables hold
-    out.copy_(total.index_add_(0, segment, weights.float()[:, None] * table.index_select(0, index).float()))
-
-
-def _pair_dots(
-    out: Any, a: Any, rows: Any, b: Any, cols: Any, a_stride: int, b_stride: int, n: int, d: int, ENTRIES: int,
-    COLUMNS: int,
-) -> None:  # fmt: skip
-    """out[e] = a[rows[e]] · b[cols[e]]."""
-    assert a.stride() == (a_stride, 1) and b.stride() == (b_stride, 1) and out.shape == rows.shape == cols.shape == (n,)
-    out.copy_((a.index_select(0, rows).float() * b.index_select(0, cols).float()).sum(1))
 
 
 def _exchange_device(index: int) -> int:
@@ -346,8 +329,8 @@ def emulated_cuda() -> Iterator[Emulation]:
         patch.setattr(torch, "load", functools.partial(_load, torch.load))
         patch.setattr(torch.Tensor, "pin_memory", _pinned)
         patch.setattr(training, "records_graphs", lambda _device: False)  # a recording needs a driver
-        patch.setattr(sparse_triton, "_segment_sums", _Kernel(_segment_sums))
-        patch.setattr(sparse_triton, "_pair_dots", _Kernel(_pair_dots))
+        for name, twin in TWINS.items():
+            patch.setattr(sparse_triton, name, _Kernel(twin))
         stack.enter_context(_Calls())
         stack.enter_context(devices)
         yield Emulation(devices)

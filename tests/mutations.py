@@ -406,7 +406,37 @@ OUTPUT = [
     ),
 ]
 
-MUTATIONS = [*CODERS, *DECOMPOSITIONS, *RULER, *OUTPUT]
+KERNELS = "test_sparse_triton.py::test_kernels_are_plain_indexing_in_the_interpreter[selection]"
+SELECTION = [
+    Mutation(
+        "bounds without a margin", "sparse_triton.py", "column == d, margin * 1.0078125", "column == d, margin * 0.0", KERNELS,
+    ),
+    Mutation(
+        "bounds without what the bias lost", "sparse_triton.py", "column == d + 2, b_rest", "column == d + 2, -b_rest",
+        KERNELS,
+    ),
+    Mutation(
+        "NaN the least of bounds", "sparse_triton.py", "(key < -0x7F81), 0x7FFF, key)", "(key < -0x7F81), -0x7FFF, key)",
+        KERNELS,
+    ),
+    Mutation(
+        "every token proven", "sparse_triton.py", "1 - (smallest > tl.load(rest + t)).to(tl.int32)", "0 * t", KERNELS,
+    ),
+    Mutation(
+        "the batch proven by its largest winner", "sparse_encode.py", "(ordered[k * n - 1] > candidates.rest)",
+        "(ordered[0] > candidates.rest)", KERNELS,
+    ),
+    Mutation(
+        "ties to the highest latent", "sparse_triton.py", "(nth[None, :] < slot[:, None])", "(nth[None, :] > slot[:, None])",
+        KERNELS,
+    ),
+    Mutation(
+        "ties of candidates dropped", "sparse_triton.py", "high * 0, high * 0, CAPACITY - found, TILE",
+        "high * 0, high * 0, high * 0, TILE", KERNELS,
+    ),
+]  # fmt: skip
+
+MUTATIONS = [*CODERS, *DECOMPOSITIONS, *RULER, *OUTPUT, *SELECTION]
 
 
 class _Failures:

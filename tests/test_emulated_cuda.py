@@ -40,6 +40,8 @@ from test_cuda import (  # noqa: F401
     test_activations_are_harvested_in_bf16_where_it_is_fast,
     test_an_spd_step_never_waits_for_the_device,
     test_readings_stay_on_the_device_until_they_are_read,
+    test_selection_by_bounds_is_that_of_float64,
+    test_selection_by_bounds_never_waits_and_sees_what_is_not_finite,
     test_sparse_codes_and_gradients_are_the_dense_twins,
     test_spd_trains_in_bf16_where_asked_and_keeps_its_weights_in_float32,
 )
@@ -54,9 +56,10 @@ from target_models import TargetModel
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="a real device is here: test_cuda.py proves the same")
 sparse_triton = pytest.importorskip("sparse_triton", reason="Triton is not installed: there is no CUDA path to emulate")
-REAL_KERNELS = {name: getattr(sparse_triton, name) for name in ("_segment_sums", "_pair_dots")}
-
 from emulated_cuda import Emulation, _Kernel, emulated_cuda  # noqa: E402
+from kernel_twins import TWINS  # noqa: E402
+
+REAL_KERNELS = {name: getattr(sparse_triton, name) for name in TWINS}
 
 RULER_WAITS = {"_to_copy": 131, "bincount": 147, "index": 97, "nonzero": 40}
 

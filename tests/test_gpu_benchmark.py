@@ -12,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from small import write_corpus
 from transformers import PreTrainedTokenizerFast
 
@@ -67,13 +68,26 @@ def test_every_part_runs_in_miniature_and_the_next_call_goes_on(tmp_path: Path) 
     assert whole == [*gpu.PARTS, "spd"] and done.stdout.count("already measured") == len(gpu.PARTS) - 1
     assert sum(row.part == "steps" and "dense twin" in row.what for row in rows) == 16, "4 kinds of coder under 4 rules"
     skipped = {row.what: row.note for row in rows if not row.median_ms and row.part != "device"}
-    assert skipped.keys() == {"pytest -m cuda", "TopK: sparsify", "product, tf32"} and all(skipped.values())
+    without_cuda = {"pytest -m cuda", "product, tf32", "pieces of the selection"}
+    assert skipped.keys() == without_cuda | {"TopK: sparsify"} and all(skipped.values())
     files = list(output.iterdir())
     assert len(files) <= 8 and all(file.is_file() and file.stat().st_size < 16 * 2**20 for file in files)
     tokens = [
         json.loads((f / "config.json").read_text())["record"]["train_tokens"] for f in (ASSETS / "spd_tiny", output)
     ]
     assert tokens[1] == tokens[0] + 2 * (2 * 2 * 32), "two calls of two steps of two sequences"
+
+
+def test_every_piece_of_a_selection_is_a_call_and_the_whole_is_proven() -> None:
+    pytest.importorskip("triton")
+    from emulated_cuda import emulated_cuda
+
+    if torch.cuda.is_available():
+        pytest.skip("gpu.py itself runs them here")
+    with emulated_cuda():
+        size = Size(24, 1024, 8, 16)
+        notes = [gpu.unproven(piece()) for _, _, piece in gpu.pieces(size, torch.randn(16, 24).to("cuda"))]
+    assert len(notes) == 9 and notes[:-2] == [""] * 7 and notes[-2:] == ["0 of 16 tokens unproven"] * 2
 
 
 @pytest.fixture
