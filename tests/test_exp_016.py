@@ -17,7 +17,8 @@ from recipes import SPDRecipe, train_decomposition
 from token_stream import HeldOutText
 
 SCRIPT = Path(__file__).parents[1] / "experiments" / "exp_016_adversarial_all_methods" / "adversarial_all_methods.py"
-SMALL = "--target tiny --layers 0 1 --k 4 --d-dict 48 --tokens 2048 --batch 512 --eval-tokens 1024 --ladder 1 3 --methods transcoder spd neurons-joint affine".split()
+SMALL = "--target tiny --layers 0 1 --k 4 --d-dict 48 --tokens 2048 --batch 512 --eval-tokens 1024 --ladder 1 3".split()
+METHODS = ("--methods", "transcoder", "spd", "neurons-joint", "affine")
 
 
 def test_it_runs_from_its_command_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -29,7 +30,7 @@ def test_it_runs_from_its_command_line(tmp_path: Path, monkeypatch: pytest.Monke
     train_decomposition(target, recipe, layers=(0, 1), folder=tmp_path / "checkpoints" / target.name)
     monkeypatch.setattr(target_models, "load_target", lambda name, device: target)
     for more in ([], ["--replot"]):
-        monkeypatch.setattr(sys, "argv", [str(SCRIPT), *SMALL, "--output", str(output), *more])
+        monkeypatch.setattr(sys, "argv", [str(SCRIPT), *SMALL, *METHODS, "--output", str(output), *more])
         runpy.run_path(str(SCRIPT), run_name="__main__")
     rows = read_csv(output / "adversarial.csv")
     coded = {"transcoder", "spd", "neurons-joint"}
