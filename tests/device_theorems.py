@@ -49,9 +49,12 @@ from config import (
     BatchTopK,
     CLTConfig,
     EncoderConfig,
+    Frequency,
     GateConfig,
     Gated,
     JumpReLU,
+    Locality,
+    Lp,
     Recon,
     Relu,
     Rule,
@@ -298,10 +301,10 @@ def trainer_of(target: TargetModel, gate: str, *recon: Recon, autocast: bool = F
         steps=10,
         lr=1e-3,
         recon=recon,
-        minimality=1e-3,
+        minimality=Lp(coefficient=1e-3, p=(2.0, 1.0)),
+        frequency=Frequency(coefficient=1e-4, positions=100.0),
+        locality=Locality(coefficient=1e-3),
         distance="kl",
-        p=(2.0, 1.0),
-        frequency=0.1,
         faithfulness=1.0,
         faithful_steps=3,
         clip=1.0,
@@ -315,7 +318,7 @@ def spd_steps(trainer: SPDTrainer, device: str) -> tuple[list[Tensor], dict[str,
     """Readings of two steps, and the state after them without the generator's, of which each device has its own kind."""
     readings = [trainer.step(TOKENS.to(device)) for _ in range(2)]
     state = trainer.state_dict()
-    return readings, {key: state[key] for key in ("model", "optimiser", "adversaries")}
+    return readings, {key: state[key] for key in ("model", "optimisers", "adversaries", "rates")}
 
 
 def compare_spd(cpu: TargetModel, device: str, gate: str, recon: Recon) -> None:

@@ -3,7 +3,7 @@
 import torch
 from small import clean, decomposition, make_tiny, some_tokens
 
-from config import Recon, SPDTrainConfig
+from config import Lp, Recon, SPDTrainConfig
 from spd_replacement import SPDReplacement
 from spd_training import SPDTrainer
 
@@ -13,7 +13,9 @@ def trainer(recon: tuple[Recon, ...], split: bool) -> SPDTrainer:
     model.target_model.requires_grad_(False)
     return SPDTrainer(
         model,
-        SPDTrainConfig(steps=10, lr=1e-3, recon=recon, minimality=1e-3, distance="kl", p=(1.0, 1.0), split=split),
+        SPDTrainConfig(
+            steps=10, lr=1e-3, recon=recon, minimality=Lp(coefficient=1e-3, p=(1.0, 1.0)), distance="kl", split=split
+        ),
         False,
     )
 
@@ -45,7 +47,9 @@ def test_deployed_masks_are_those_of_the_ruler_at_threshold_zero() -> None:
     model = decomposition(target)
     own = SPDTrainer(
         model.requires_grad_(True),
-        SPDTrainConfig(steps=10, lr=1e-3, recon=(Recon(coefficient=1.0, source="deployed"),), minimality=0.0),
+        SPDTrainConfig(
+            steps=10, lr=1e-3, recon=(Recon(coefficient=1.0, source="deployed"),), minimality=Lp(coefficient=0.0)
+        ),
         False,
     )
     z, output = own.importances(tokens)
