@@ -252,7 +252,7 @@ class TrainConfig:
 @dataclass(frozen=True, kw_only=True)
 class GateConfig:
     """How SPD computes causal importances. `mlp` reads a component's own activation; the other local kinds read the
-    module's input at the same position; the global kinds read the inputs of all modules."""
+    module's input at the same position; the global kinds read the inputs of all modules, or of their `taps`."""
 
     kind: Literal["mlp", "vector_mlp", "shared_mlp", "global_shared_mlp", "global_shared_transformer"]
     hidden: tuple[int, ...]  # hidden widths of the MLP; of a transformer gate: (width of its blocks' MLP,)

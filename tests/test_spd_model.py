@@ -12,13 +12,9 @@ from transformers.pytorch_utils import Conv1D
 
 import spd_gates
 from config import (
-    Frequency,
     GateConfig,
-    Locality,
     Lp,
-    Merged,
     Recon,
-    SmoothL0,
     SPDConfig,
     SPDTrainConfig,
     from_json,

@@ -65,9 +65,13 @@ class Target(nn.Module):
         return self.second(torch.relu(self.first(x)))
 
 
+def gated(gate: GateConfig, components: dict[str, int] = COMPONENTS) -> ComponentModel:
+    config = SPDConfig(components=tuple(components.items()), gate=gate, alpha=ALPHA)
+    return ComponentModel(Target(), config, torch.Generator().manual_seed(0))
+
+
 def component_model() -> ComponentModel:
-    config = SPDConfig(components=tuple(COMPONENTS.items()), gate=GateConfig(kind="mlp", hidden=(4,)), alpha=ALPHA)
-    model = ComponentModel(Target(), config, torch.Generator().manual_seed(0))
+    model = gated(GateConfig(kind="mlp", hidden=(4,)))
     with torch.no_grad():  # importances below 0, within and above 1
         for gate in (model.importances.gate(path) for path in model.paths):
             gate.layers[2].W.mul_(2)
@@ -316,7 +320,7 @@ assert [round(rate(step), 6) for step in STEPS] == [0.005, 0.011, 0.002111]
         dataclasses.replace(CONFIG, distance="mse", split=True, clip=None),
         dataclasses.replace(CONFIG, recon=TERMS[:1], faithfulness=0.0, clip=1e3),
     ],
-    ids=["all", "of today", "split", "one"],
+    ids=["all", "today", "split", "one"],
 )
 def test_a_step_is_that_of_the_equations(config: SPDTrainConfig) -> None:
     """Readings, gradient, rate, parameters, persistent sources and firing rates, at the first step, in the middle and at the
@@ -417,3 +421,103 @@ def test_rate_and_p_of_a_run_are_the_schedules(schedule: str, tmp_path: Path, mo
     assert rates == pytest.approx([0.03] * 3 + [own(step) for step in range(20)])
     expected = [2.0 - 1.5 * min(1.0, max(0.0, (step / 20 - 0.2) / 0.6)) for step in range(20) for _ in COMPONENTS]
     assert ps == pytest.approx(expected)
+
+
+MUON = dataclasses.replace(OF_TODAY, optimiser="muon", start="neurons", clip=None)
+
+
+def orthogonal(g: Tensor) -> Tensor:
+    """Five steps of Newton–Schulz towards the nearest matrix of singular values 1, in float64."""
+    x = g.double() / g.double().norm()
+    for _ in range(5):
+        a = x @ x.T
+        x = 3.4445 * x + (-4.7750 * a + 2.0315 * a @ a) @ x
+    return x
+
+
+def test_matrices_move_by_muon_and_vectors_by_adamw() -> None:
+    """momentum ← 0.95 momentum + 0.05 g; matrices move by lr · 0.2 √max(sides) · NS(0.05 g + 0.95 momentum), up to bf16."""
+    trainer, got = SPDTrainer(gated(GateConfig(kind="shared_mlp", hidden=(4,))), MUON, False), []
+    matrices = {name: p for name, p in trainer.model.named_parameters() if p.ndim == 2}
+    vectors = {name: p for name, p in trainer.model.named_parameters() if p.ndim == 1}
+    assert len(matrices) == 8 and len(vectors) == 4 and len(trainer.optimisers) == 2
+    trainer.optimiser.register_step_pre_hook(
+        lambda *_: got.append({name: p.grad.double() for name, p in trainer.model.named_parameters()})
+    )
+    adam, momentum = Adam((0.9, 0.999)), dict.fromkeys(matrices, 0.0)
+    for t in range(2):
+        before = {name: p.detach().clone().double() for name, p in trainer.model.named_parameters()}
+        trainer.step(batch(t))
+        after = adam({name: before[name] for name in vectors}, {name: got[t][name] for name in vectors}, rate(t))
+        for name, p in vectors.items():
+            torch.testing.assert_close(p.detach().double(), after[name], rtol=1e-5, atol=1e-3 * rate(t), msg=name)
+        for name, p in matrices.items():
+            g = got[t][name]
+            momentum[name] = 0.95 * momentum[name] + 0.05 * g
+            expected = -rate(t) * 0.2 * max(p.shape) ** 0.5 * orthogonal(0.05 * g + 0.95 * momentum[name])
+            moved = p.detach().double() - before[name]
+            assert (moved - expected).norm() < 0.03 * expected.norm(), name
+
+
+@pytest.mark.parametrize("components", [{"first": 7, "second": 7}, {"first": 9, "second": 24}])
+def test_a_neuron_start_is_exact_and_each_component_lies_on_one_neuron(components: dict[str, int]) -> None:
+    """Also where neurons are repeated; then a neuron's components share its weights out, coordinate by coordinate."""
+    model = gated(GateConfig(kind="shared_mlp", hidden=(4,)), components)
+    model.start_neurons(torch.Generator().manual_seed(1))
+    for path, delta in model.deltas().items():
+        assert not delta.any(), path
+        part, on = model.components[path], model.neuron_weights()[path]
+        assert on.shape == (components[path], 7) and torch.equal(on.sort(-1).values[:, -1], torch.ones(len(on)))
+        assert (on != 0).sum() == len(on), "each component has one neuron"
+        counts = on.sum(0)
+        assert counts.min() >= len(on) // 7 and counts.max() <= len(on) // 7 + 1
+        other = part.V.mT if path == "first" else part.U
+        assert (other != 0).sum() == other.shape[-1] * 7, "every weight belongs to one component"
+    few = gated(GateConfig(kind="shared_mlp", hidden=(4,)), {"first": 6, "second": 7})
+    with pytest.raises(AssertionError, match="6 components of 'first' for 7 neurons"):
+        few.start_neurons(torch.Generator())
+
+
+def test_a_gate_with_taps_reads_these_alone() -> None:
+    model = gated(GateConfig(kind="global_shared_mlp", hidden=(4,), taps=("fir*",)))
+    inputs, _ = model.inputs_capture(batch(0))
+    z = model.importance_logits(inputs)
+    assert {path: own.shape[-1] for path, own in z.items()} == COMPONENTS
+    other = model.importance_logits({"first": inputs["first"], "second": inputs["second"] + 1})
+    assert all(torch.equal(z[path], other[path]) for path in z)
+    assert not torch.equal(z["second"], model.importance_logits({"first": inputs["first"] + 1})["second"])
+    with pytest.raises(ValueError, match="match none"):
+        gated(GateConfig(kind="global_shared_mlp", hidden=(4,), taps=("h.*",)))
+    with pytest.raises(ValueError, match="own module alone"):
+        GateConfig(kind="mlp", hidden=(4,), taps=("first",))
+
+
+def test_smooth_l0_and_locality_on_numbers() -> None:
+    """Importance 1 costs 1 at every γ, a half-open gate at γ → 0 too; m equal shares of N units count m / (1 + t m/N)."""
+    smooth, g = SmoothL0(coefficient=1.0), torch.tensor([0.0, 0.5, 1.0])
+    for progress, gamma in ((0.0, 1.0), (0.45, 0.505), (0.9, 0.01), (1.0, 0.01)):
+        cost = losses.importance_cost(g, smooth, progress).tolist()
+        assert cost == pytest.approx([0.0, 0.25 * (1 + gamma**2) / (0.25 + gamma**2), 1.0])
+    plain = losses.importance_cost(g, dataclasses.replace(smooth, normalise_at_one=False), 0.0)
+    assert plain.tolist() == pytest.approx([0.0, 0.2, 0.5])
+    weights = torch.tensor([[2.0, 0, 0, 0], [1.0, -1, 0, 0], [1.0, 1, 1, -1]])
+    assert losses.locality(weights, 2.0).tolist() == pytest.approx([m / (1 + 2 * m / 4) for m in (1, 2, 4)])
+
+
+def test_all_of_today_resumes_bit_identically(tmp_path: Path) -> None:
+    """Muon's momenta, AdamW's moments, the pool of particles and the firing rates travel."""
+    config = dataclasses.replace(MUON, steps=6, checkpoint_every=3, metrics_every=2)
+    straight, resumed = (gated(GateConfig(kind="shared_mlp", hidden=(4,))) for _ in range(2))
+    train_spd(straight, Batches(), config, tmp_path / "a", "a")
+
+    class Cut(Batches):
+        def __next__(self) -> Tensor:
+            if self.served == 4:
+                raise KeyboardInterrupt
+            return super().__next__()
+
+    with pytest.raises(KeyboardInterrupt):
+        train_spd(gated(GateConfig(kind="shared_mlp", hidden=(4,))), Cut(), config, tmp_path / "b", "b")
+    train_spd(resumed, Batches(), config, tmp_path / "b", "b")
+    for name, value in straight.state_dict().items():
+        assert torch.equal(value, resumed.state_dict()[name]), name

@@ -1,5 +1,7 @@
 """Theorems about one training step of an SPD of a language model."""
 
+from collections.abc import Callable
+
 import torch
 from small import clean, decomposition, make_tiny, some_tokens
 
@@ -66,3 +68,21 @@ def test_deployed_masks_are_those_of_the_ruler_at_threshold_zero() -> None:
         assert mask.delta is None
         assert torch.equal(mask.components, ruler.on(path, frozen.z[path]).float()), path
         assert 0 < mask.components.mean() < 1
+
+
+def test_running_gates_decide_as_the_rulers_free_protocol_does() -> None:
+    """Every gate reads what its module is given in the masked pass; on where `SPDReplacement(threshold=0)` says so."""
+    target, tokens = make_tiny(2), some_tokens()
+    model = decomposition(target)
+    own = trainer((Recon(coefficient=1.0, source="running"),), False)
+    ruler = SPDReplacement(target, model, threshold=0.0)
+    free = ruler.free(clean(target, tokens, range(2)), lambda pass_: None)
+    seen: dict[str, torch.Tensor] = {}
+
+    def mask(path: str) -> Callable[[torch.Tensor], torch.Tensor]:
+        return lambda x: seen.setdefault(path, free._mask(int(path[2]), path.rpartition(".")[2], path, x))
+
+    with torch.no_grad(), model.masked({path: mask(path) for path in model.paths}):
+        expected = target.model(tokens)[0]
+    torch.testing.assert_close(own.run_gated(tokens), expected)
+    assert all(0 < m.mean() < 1 for m in seen.values()) and len(seen) == 4
