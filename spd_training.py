@@ -51,7 +51,7 @@ def scheduled_rate(config: SPDTrainConfig, step: int) -> float:
     return config.lr * rise * fall
 
 
-def deployed(g_lo: Float[Tensor, "*batch"]) -> Float[Tensor, "*batch"]:
+def on_or_off(g_lo: Float[Tensor, "*batch"]) -> Float[Tensor, "*batch"]:
     """The ruler's mask: 1 where the importance is positive, else 0; there, only what would raise it has a gradient."""
     return torch.where(g_lo > 0, 1.0, g_lo)
 
@@ -219,7 +219,7 @@ class SPDTrainer:
         if term.source == "importance":
             return route({path: Mask(g, None) for path, g in g_lo.items()})
         if term.source == "deployed":
-            return route({path: Mask(deployed(g), None) for path, g in g_lo.items()})
+            return route({path: Mask(on_or_off(g), None) for path, g in g_lo.items()})
         if term.source == "ones":
             return route({path: Mask(torch.ones_like(g), None) for path, g in g_lo.items()})
         frozen = {path: g.detach() for path, g in g_lo.items()}
@@ -269,7 +269,7 @@ class SPDTrainer:
         model = self.model
 
         def mask(path: str) -> Callable[[Tensor], Tensor]:
-            return lambda x: deployed(model.lower(model.importance_logit(path, x).float()))
+            return lambda x: on_or_off(model.lower(model.importance_logit(path, x).float()))
 
         with torch.autocast(batch.device.type, torch.bfloat16, enabled=self.autocast):
             with model.masked({path: mask(path) for path in model.paths}):
