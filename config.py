@@ -309,6 +309,7 @@ class Recon:
     routing: Literal["all", "layerwise", "subset"] = "all"
     steps: int = 1  # pgd: ascent steps; persistent: extra ascents before the loss
     step_size: float = 1.0  # pgd: η; persistent: learning rate of Adam
+    straight_through: bool = False  # deployed, running: an open gate has its mask's gradient, as if the mask were g
 
     def __post_init__(self) -> None:
         require(

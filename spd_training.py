@@ -51,9 +51,10 @@ def scheduled_rate(config: SPDTrainConfig, step: int) -> float:
     return config.lr * rise * fall
 
 
-def on_or_off(g_lo: Float[Tensor, "*batch"]) -> Float[Tensor, "*batch"]:
-    """The ruler's mask: 1 where the importance is positive, else 0; there, only what would raise it has a gradient."""
-    return torch.where(g_lo > 0, 1.0, g_lo)
+def on_or_off(g_lo: Float[Tensor, "*batch"], straight_through: bool) -> Float[Tensor, "*batch"]:
+    """The ruler's mask: 1 where the importance is positive, else 0. A closed gate has the gradient of `lower`, which can
+    only open it; an open one none, or `straight_through` the mask's, which closes it where the component harms."""
+    return torch.where(g_lo > 0, 1 + g_lo - g_lo.detach() if straight_through else 1.0, g_lo)
 
 
 class SPDTrainer:
@@ -201,7 +202,7 @@ class SPDTrainer:
         if isinstance(term, Merged):
             return self.distance(clean, self.run(self.merged_masks(index, term, g_lo, clean, batch), batch))
         if term.source == "running":
-            return self.distance(clean, self.run_gated(batch))
+            return self.distance(clean, self.run_gated(batch, term.straight_through))
         if term.routing == "layerwise":
             masks = self.masks(index, term, g_lo, clean, batch)
             losses = [self.distance(clean, self.run({path: mask}, batch)) for path, mask in masks.items()]
@@ -219,7 +220,7 @@ class SPDTrainer:
         if term.source == "importance":
             return route({path: Mask(g, None) for path, g in g_lo.items()})
         if term.source == "deployed":
-            return route({path: Mask(on_or_off(g), None) for path, g in g_lo.items()})
+            return route({path: Mask(on_or_off(g, term.straight_through), None) for path, g in g_lo.items()})
         if term.source == "ones":
             return route({path: Mask(torch.ones_like(g), None) for path, g in g_lo.items()})
         frozen = {path: g.detach() for path, g in g_lo.items()}
@@ -264,12 +265,12 @@ class SPDTrainer:
         subset = route_subset(list(g_lo), shape, self.generator)
         return routed(source_masks(g_lo, drawn), {path: torch.where(hostile, 1.0, r) for path, r in subset.items()})
 
-    def run_gated(self, batch: Tensor) -> Tensor:
+    def run_gated(self, batch: Tensor, straight_through: bool) -> Tensor:
         """The output where every module's gate reads its running input and decides as deployed: the ruler's `free`."""
         model = self.model
 
         def mask(path: str) -> Callable[[Tensor], Tensor]:
-            return lambda x: on_or_off(model.lower(model.importance_logit(path, x).float()))
+            return lambda x: on_or_off(model.lower(model.importance_logit(path, x).float()), straight_through)
 
         with torch.autocast(batch.device.type, torch.bfloat16, enabled=self.autocast):
             with model.masked({path: mask(path) for path in model.paths}):

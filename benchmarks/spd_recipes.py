@@ -16,6 +16,8 @@ made of, and why:
   - C = 768 neuron-aligned components: V U = W at the start, and as many as neurons. Gates of 128 hidden units keep the
     checkpoint under 15 MB in fp16.
   - smooth L0: the pull on a gate is bounded and sits near 0, where Lp's grows without bound as p falls.
+`through` gives an open gate under deployed masks the gradient of its mask, which tells whether its component helps: without
+it, deployed masks can open a gate but never close it, and only minimality and stochastic masks do.
 Training needs torch, einops, jaxtyping, numpy, tqdm and transformers alone.
 """
 
@@ -95,6 +97,7 @@ def smooth(coefficient: float) -> SmoothL0:
 
 SUBSETS = Recon(coefficient=1.0, source="stochastic", routing="subset")
 DEPLOYED, RUNNING = Recon(coefficient=1.0, source="deployed"), Recon(coefficient=1.0, source="running")
+DEPLOYED_THROUGH, RUNNING_THROUGH = (replace(term, straight_through=True) for term in (DEPLOYED, RUNNING))
 LOCAL = GateConfig(kind="shared_mlp", hidden=(192,))
 CAUSAL = GateConfig(
     kind="global_shared_transformer", hidden=(384,), d_model=192, blocks=2, heads=6, taps=("*.c_fc",)
@@ -130,9 +133,12 @@ VARIANTS = {
     "deployed": BASE.but(recon=recon(DEPLOYED)),
     "running": BASE.but(recon=recon(SUBSETS, DEPLOYED, RUNNING)),
     "running-deployed": BASE.but(recon=recon(RUNNING, DEPLOYED)),
+    "through": BASE.but(recon=recon(SUBSETS, DEPLOYED_THROUGH)),
     "all": ALL,
+    "all-2.5e-4": ALL.but(minimality=smooth(2.5e-4)),
     "all-1e-3": ALL.but(minimality=smooth(1e-3)),
     "all-muon": ALL.but(optimiser="muon"),
+    "all-through": ALL.but(recon=recon(SUBSETS, DEPLOYED_THROUGH, RUNNING_THROUGH)),
     "all-merged": ALL.but(recon=recon(Merged(coefficient=1.0), DEPLOYED, RUNNING)),
 }
 

@@ -209,7 +209,12 @@ DECOMPOSITIONS = [
     Mutation("coefficients left out", "spd_training.py", "t.coefficient * self.recon(", "self.recon(", f"{SPD}[all]"),
     Mutation("layerwise summed", "spd_training.py", "torch.stack(losses).mean()", "torch.stack(losses).sum()", f"{SPD}[one]"),
     Mutation("subset routed as all", "spd_training.py", 'if term.routing == "subset":', "if False:", f"{SPD}[all]"),
-    Mutation("deployed masks of importances", "spd_training.py", "torch.where(g_lo > 0, 1.0, g_lo)", "g_lo", f"{SPD}[all]"),
+    Mutation(
+        "deployed masks of importances", "spd_training.py",
+        "torch.where(g_lo > 0, 1 + g_lo - g_lo.detach() if straight_through else 1.0, g_lo)",
+        "g_lo", f"{SPD}[all]",
+    ),
+    Mutation("straight through never", "spd_training.py", "if straight_through else", "if False else", f"{SPD}[today]"),
     Mutation(
         "persistent sources stand still", "spd_training.py", "adversary.ascend(objective(adversary.sources()).sum())", "pass",
         f"{SPD}[all]",
