@@ -252,7 +252,7 @@ class TrainConfig:
 @dataclass(frozen=True, kw_only=True)
 class GateConfig:
     """How SPD computes causal importances. `mlp` reads a component's own activation; the other local kinds read the
-    module's input at the same position; the global kinds read the inputs of all modules."""
+    module's input at the same position; the global kinds read the inputs of all modules, or of their `taps`."""
 
     kind: Literal["mlp", "vector_mlp", "shared_mlp", "global_shared_mlp", "global_shared_transformer"]
     hidden: tuple[int, ...]  # hidden widths of the MLP; of a transformer gate: (width of its blocks' MLP,)
@@ -260,12 +260,16 @@ class GateConfig:
     blocks: int = 0  # transformer gate only
     heads: int = 0  # transformer gate only
     causal: bool = True  # transformer gate only: False lets a gate see future tokens (as Goodfire's do)
+    taps: tuple[
+        str, ...
+    ] = ()  # global kinds: fnmatch patterns of the decomposed modules whose inputs are read; (): of all
 
     def __post_init__(self) -> None:
         kinds = ("mlp", "vector_mlp", "shared_mlp", "global_shared_mlp", "global_shared_transformer")
         if self.kind not in kinds:
             raise ValueError(f"unknown gate kind {self.kind!r}: use one of {', '.join(kinds)}")
         require(len(self.hidden) > 0, "a gate needs a hidden layer")
+        require(not (self.local and self.taps), f"a {self.kind} gate reads its own module alone, not {self.taps}")
         if self.kind == "global_shared_transformer":
             sizes = f"d_model {self.d_model}, blocks {self.blocks}, heads {self.heads}"
             require(
@@ -294,13 +298,75 @@ class SPDConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class Recon:
-    """One reconstruction term: coefficient × distance(target output, output under (masks × routing))."""
+    """One reconstruction term: coefficient × distance(target output, output under (masks × routing)).
+
+    `deployed` masks are the ruler's, 1 where the importance is positive and else 0, without Δ; `running` ones too, but
+    their gates read the masked stream, as the ruler's `free` does (local gates alone).
+    """
 
     coefficient: float
-    source: Literal["stochastic", "pgd", "persistent", "importance", "deployed", "ones"] = "stochastic"
+    source: Literal["stochastic", "pgd", "persistent", "importance", "deployed", "running", "ones"] = "stochastic"
     routing: Literal["all", "layerwise", "subset"] = "all"
     steps: int = 1  # pgd: ascent steps; persistent: extra ascents before the loss
     step_size: float = 1.0  # pgd: η; persistent: learning rate of Adam
+    straight_through: bool = False  # deployed, running: an open gate has its mask's gradient, as if the mask were g
+
+    def __post_init__(self) -> None:
+        require(
+            self.source != "running" or self.routing == "all", f"running gates mask all modules, not {self.routing}"
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Merged:
+    """One masked pass for stochastic masks of a random subset of the modules and for an adversary on all of them.
+
+    Each sequence is the adversary's with probability `adversarial`. The adversary is a pool of persistent sources, one
+    vector across all modules each, of which every sequence draws one per step.
+    """
+
+    coefficient: float
+    adversarial: float = 0.5
+    particles: int = 32  # in the pool
+    steps: int = 2  # ascents before the loss, whose own gradient makes one more
+    step_size: float = 0.02  # learning rate of the sources' Adam
+
+
+@dataclass(frozen=True, kw_only=True)
+class Lp:
+    """Importance minimality that makes a component of importance g cost g^p."""
+
+    coefficient: float
+    p: tuple[float, float] = (2.0, 2.0)  # at the start and at the end
+    between: tuple[float, float] = (0.0, 1.0)  # fractions of the steps between which p moves linearly
+
+
+@dataclass(frozen=True, kw_only=True)
+class SmoothL0:
+    """Importance minimality that makes a component of importance g cost g² / (g² + γ²): a count, as γ goes to 0."""
+
+    coefficient: float
+    gamma: tuple[float, float] = (1.0, 0.01)  # at the start and at the end
+    between: tuple[float, float] = (0.0, 0.9)  # fractions of the steps between which γ moves linearly
+    normalise_at_one: bool = True  # times 1 + γ², so that importance 1 costs 1 at every γ
+
+
+@dataclass(frozen=True, kw_only=True)
+class Frequency:
+    """Components that are important often cost more: coefficient · Σ_c f_c log₂(1 + positions · f_c), f their mean cost."""
+
+    coefficient: float
+    positions: float  # of a reference batch, whatever the batch of the run
+    half_life: float = 200.0  # steps, of the average that f is
+
+
+@dataclass(frozen=True, kw_only=True)
+class Locality:
+    """Components should write to, or read from, few of an MLP's neurons: coefficient · a soft count of these."""
+
+    coefficient: float
+    t: tuple[float, float] = (8.0, 2.0)  # width of the count at the start and at the end, in even shares of a component
+    between: tuple[float, float] = (0.0, 0.25)  # fractions of the steps between which t moves linearly
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -308,19 +374,21 @@ class SPDTrainConfig:
     """How an SPD is trained. Defaults are those of the toys."""
 
     steps: int
-    lr: float  # peak learning rate of AdamW (no weight decay)
-    recon: tuple[Recon, ...]
-    minimality: float  # coefficient of the importance-minimality loss
+    lr: float  # peak learning rate (no weight decay)
+    recon: tuple[Recon | Merged, ...]
+    minimality: Lp | SmoothL0
+    frequency: Frequency | None = None
+    locality: Locality | None = None  # MLP matrices alone
     distance: Literal["mse", "kl"] = "mse"
-    p: tuple[float, float] = (2.0, 2.0)  # its exponent at the start and at the end
-    p_between: tuple[float, float] = (0.0, 1.0)  # fractions of the steps between which p moves linearly
-    frequency: float = 0.0  # β, weight of the frequency term inside it
     split: bool = False  # each recon term takes its own share of the sequences: together they cost one masked pass
     faithfulness: float = 0.0  # coefficient of Σ‖Δ‖² / Σ numel(W)
+    relative: bool = False  # the mean over matrices of ‖Δ‖² / ‖W‖² in its place
+    optimiser: Literal["adamw", "muon"] = "adamw"  # muon: of matrices; vectors keep AdamW
     schedule: Literal["constant", "cosine"] = "cosine"
     final: float = 0.0  # cosine: learning rate at the end, as a fraction of the peak
     warmup: float = 0.0  # fraction of the steps with a rising learning rate
-    faithful_steps: int = 200  # steps of faithfulness warm-up; 0 starts from a least-squares factorisation instead
+    start: Literal["warm_up", "least_squares", "neurons"] = "warm_up"  # how V U comes near to W before the first step
+    faithful_steps: int = 200  # warm_up: steps of faithfulness alone
     faithful_lr: float = 0.01
     faithful_decay: float = 0.1  # weight decay of the warm-up's AdamW
     clip: float | None = None  # clip the norm of the components' gradient; None leaves it

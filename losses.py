@@ -5,6 +5,7 @@ AuxK:     FVU of ŷ + αê, ŷ a constant, ê = decode(dead latents) without b_d
 Output:   CE = −log q(next token),  KL(p‖q) = Σ_v p_v (log p_v − log q_v)
 """
 
+import math
 from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
@@ -13,6 +14,8 @@ import torch.nn.functional as F
 from einops import rearrange
 from jaxtyping import Float, Int
 from torch import Tensor
+
+from config import Lp, SmoothL0
 
 
 def wide(x: Tensor) -> Tensor:
@@ -182,23 +185,59 @@ def faithfulness(deltas: Mapping[str, Float[Tensor, "*stack d_in d_out"]]) -> Fl
     return torch.stack([delta.square().sum() for delta in deltas.values()]).sum() / numel
 
 
-def importance_minimality(
-    g_up: Mapping[str, Float[Tensor, "*stack position component"]], p: float, frequency: float
+def relative_faithfulness(
+    deltas: Mapping[str, Float[Tensor, "*stack d_in d_out"]], weights: Mapping[str, Float[Tensor, "*stack d_in d_out"]]
 ) -> Float[Tensor, ""]:
-    """Σ_l Σ_c [s/N + β (s/N) log₂(1 + s)] with s_lc = Σ_positions (g_up + 1e-12)^p; β = `frequency`."""
-    total = torch.zeros(())
-    for g in g_up.values():
-        s = (g.clamp_min(0) + 1e-12).pow(p).sum(-2)
-        mean = s / g.shape[-2]
-        total = total + (mean + frequency * mean * torch.log2(1 + s) if frequency else mean).sum()
-    return total
+    """Mean over the matrices of ‖Δ_l‖²_F / ‖W_l‖²_F: every matrix counts alike, whatever its size (SPEC.md S17)."""
+    shares = [
+        (delta.square().sum((-2, -1)) / weights[path].square().sum((-2, -1))).sum() for path, delta in deltas.items()
+    ]
+    return torch.stack(shares).mean()
 
 
-def annealed_p(p: tuple[float, float], between: tuple[float, float], progress: float) -> float:
-    """p₀ before, p₁ after, and on the line between the two fractions of training."""
+def annealed(ends: tuple[float, float], between: tuple[float, float], progress: float) -> float:
+    """The first value before, the second after, and on the line between the two fractions of training."""
     first, last = between
     share = min(1.0, max(0.0, (progress - first) / max(last - first, 1e-12)))
-    return p[0] + (p[1] - p[0]) * share
+    return ends[0] + (ends[1] - ends[0]) * share
+
+
+def importance_cost(
+    g_up: Float[Tensor, "*batch"], minimality: Lp | SmoothL0, progress: float
+) -> Float[Tensor, "*batch"]:
+    """What an importance costs at this fraction of training: (g_up + 1e-12)^p, or ψ(g) = g² / (g² + γ²) of smooth L0.
+
+    |ψ′| ≤ 0.65/γ with its peak at γ/√3: the pull is bounded and sits at small gates, where that of g^p grows without bound.
+    goodfire-ai/param-decomp, docs/smooth_l0_importance_minimality.md.
+    """
+    if isinstance(minimality, Lp):
+        return (g_up.clamp_min(0) + 1e-12).pow(annealed(minimality.p, minimality.between, progress))
+    square, width = g_up.square(), annealed(minimality.gamma, minimality.between, progress) ** 2
+    return square / (square + width) * (1 + width if minimality.normalise_at_one else 1.0)
+
+
+def frequency_cost(
+    f: Float[Tensor, "*stack component"], mean: Float[Tensor, "*stack component"], positions: float
+) -> Float[Tensor, ""]:
+    """Φ(f̄) = Σ_c f̄_c log₂(1 + a f̄_c) of an average f̄ over many steps, with the gradient Φ′(f̄) · ∂f of this step's f.
+
+    a = `positions`. Φ is convex, so that Φ of one batch's f would cost rare components too much, the more so the smaller
+    the batch (goodfire-ai/param-decomp, SPEC.md S8″).
+    """
+    count = positions * mean
+    slope = torch.log2(1 + count) + count / ((1 + count) * math.log(2))
+    return (mean * torch.log2(1 + count) + slope * (f - f.detach())).sum()
+
+
+def locality(weights: Float[Tensor, "component unit"], t: float) -> Float[Tensor, "component"]:
+    """On how many units each component lies, softly: Σ_u f_u / (f_u + t/N) with f_u = w_u² / ‖w‖², N units.
+
+    On m units in equal shares: m / (1 + t m/N). `weights`: rows of U where units are written, columns of V where they are
+    read (goodfire-ai/param-decomp, SPEC.md S36).
+    """
+    square = weights.square()
+    share = square / square.sum(-1, keepdim=True)
+    return (share / (share + t / weights.shape[-1])).sum(-1)
 
 
 def squared_error(target: Float[Tensor, "*batch"], prediction: Float[Tensor, "*batch"]) -> Float[Tensor, ""]:

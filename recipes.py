@@ -30,6 +30,7 @@ from config import (
     CoderObjective,
     EncoderConfig,
     GateConfig,
+    Lp,
     Output,
     Recon,
     Rule,
@@ -181,8 +182,9 @@ def train_decomposition(
     random_masks = Recon(coefficient=0.5, source="stochastic", routing="subset")
     the_rulers = Recon(coefficient=0.5, source="deployed", routing="all")
     train = SPDTrainConfig(
-        steps=r.steps, lr=r.lr, recon=(random_masks, the_rulers), minimality=r.minimality, distance="kl", p=(2.0, 0.4),
-        split=True, faithfulness=1e4, final=0.1, warmup=0.02, faithful_steps=0, clip=1.0, metrics_every=20,
+        steps=r.steps, lr=r.lr, recon=(random_masks, the_rulers), distance="kl",
+        minimality=Lp(coefficient=r.minimality, p=(2.0, 0.4)), split=True, faithfulness=1e4, final=0.1, warmup=0.02,
+        start="least_squares", clip=1.0, metrics_every=20,
         checkpoint_every=100, seed=r.seed,
     )  # fmt: skip
     name = f"{target.name}_spd_L{'-'.join(map(str, layers))}_C{r.components}_n{r.steps}x{r.batch}_s{r.seed}"

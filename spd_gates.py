@@ -3,8 +3,8 @@
     z = gate(clean inputs),   g_lo = clamp(z, 0, 1),   g_up = max(z, 0) for z ≤ 1, 1 + α (z − 1) above
 
 z, the pre-sigmoid importance, is (…, component). A gate reads one component's activation (`mlp`), its module's input
-(`vector_mlp`, `shared_mlp`) or the inputs of all modules (`global_shared_mlp`, `global_shared_transformer`). Any parameter may
-carry one leading axis `stack`: several seeds of one toy side by side.
+(`vector_mlp`, `shared_mlp`) or the inputs of all modules, or of its `taps` (`global_shared_mlp`, `global_shared_transformer`).
+Any parameter may carry one leading axis `stack`: several seeds of one toy side by side.
 """
 
 import functools
@@ -260,9 +260,9 @@ class Importances(nn.Module):
         stack: int | None,
         g: torch.Generator,
     ) -> None:
-        """`widths` and `sizes`: of what the gate reads of each module, and the number of its components, in the order of z."""
+        """`widths`: of what the gates read of each module, in that order; `sizes`: numbers of components, in the order of z."""
         super().__init__()
-        self.config, self.sizes = config, dict(sizes)
+        self.config, self.reads, self.sizes = config, list(widths), dict(sizes)
         lead = () if stack is None else (stack,)
         d_in, n = sum(widths.values()), sum(sizes.values())
         if config.local:
@@ -287,9 +287,9 @@ class Importances(nn.Module):
         return self._ci_fns[dashed(path)]  # type: ignore[return-value]
 
     def together(self, inputs: Mapping[str, Tensor]) -> dict[str, Float[Tensor, "*batch component"]]:
-        """z of every module by a global gate, from what it reads of all of them."""
-        assert set(inputs) == set(self.sizes), f"a global gate reads all of {list(self.sizes)}, got {sorted(inputs)}"
-        z = self._global_ci_fn([inputs[path] for path in self.sizes])
+        """z of every module by a global gate, from all that it reads."""
+        assert set(inputs) == set(self.reads), f"the global gate reads all of {self.reads}, got {sorted(inputs)}"
+        z = self._global_ci_fn([inputs[path] for path in self.reads])
         return dict(zip(self.sizes, z.split(list(self.sizes.values()), -1)))
 
     def n_parameters(self, paths: Iterable[str]) -> int:

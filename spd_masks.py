@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from spd_gates import align
@@ -94,7 +94,7 @@ class PersistentSources(nn.Module):
     """Adversarial sources r ∈ [0, 1] kept across training steps; Adam ascent, clamped. State travels in checkpoints.
 
     `shape`: () one vector for all positions, (seq,) one per position index, (batch, seq) one per batch slot, (stack, 1) one
-    per seed of a stack.
+    per seed of a stack, (particle,) a pool that sequences draw from.
     """
 
     def __init__(
@@ -115,11 +115,24 @@ class PersistentSources(nn.Module):
     def sources(self) -> dict[str, Tensor]:
         return dict(zip(self.paths, self.r))
 
-    def ascend(self, value: Tensor, retain_graph: bool = False) -> None:
+    def drawn(self, particles: Bool[Tensor, "sequence particle"]) -> dict[str, Float[Tensor, "sequence 1 component+1"]]:
+        """Each sequence's own particle of the pool, the same for all its positions.
+
+        `particles` has one True a sequence: a product with it has a gradient without atomics, which differ from run to run.
+        """
+        return {path: (particles.to(r.dtype) @ r)[:, None] for path, r in self.sources().items()}
+
+    def ascend(self, value: Tensor) -> None:
         """One step of ascent on the gradient of `value`; the other leaves of the graph get none."""
         params = list(self.r)
-        for p, g in zip(params, torch.autograd.grad(value, params, retain_graph=retain_graph)):
+        for p, g in zip(params, torch.autograd.grad(value, params)):
             p.grad = g
+        self.follow(1.0)
+
+    def follow(self, scale: float) -> None:
+        """One step of ascent on `scale` times the gradient that the sources hold; they hold none afterwards."""
+        params = list(self.r)
+        torch._foreach_mul_([p.grad for p in params], scale)
         self.optimiser.step()
         with torch.no_grad():
             for p in params:

@@ -14,6 +14,7 @@ import fnmatch
 from collections.abc import Callable, Iterator, Mapping
 
 import torch
+import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
@@ -108,7 +109,11 @@ class ComponentModel(nn.Module):
                 part = Components(module, sizes[path], self.stack, generator)
             self._components[dashed(path)] = part
         self.sizes = sizes
-        widths = {path: sizes[path] if self._embeds(path) else self._weight(path).shape[-2] for path in self.paths}
+        taps = config.gate.taps or ("*",)
+        read = [path for path in self.paths if any(fnmatch.fnmatchcase(path, tap) for tap in taps)]
+        if not read:
+            raise ValueError(f"the gate's taps {taps} match none of the decomposed {self.paths}")
+        widths = {path: sizes[path] if self._embeds(path) else self._weight(path).shape[-2] for path in read}
         ordered = {path: sizes[path] for path in self.paths}
         self.__dict__["importances"] = Importances(config.gate, widths, ordered, self.stack, generator)
         for name, gates in self.importances.named_children():
@@ -149,7 +154,8 @@ class ComponentModel(nn.Module):
         """z of every module from the inputs of all modules (local gates need only those they are asked for)."""
         if self.config.gate.local:
             return {path: self.importance_logit(path, x) for path, x in inputs.items()}
-        return self.importances.together({path: self._gate_input(path, x) for path, x in inputs.items()})
+        read = {path: self._gate_input(path, x) for path, x in inputs.items() if path in self.importances.reads}
+        return self.importances.together(read)
 
     def importance_logit(self, path: str, x: Tensor) -> Float[Tensor, "*batch component"]:
         """z of one module from its own input; only local gates can do this."""
@@ -217,7 +223,7 @@ class ComponentModel(nn.Module):
         """The target's output with the given masks (its first output where it gives several)."""
         deltas = {path: mask.delta for path, mask in masks.items() if mask.delta is not None}
         with self.masked({path: mask.components for path, mask in masks.items()}, deltas):
-            return _first(self.target_model(*args))
+            return first_output(self.target_model(*args))
 
     def inputs_capture(self, *args: Tensor) -> tuple[dict[str, Tensor], Tensor]:
         """(inputs of all decomposed modules, output) of one clean forward pass of the target."""
@@ -229,7 +235,7 @@ class ComponentModel(nn.Module):
         with contextlib.ExitStack() as stack:
             for path in self.paths:
                 stack.enter_context(before(self.target_model.get_submodule(path), keep(path)))
-            output = _first(self.target_model(*args))
+            output = first_output(self.target_model(*args))
         return seen, output
 
     def deltas(self) -> dict[str, Float[Tensor, "*stack d_in d_out"]]:
@@ -246,8 +252,44 @@ class ComponentModel(nn.Module):
                 elif isinstance(part, Components):
                     part.V += (W - part.V @ part.U) @ torch.linalg.pinv(part.U)
 
+    def writes_neurons(self, path: str) -> bool:
+        """Whether an MLP's matrix gives its neurons rather than reads them: they are its wider side."""
+        d_in, d_out = self._weight(path).shape[-2:]
+        assert d_in != d_out and self.stack is None, (
+            f"no side of {path!r} is known as neurons: {d_in=} {d_out=} {self.stack=}"
+        )
+        return d_in < d_out
 
-def _first(output: object) -> Tensor:
+    def neuron_weights(self) -> dict[str, Float[Tensor, "component unit"]]:
+        """What the components of every MLP matrix write to its neurons, or read from them."""
+        return {path: part.U if self.writes_neurons(path) else part.V.mT for path, part in self.components.items()}
+
+    @torch.no_grad()
+    def start_neurons(self, generator: torch.Generator) -> None:
+        """Each component becomes one neuron's weights, or a part of them, so that V U = W exactly; needs C ≥ neurons.
+
+        A one-hot vector on the side of the neurons, the neuron's weights on the other. Where C exceeds them, neurons are
+        repeated evenly (which one once more, at random), and the weights of a neuron split over its components in random
+        disjoint sets of coordinates (goodfire-ai/param-decomp, targets/transformer.py).
+        """
+        for path, part in self.components.items():
+            W, n = self._weight(path).cpu(), self.sizes[path]
+            rows = W.mT if self.writes_neurons(path) else W
+            units, d = rows.shape
+            assert isinstance(part, Components) and n >= units, f"{n} components of {path!r} for {units} neurons"
+            repeats = torch.full((units,), n // units)
+            repeats[torch.randperm(units, generator=generator)[: n % units]] += 1
+            unit = torch.arange(units).repeat_interleave(repeats)
+            copy = torch.arange(n) - (repeats.cumsum(0) - repeats)[unit]
+            rank = torch.rand(units, d, generator=generator).argsort(-1).argsort(-1)
+            weights = rows[unit] * (rank[unit] % repeats[unit, None] == copy[:, None])
+            one_hot = F.one_hot(unit, units).to(W.dtype)
+            V, U = (weights, one_hot) if self.writes_neurons(path) else (one_hot, weights)
+            part.V.copy_(V.mT)
+            part.U.copy_(U)
+
+
+def first_output(output: object) -> Tensor:
     if isinstance(output, tuple):
         output = output[0]
     return output if isinstance(output, Tensor) else output.logits  # type: ignore[attr-defined,no-any-return]

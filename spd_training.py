@@ -1,10 +1,11 @@
 """Training a stochastic parameter decomposition, of toys and of language models alike.
 
-    loss = Σ_terms coefficient · D(target, target under masks × routing) + λ · minimality(g_up; p) + γ · faithfulness
-    D = squared error or KL;   AdamW (no weight decay) on V, U and the gates;   p moves linearly, the rate by cosine
+    loss = Σ_terms coefficient · D(target, target under masks × routing)
+         + coefficients · (Σ cost(g_up) [minimality], Φ(firing rates) [frequency], locality, faithfulness)
+    D = squared error or KL;   AdamW, or Muon for matrices, without weight decay;   the rate falls by cosine
 
 One clean pass gives the inputs of all modules; gates read them, not detached; each term is one masked pass.
-Published recipe and numbers: arXiv 2506.20790 and goodfire-ai/spd.
+Published recipes and numbers: arXiv 2506.20790, goodfire-ai/spd, goodfire-ai/param-decomp (core/SPEC.md).
 """
 
 import math
@@ -17,11 +18,20 @@ from einops import rearrange
 from jaxtyping import Float
 from torch import Tensor
 
-from config import Recon, SPDTrainConfig, to_json
+from config import Merged, Recon, SPDTrainConfig, to_json
 from logs import Logger
-from losses import annealed_p, faithfulness, importance_minimality, mean_kl, squared_error
+from losses import (
+    annealed,
+    faithfulness,
+    frequency_cost,
+    importance_cost,
+    locality,
+    mean_kl,
+    relative_faithfulness,
+    squared_error,
+)
 from spd_masks import Mask, PersistentSources, pgd_sources, route_subset, routed, source_masks, stochastic_masks
-from spd_model import ComponentModel
+from spd_model import ComponentModel, first_output, weight_map
 from training import Progress, run_training
 
 
@@ -41,38 +51,87 @@ def scheduled_rate(config: SPDTrainConfig, step: int) -> float:
     return config.lr * rise * fall
 
 
+def on_or_off(g_lo: Float[Tensor, "*batch"], straight_through: bool) -> Float[Tensor, "*batch"]:
+    """The ruler's mask: 1 where the importance is positive, else 0. A closed gate has the gradient of `lower`, which can
+    only open it; an open one none, or `straight_through` the mask's, which closes it where the component harms."""
+    return torch.where(g_lo > 0, 1 + g_lo - g_lo.detach() if straight_through else 1.0, g_lo)
+
+
 class SPDTrainer:
-    """All that a run owns: model, optimiser, adversaries, generator. `step` is one step; state round-trips exactly."""
+    """All that a run owns: model, optimisers, adversaries, firing rates, generator. `step` is one step; state round-trips
+    exactly."""
 
     def __init__(self, model: ComponentModel, config: SPDTrainConfig, autocast: bool) -> None:
         self.model, self.config, self.autocast = model, config, autocast
         self.generator = torch.Generator(next(model.parameters()).device).manual_seed(config.seed)
         weights = [p for part in model.components.values() for p in part.parameters()]
         self.weights = weights
+        matrices, vectors = [], [weights, list(model.importances.parameters())]
+        if config.optimiser == "muon":
+            matrices = [p for group in vectors for p in group if p.ndim == 2]
+            vectors = [[p for p in group if p.ndim != 2] for group in vectors]
+            assert model.stack is None, "Muon takes matrices one by one: it does not train stacked toys"
         self.optimiser = torch.optim.AdamW(
-            [{"params": weights}, {"params": list(model.importances.parameters())}],
-            lr=config.lr,
-            weight_decay=0.0,
-            fused=True,
+            [{"params": group} for group in vectors], lr=config.lr, weight_decay=0.0, fused=True
         )
-        shared = () if model.stack is None else (model.stack, 1)  # by all positions, not by seeds
+        self.optimisers: list[torch.optim.Optimizer] = [self.optimiser]
+        if matrices:  # its steps as long as AdamW's at an equal rate
+            muon = torch.optim.Muon(matrices, lr=config.lr, weight_decay=0.0, adjust_lr_fn="match_rms_adamw")
+            self.optimisers.append(muon)
         self.adversaries = {
-            i: PersistentSources(model.sizes, shared, term.step_size, (0.5, 0.99), self.generator).to(weights[0].device)
-            for i, term in enumerate(config.recon) if term.source == "persistent"
+            i: self._adversary(term).to(weights[0].device)
+            for i, term in enumerate(config.recon) if isinstance(term, Merged) or term.source == "persistent"
         }  # fmt: skip
+        self.rates = {
+            path: torch.zeros(part.U.shape[:-1], device=part.U.device)
+            for path, part in model.components.items() if config.frequency is not None
+        }  # fmt: skip  # averages of what components cost, for the frequency term
         self.steps_done = 0
 
+    def _adversary(self, term: Recon | Merged) -> PersistentSources:
+        sizes, stack = self.model.sizes, self.model.stack
+        if isinstance(term, Merged):
+            assert stack is None, "sequences of stacked toys draw no particles"
+            return PersistentSources(sizes, (term.particles,), term.step_size, (0.01, 0.99), self.generator)
+        shared = () if stack is None else (stack, 1)  # by all positions, not by seeds
+        return PersistentSources(sizes, shared, term.step_size, (0.5, 0.99), self.generator)
+
     def warm_up(self) -> None:
-        """Faithfulness alone, by AdamW of its own; with 0 steps, the least-squares factorisation in its place."""
-        if self.config.faithful_steps == 0:
+        """The start: faithfulness alone, by AdamW of its own, or a factorisation of W in its place."""
+        if self.config.start == "least_squares":
             return self.model.start_faithful()
+        if self.config.start == "neurons":
+            return self.model.start_neurons(torch.Generator().manual_seed(self.config.seed))
         optimiser = torch.optim.AdamW(
             self.weights, lr=self.config.faithful_lr, weight_decay=self.config.faithful_decay, fused=True
         )
         for _ in range(self.config.faithful_steps):
-            faithfulness(self.model.deltas()).backward()
+            self.faithfulness().backward()
             optimiser.step()
             optimiser.zero_grad(set_to_none=True)
+
+    def faithfulness(self) -> Float[Tensor, ""]:
+        deltas = self.model.deltas()
+        if not self.config.relative:
+            return faithfulness(deltas)
+        targets = {path: weight_map(self.model.target_model.get_submodule(path)) for path in deltas}
+        return relative_faithfulness(deltas, targets)
+
+    def locality(self, progress: float) -> Float[Tensor, ""]:
+        """Mean over the components of all MLP matrices."""
+        assert (term := self.config.locality) is not None
+        t = annealed(term.t, term.between, progress)
+        return torch.cat([locality(weights, t) for weights in self.model.neuron_weights().values()]).mean()
+
+    def frequency(self, costs: dict[str, Float[Tensor, "*stack component"]]) -> Float[Tensor, ""]:
+        """Σ of Φ over modules; moves the averages by this step's costs. Their start at 0 is divided out."""
+        assert (term := self.config.frequency) is not None
+        kept = 2.0 ** (-1 / term.half_life)
+        total = []
+        for path, f in costs.items():
+            mean = self.rates[path].lerp_(f.detach(), 1 - kept) / (1 - kept ** (self.steps_done + 1))
+            total.append(frequency_cost(f, mean, term.positions))
+        return torch.stack(total).sum()
 
     def distance(self, target: Tensor, prediction: Tensor) -> Float[Tensor, ""]:
         if self.config.distance == "kl":
@@ -106,31 +165,44 @@ class SPDTrainer:
         stack = "" if model.stack is None else "stack "
         by_position = f"{stack}... component -> {stack}(...) component"
         g_up = {path: rearrange(model.upper(logit), by_position) for path, logit in z.items()}
-        p = annealed_p(c.p, c.p_between, self.steps_done / c.steps)
-        minimality = importance_minimality(g_up, p, c.frequency)
+        progress = self.steps_done / c.steps
+        costs = {path: importance_cost(g, c.minimality, progress).mean(-2) for path, g in g_up.items()}
+        minimality = torch.stack([f.sum() for f in costs.values()]).sum()
         n = len(c.recon) if c.split else 1
         shares = [
             ({path: g[i % n :: n] for path, g in g_lo.items()}, clean[i % n :: n], batch[i % n :: n])
             for i in range(len(c.recon))
         ]
         recon = torch.stack([t.coefficient * self.recon(i, t, *shares[i]) for i, t in enumerate(c.recon)]).sum()
-        loss = recon + c.minimality * minimality
+        loss = recon + c.minimality.coefficient * minimality
+        if c.frequency is not None:
+            loss = loss + c.frequency.coefficient * self.frequency(costs)
+        if c.locality is not None:
+            loss = loss + c.locality.coefficient * self.locality(progress)
         if c.faithfulness:
-            loss = loss + c.faithfulness * faithfulness(model.deltas())
+            loss = loss + c.faithfulness * self.faithfulness()
         loss.backward()
+        for i, adversary in self.adversaries.items():
+            if isinstance(term := c.recon[i], Merged):
+                adversary.follow(1 / term.coefficient)
         if c.clip is not None:
             torch.nn.utils.clip_grad_norm_(self.weights, c.clip)
-        for group in self.optimiser.param_groups:
-            group["lr"] = scheduled_rate(c, self.steps_done)
-        self.optimiser.step()
-        self.optimiser.zero_grad(set_to_none=True)
+        for optimiser in self.optimisers:
+            for group in optimiser.param_groups:
+                group["lr"] = scheduled_rate(c, self.steps_done)
+            optimiser.step()
+            optimiser.zero_grad(set_to_none=True)
         self.steps_done += 1
         with torch.no_grad():
             l0 = torch.stack([(g > 0).sum() / (g.numel() / g.shape[-1]) for g in g_lo.values()])
         return torch.cat([torch.stack([loss, recon, minimality]).detach(), l0])
 
-    def recon(self, index: int, term: Recon, g_lo: dict[str, Tensor], clean: Tensor, batch: Tensor) -> Tensor:
+    def recon(self, index: int, term: Recon | Merged, g_lo: dict[str, Tensor], clean: Tensor, batch: Tensor) -> Tensor:
         """D of one term. `layerwise` masks one module at a time and averages over modules."""
+        if isinstance(term, Merged):
+            return self.distance(clean, self.run(self.merged_masks(index, term, g_lo, clean, batch), batch))
+        if term.source == "running":
+            return self.distance(clean, self.run_gated(batch, term.straight_through))
         if term.routing == "layerwise":
             masks = self.masks(index, term, g_lo, clean, batch)
             losses = [self.distance(clean, self.run({path: mask}, batch)) for path, mask in masks.items()]
@@ -148,7 +220,7 @@ class SPDTrainer:
         if term.source == "importance":
             return route({path: Mask(g, None) for path, g in g_lo.items()})
         if term.source == "deployed":
-            return route({path: Mask(torch.where(g > 0, 1.0, g), None) for path, g in g_lo.items()})
+            return route({path: Mask(on_or_off(g, term.straight_through), None) for path, g in g_lo.items()})
         if term.source == "ones":
             return route({path: Mask(torch.ones_like(g), None) for path, g in g_lo.items()})
         frozen = {path: g.detach() for path, g in g_lo.items()}
@@ -170,10 +242,45 @@ class SPDTrainer:
             adversary.ascend(objective(adversary.sources()).sum())
         return route(source_masks(g_lo, {path: r.detach() for path, r in adversary.sources().items()}))
 
+    def merged_masks(
+        self, index: int, term: Merged, g_lo: dict[str, Tensor], clean: Tensor, batch: Tensor
+    ) -> dict[str, Mask]:
+        """Of the adversary on some sequences, of fresh draws and random subsets on the others; the adversary ascends first.
+
+        A sequence's particle is the same in the ascents, which mask all sequences, and in the loss.
+        """
+        adversary, shape, like = self.adversaries[index], tuple(clean.shape[:2]), {"device": clean.device}
+        index_of = torch.randint(term.particles, (shape[0], 1), generator=self.generator, **like)
+        particles = index_of == torch.arange(term.particles, **like)
+        hostile = torch.rand(shape[0], 1, generator=self.generator, **like) < term.adversarial
+        frozen = {path: g.detach() for path, g in g_lo.items()}
+        for _ in range(term.steps):
+            adversary.ascend(self.distance(clean, self.run(source_masks(frozen, adversary.drawn(particles)), batch)))
+        fresh = {
+            path: torch.rand(*shape, n + 1, generator=self.generator, **like) for path, n in self.model.sizes.items()
+        }
+        drawn = {
+            path: torch.where(hostile[..., None], own, fresh[path]) for path, own in adversary.drawn(particles).items()
+        }
+        subset = route_subset(list(g_lo), shape, self.generator)
+        return routed(source_masks(g_lo, drawn), {path: torch.where(hostile, 1.0, r) for path, r in subset.items()})
+
+    def run_gated(self, batch: Tensor, straight_through: bool) -> Tensor:
+        """The output where every module's gate reads its running input and decides as deployed: the ruler's `free`."""
+        model = self.model
+
+        def mask(path: str) -> Callable[[Tensor], Tensor]:
+            return lambda x: on_or_off(model.lower(model.importance_logit(path, x).float()), straight_through)
+
+        with torch.autocast(batch.device.type, torch.bfloat16, enabled=self.autocast):
+            with model.masked({path: mask(path) for path in model.paths}):
+                return first_output(model.target_model(batch))
+
     def state_dict(self) -> dict[str, Any]:
         return {
             "model": self.model.state_dict(),
-            "optimiser": self.optimiser.state_dict(),
+            "optimisers": [optimiser.state_dict() for optimiser in self.optimisers],
+            "rates": self.rates,
             "adversaries": {str(i): [a.state_dict(), a.optimiser.state_dict()] for i, a in self.adversaries.items()},
             "generator": self.generator.get_state().cpu(),
             "steps_done": self.steps_done,
@@ -181,7 +288,10 @@ class SPDTrainer:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.model.load_state_dict(state["model"])
-        self.optimiser.load_state_dict(state["optimiser"])
+        for optimiser, own in zip(self.optimisers, state["optimisers"], strict=True):
+            optimiser.load_state_dict(own)
+        for path, rate in self.rates.items():
+            rate.copy_(state["rates"][path])
         for i, adversary in self.adversaries.items():
             adversary.load_state_dict(state["adversaries"][str(i)][0])
             adversary.optimiser.load_state_dict(state["adversaries"][str(i)][1])

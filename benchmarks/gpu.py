@@ -54,7 +54,7 @@ from transformers import PreTrainedTokenizerBase
 
 from activation_store import ActivationBatch, DataConfig
 from checkpoints import build_coder, load_spd, save_checkpoint
-from config import BatchTopK, CoderConfig, EncoderConfig, JumpReLU, Recon, Relu, SPDTrainConfig, TopK, TrainConfig
+from config import BatchTopK, CoderConfig, EncoderConfig, JumpReLU, Lp, Recon, Relu, SPDTrainConfig, TopK, TrainConfig
 from llama_simple_mlp import LlamaSimpleMLP, LlamaSimpleMLPConfig, initialise
 from logs import atomic_path, errors_in_one_line, git_commit
 from sparse_encode import _select_by_bounds
@@ -378,9 +378,9 @@ def spd(bench: Bench) -> None:
     random_masks = Recon(coefficient=0.5, source="stochastic", routing="subset")
     the_rulers = Recon(coefficient=0.5, source="deployed", routing="all")
     train = SPDTrainConfig(
-        steps=10_000, lr=1e-3, recon=(random_masks, the_rulers), minimality=5e-4, distance="kl", p=(0.4, 0.4),
-        split=True, faithfulness=1e4, final=0.1, warmup=0.05, faithful_steps=0, clip=1.0, metrics_every=20,
-        checkpoint_every=10**9, seed=record.train_tokens,
+        steps=10_000, lr=1e-3, recon=(random_masks, the_rulers), distance="kl",
+        minimality=Lp(coefficient=5e-4, p=(0.4, 0.4)), split=True, faithfulness=1e4, final=0.1, warmup=0.05, clip=1.0,
+        metrics_every=20, checkpoint_every=10**9, seed=record.train_tokens,
     )  # fmt: skip
     rows, half = Rows(target, batch, train.seed), bench.device != "cpu"
     trial = SPDTrainer(copy, train, half)

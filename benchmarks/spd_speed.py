@@ -20,7 +20,7 @@ import torch.nn.functional as F
 import tyro
 from torch import Tensor
 
-from config import GateConfig, Recon, SPDConfig, SPDTrainConfig
+from config import GateConfig, Lp, Recon, SPDConfig, SPDTrainConfig
 from devices import keep_freed_memory
 from logs import write_csv
 from spd_gates import lower, upper
@@ -113,7 +113,9 @@ def stacked(toy: Toy, C: int, minimality: float, p: float, seeds: int) -> SPDTra
     recon = (Recon(coefficient=1.0), Recon(coefficient=1.0, routing="layerwise"))
     return SPDTrainer(
         model,
-        SPDTrainConfig(steps=1000, lr=1e-3, recon=recon, minimality=minimality, p=(p, p), schedule="constant"),
+        SPDTrainConfig(
+            steps=1000, lr=1e-3, recon=recon, minimality=Lp(coefficient=minimality, p=(p, p)), schedule="constant"
+        ),
         False,
     )
 

@@ -49,9 +49,13 @@ from config import (
     BatchTopK,
     CLTConfig,
     EncoderConfig,
+    Frequency,
     GateConfig,
     Gated,
     JumpReLU,
+    Locality,
+    Lp,
+    Merged,
     Recon,
     Relu,
     Rule,
@@ -269,7 +273,8 @@ def test_a_calibrated_threshold_is_the_cpus(kind: str, cpu: TargetModel, device:
 
 # ----------------------------------------------------------------------------------- stochastic parameter decomposition
 
-SOURCES = ("stochastic", "pgd", "persistent", "importance", "deployed", "ones")
+SOURCES = ("stochastic", "pgd", "persistent", "importance", "deployed", "ones")  # under every routing
+OF_TODAY = (Merged(coefficient=0.5, particles=3), Recon(coefficient=0.5, source="running"))
 ROUTINGS = ("all", "layerwise", "subset")
 GATES = {
     "mlp": GateConfig(kind="mlp", hidden=(5,)),
@@ -279,6 +284,9 @@ GATES = {
     "global_mlp": GateConfig(kind="global_shared_mlp", hidden=(5,)),
     "causal_transformer": GateConfig(
         kind="global_shared_transformer", hidden=(16,), d_model=8, blocks=2, heads=2, causal=True
+    ),
+    "tapped_transformer": GateConfig(
+        kind="global_shared_transformer", hidden=(16,), d_model=8, blocks=2, heads=2, taps=("*.c_fc",)
     ),
     "transformer": GateConfig(
         kind="global_shared_transformer", hidden=(16,), d_model=8, blocks=2, heads=2, causal=False
@@ -292,16 +300,19 @@ def decomposition_of(target: TargetModel, gate: str) -> ComponentModel:
     return ComponentModel(target.model, config, torch.Generator().manual_seed(0)).to(target.device)
 
 
-def trainer_of(target: TargetModel, gate: str, *recon: Recon, autocast: bool = False) -> SPDTrainer:
+def trainer_of(
+    target: TargetModel, gate: str, *recon: Recon | Merged, autocast: bool = False, optimiser: str = "adamw"
+) -> SPDTrainer:
     """After its warm-up."""
     config = SPDTrainConfig(
         steps=10,
         lr=1e-3,
         recon=recon,
-        minimality=1e-3,
+        minimality=Lp(coefficient=1e-3, p=(2.0, 1.0)),
+        frequency=Frequency(coefficient=1e-4, positions=100.0),
+        locality=Locality(coefficient=1e-3),
         distance="kl",
-        p=(2.0, 1.0),
-        frequency=0.1,
+        optimiser=optimiser,  # type: ignore[arg-type]
         faithfulness=1.0,
         faithful_steps=3,
         clip=1.0,
@@ -315,7 +326,10 @@ def spd_steps(trainer: SPDTrainer, device: str) -> tuple[list[Tensor], dict[str,
     """Readings of two steps, and the state after them without the generator's, of which each device has its own kind."""
     readings = [trainer.step(TOKENS.to(device)) for _ in range(2)]
     state = trainer.state_dict()
-    return readings, {key: state[key] for key in ("model", "optimiser", "adversaries")}
+    moments = [optimiser["state"] for optimiser in state["optimisers"]]
+    return readings, {"moments": moments, **{key: state[key] for key in ("model", "rates")}} | {
+        f"adversary {i}": [sources, moments["state"]] for i, (sources, moments) in state["adversaries"].items()
+    }
 
 
 def compare_spd(cpu: TargetModel, device: str, gate: str, recon: Recon) -> None:
@@ -333,6 +347,15 @@ def test_an_spd_step_on_the_device_is_the_cpus(
     compare_spd(
         cpu, device, "shared_mlp", Recon(coefficient=1.0, source=source, routing=routing, steps=steps, step_size=0.1)
     )  # type: ignore
+
+
+def test_a_step_of_todays_terms_on_the_device_is_the_cpus(cpu: TargetModel, device: str, same_draws: None) -> None:
+    """Merged masks with their pool of particles, running gates, and Muon, whose products are bf16."""
+    steps = [
+        spd_steps(trainer_of(on(cpu, place), "shared_mlp", *OF_TODAY, optimiser="muon"), place)
+        for place in (device, "cpu")
+    ]
+    assert_close(*steps, 1e-2)
 
 
 @pytest.mark.parametrize("gate", GATES)

@@ -164,17 +164,57 @@ CODERS = [
 ]  # fmt: skip
 
 DECOMPOSITIONS = [
-    Mutation("minimality left out", "spd_training.py", "loss = recon + c.minimality * minimality", "loss = recon", f"{SPD}[one]"),
     Mutation(
-        "minimality left out", "spd_training.py", "loss = recon + c.minimality * minimality", "loss = recon",
+        "minimality left out", "spd_training.py", "loss = recon + c.minimality.coefficient * minimality", "loss = recon",
+        f"{SPD}[one]",
+    ),
+    Mutation(
+        "minimality left out", "spd_training.py", "loss = recon + c.minimality.coefficient * minimality", "loss = recon",
         "test_spd_model.py::test_minimality_and_reconstruction_fall_in_training",
     ),
-    Mutation("frequency term left out", "spd_training.py", "(g_up, p, c.frequency)", "(g_up, p, 0.0)", f"{SPD}[one]"),
+    Mutation(
+        "frequency term left out", "spd_training.py", "        if c.frequency is not None:\n", "        if False:\n",
+        f"{SPD}[today]",
+    ),
+    Mutation(
+        "firing rates stand still", "spd_training.py", ".lerp_(f.detach(), 1 - kept)", ".lerp(f.detach(), 1 - kept)",
+        f"{SPD}[today]",
+    ),
+    Mutation(
+        "slope of this step's rates", "losses.py", "count = positions * mean\n", "count = positions * f.detach()\n",
+        f"{SPD}[today]",
+    ),
+    Mutation(
+        "locality left out", "spd_training.py", "        if c.locality is not None:\n", "        if False:\n",
+        f"{SPD}[today]",
+    ),
+    Mutation("faithfulness not relative", "spd_training.py", "if not self.config.relative:", "if True:", f"{SPD}[today]"),
+    Mutation(
+        "particles not moved by the loss", "spd_training.py", "adversary.follow(1 / term.coefficient)", "pass",
+        f"{SPD}[today]",
+    ),
+    Mutation(
+        "running gates read the clean stream", "spd_training.py", 'if term.source == "running":', "if False:",
+        f"{SPD}[today]",
+    ),
+    Mutation(
+        "Muon left out", "spd_training.py", 'if config.optimiser == "muon":', "if False:",
+        "test_spd_step.py::test_matrices_move_by_muon_and_vectors_by_adamw",
+    ),
+    Mutation(
+        "firing rates not restored", "spd_training.py", "rate.copy_(state", "rate.clone().copy_(state",
+        "test_spd_step.py::test_all_of_today_resumes_bit_identically",
+    ),
     Mutation("faithfulness left out", "spd_training.py", "        if c.faithfulness:\n", "        if False:\n", f"{SPD}[all]"),
     Mutation("coefficients left out", "spd_training.py", "t.coefficient * self.recon(", "self.recon(", f"{SPD}[all]"),
     Mutation("layerwise summed", "spd_training.py", "torch.stack(losses).mean()", "torch.stack(losses).sum()", f"{SPD}[one]"),
     Mutation("subset routed as all", "spd_training.py", 'if term.routing == "subset":', "if False:", f"{SPD}[all]"),
-    Mutation("deployed masks of importances", "spd_training.py", "torch.where(g > 0, 1.0, g)", "g", f"{SPD}[all]"),
+    Mutation(
+        "deployed masks of importances", "spd_training.py",
+        "torch.where(g_lo > 0, 1 + g_lo - g_lo.detach() if straight_through else 1.0, g_lo)",
+        "g_lo", f"{SPD}[all]",
+    ),
+    Mutation("straight through never", "spd_training.py", "if straight_through else", "if False else", f"{SPD}[today]"),
     Mutation(
         "persistent sources stand still", "spd_training.py", "adversary.ascend(objective(adversary.sources()).sum())", "pass",
         f"{SPD}[all]",
@@ -187,12 +227,12 @@ DECOMPOSITIONS = [
         "gates clipped with the components", "spd_training.py", "clip_grad_norm_(self.weights, c.clip)",
         "clip_grad_norm_(self.model.parameters(), c.clip)", f"{SPD}[all]",
     ),
-    Mutation("weight decay", "spd_training.py", "weight_decay=0.0,", "weight_decay=0.1,", f"{SPD}[one]"),
+    Mutation("weight decay", "spd_training.py", "weight_decay=0.0, fused", "weight_decay=0.1, fused", f"{SPD}[one]"),
     Mutation(
         "rate not scheduled", "spd_training.py", 'group["lr"] = scheduled_rate(c, self.steps_done)', "pass", SPD_RATES,
     ),
     Mutation(
-        "p not annealed", "spd_training.py", "annealed_p(c.p, c.p_between, self.steps_done / c.steps)", "c.p[0]", SPD_RATES,
+        "p not annealed", "losses.py", "annealed(minimality.p, minimality.between, progress)", "minimality.p[0]", SPD_RATES,
     ),
     Mutation(
         "no warm-up", "spd_training.py", "        self.start = trainer.warm_up\n", "        self.start = lambda: None\n",

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from device_theorems import (  # noqa: F401  # fixtures and tests: collected here, with this file's devices
+    OF_TODAY,
     TOKENS,
     Waiting,
     assert_close,
@@ -23,6 +24,7 @@ from device_theorems import (  # noqa: F401  # fixtures and tests: collected her
     test_a_group_trains_on_the_device_as_on_the_cpu,
     test_a_least_squares_start_on_the_device_is_the_cpus,
     test_a_step_never_waits_for_the_device,
+    test_a_step_of_todays_terms_on_the_device_is_the_cpus,
     test_a_step_on_the_device_is_the_cpus,
     test_an_interrupted_run_ends_on_the_device_as_if_it_had_not_been,
     test_an_spd_step_on_the_device_is_the_cpus,
@@ -102,6 +104,16 @@ def test_an_spd_step_waits_for_the_device_this_often(
     with waiting() as found:
         trainer.step(tokens)
     assert found.total() == waits, found
+
+
+def test_an_spd_step_of_todays_terms_never_waits_for_the_device(
+    cpu: TargetModel, device: str, waiting: Waiting
+) -> None:
+    trainer, tokens = trainer_of(on(cpu, device), "shared_mlp", *OF_TODAY, optimiser="muon"), TOKENS.to(device)
+    trainer.step(tokens)
+    with waiting() as found:
+        trainer.step(tokens)
+    assert not found.total(), found
 
 
 def test_the_ruler_waits_for_the_device_this_often(cpu: TargetModel, device: str, waiting: Waiting) -> None:

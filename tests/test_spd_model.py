@@ -11,8 +11,16 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 import spd_gates
-from config import GateConfig, Recon, SPDConfig, SPDTrainConfig, from_json, to_json
-from losses import annealed_p, faithfulness, importance_minimality, kl_divergence, mean_kl
+from config import (
+    GateConfig,
+    Lp,
+    Recon,
+    SPDConfig,
+    SPDTrainConfig,
+    from_json,
+    to_json,
+)
+from losses import annealed, faithfulness, importance_cost, kl_divergence, mean_kl
 from spd_gates import lower, upper
 from spd_masks import Mask, PersistentSources, pgd_sources, route_subset, routed, source_masks, stochastic_masks
 from spd_model import ComponentModel
@@ -169,7 +177,7 @@ def test_each_seed_of_a_stack_keeps_its_own_best_iterate(neighbour: float) -> No
 def test_adversaries_of_a_seed_ignore_its_neighbour(source: str) -> None:
     """Seed 0's masks are the same beside a neighbour whose weights, gates and data are a hundred times larger."""
     term = Recon(coefficient=1.0, source=source, steps=3, step_size=0.9)
-    config = SPDTrainConfig(steps=10, lr=1e-3, recon=(term,), minimality=0.0)
+    config = SPDTrainConfig(steps=10, lr=1e-3, recon=(term,), minimality=Lp(coefficient=0.0))
     masks = []
     for loud in (False, True):
         model, x = toy_model(), next(ToyBatches(TOYS["tms_5-2"], 2, 64, 0))
@@ -200,10 +208,9 @@ def test_chunked_kl_is_kl_with_its_gradient() -> None:
 def test_losses_on_numbers() -> None:
     assert faithfulness({"a": torch.full((2, 3), 2.0), "b": torch.zeros(4, 1)}).item() == pytest.approx(24 / 10)
     g = torch.tensor([[0.0, 1.0], [0.0, 0.25]])
-    assert importance_minimality({"a": g}, 0.5, 0.0).item() == pytest.approx(0.75, abs=1e-4)
-    expected = 0.75 + 0.5 * 0.75 * torch.log2(torch.tensor(2.5)).item()
-    assert importance_minimality({"a": g}, 0.5, 0.5).item() == pytest.approx(expected, abs=1e-4)
-    assert [annealed_p((2, 0.4), (0.25, 0.75), t) for t in (0, 0.25, 0.5, 1)] == pytest.approx([2, 2, 1.2, 0.4])
+    at_half = importance_cost(g, Lp(coefficient=1.0, p=(0.5, 0.5)), 0.3)
+    assert at_half.mean(0).tolist() == pytest.approx([0.0, 0.75], abs=1e-4)
+    assert [annealed((2, 0.4), (0.25, 0.75), t) for t in (0, 0.25, 0.5, 1)] == pytest.approx([2, 2, 1.2, 0.4])
 
 
 @pytest.mark.parametrize("patterns, tied, says", [
@@ -233,8 +240,7 @@ def test_configurations_round_trip() -> None:
         steps=5,
         lr=1e-3,
         recon=(Recon(coefficient=1.0, source="pgd", routing="subset", steps=2, step_size=0.1),),
-        minimality=1e-3,
-        p=(2.0, 0.4),
+        minimality=Lp(coefficient=1e-3, p=(2.0, 0.4)),
         clip=0.01,
     )
     assert from_json(to_json(config)) == config and from_json(to_json(train)) == train
@@ -258,8 +264,7 @@ def test_stacked_seeds_train_as_each_would_alone() -> None:
         steps=10,
         lr=1e-3,
         recon=(Recon(coefficient=1.0, source="ones"), Recon(coefficient=1.0, source="importance", routing="layerwise")),
-        minimality=1e-2,
-        p=(1.0, 1.0),
+        minimality=Lp(coefficient=1e-2, p=(1.0, 1.0)),
     )
 
     def gradients(model: ComponentModel, batch: torch.Tensor) -> dict[str, torch.Tensor]:
@@ -357,7 +362,13 @@ def test_resumed_training_ends_bit_identical(tmp_path, monkeypatch) -> None:  # 
         Recon(coefficient=0.5, source="persistent", routing="all", steps=1, step_size=0.01),
     )
     config = SPDTrainConfig(
-        steps=6, lr=1e-2, recon=recon, minimality=1e-3, faithful_steps=3, checkpoint_every=3, metrics_every=2
+        steps=6,
+        lr=1e-2,
+        recon=recon,
+        minimality=Lp(coefficient=1e-3),
+        faithful_steps=3,
+        checkpoint_every=3,
+        metrics_every=2,
     )
 
     def batches() -> ToyBatches:
@@ -392,7 +403,9 @@ def test_minimality_and_reconstruction_fall_in_training() -> None:
     model = toy_model()
     for gate in (model.importances.gate(path) for path in model.paths):
         nn.init.constant_(gate.layers[-1].b, 0.5)
-    config = SPDTrainConfig(steps=60, lr=1e-2, recon=(Recon(coefficient=1.0),), minimality=0.01, p=(1.0, 1.0))
+    config = SPDTrainConfig(
+        steps=60, lr=1e-2, recon=(Recon(coefficient=1.0),), minimality=Lp(coefficient=0.01, p=(1.0, 1.0))
+    )
     trainer = SPDTrainer(model, config, False)
     trainer.warm_up()
     batches = ToyBatches(TOYS["tms_5-2"], 2, 256, 0)
@@ -453,7 +466,7 @@ def test_loss_that_is_not_finite_stops_the_run(tmp_path, monkeypatch) -> None:  
     with torch.no_grad():
         model.components["linear1"].V.fill_(torch.nan)
     config = dataclasses.replace(
-        SPDTrainConfig(steps=3, lr=1e-2, recon=(Recon(coefficient=1.0),), minimality=3e-3),
+        SPDTrainConfig(steps=3, lr=1e-2, recon=(Recon(coefficient=1.0),), minimality=Lp(coefficient=3e-3)),
         metrics_every=1,
         faithful_steps=1,
     )

@@ -1,9 +1,11 @@
 """Theorems about one training step of an SPD of a language model."""
 
+from collections.abc import Callable
+
 import torch
 from small import clean, decomposition, make_tiny, some_tokens
 
-from config import Recon, SPDTrainConfig
+from config import Lp, Recon, SPDTrainConfig
 from spd_replacement import SPDReplacement
 from spd_training import SPDTrainer
 
@@ -13,7 +15,9 @@ def trainer(recon: tuple[Recon, ...], split: bool) -> SPDTrainer:
     model.target_model.requires_grad_(False)
     return SPDTrainer(
         model,
-        SPDTrainConfig(steps=10, lr=1e-3, recon=recon, minimality=1e-3, distance="kl", p=(1.0, 1.0), split=split),
+        SPDTrainConfig(
+            steps=10, lr=1e-3, recon=recon, minimality=Lp(coefficient=1e-3, p=(1.0, 1.0)), distance="kl", split=split
+        ),
         False,
     )
 
@@ -45,7 +49,9 @@ def test_deployed_masks_are_those_of_the_ruler_at_threshold_zero() -> None:
     model = decomposition(target)
     own = SPDTrainer(
         model.requires_grad_(True),
-        SPDTrainConfig(steps=10, lr=1e-3, recon=(Recon(coefficient=1.0, source="deployed"),), minimality=0.0),
+        SPDTrainConfig(
+            steps=10, lr=1e-3, recon=(Recon(coefficient=1.0, source="deployed"),), minimality=Lp(coefficient=0.0)
+        ),
         False,
     )
     z, output = own.importances(tokens)
@@ -62,3 +68,21 @@ def test_deployed_masks_are_those_of_the_ruler_at_threshold_zero() -> None:
         assert mask.delta is None
         assert torch.equal(mask.components, ruler.on(path, frozen.z[path]).float()), path
         assert 0 < mask.components.mean() < 1
+
+
+def test_running_gates_decide_as_the_rulers_free_protocol_does() -> None:
+    """Every gate reads what its module is given in the masked pass; on where `SPDReplacement(threshold=0)` says so."""
+    target, tokens = make_tiny(2), some_tokens()
+    model = decomposition(target)
+    own = trainer((Recon(coefficient=1.0, source="running"),), False)
+    ruler = SPDReplacement(target, model, threshold=0.0)
+    free = ruler.free(clean(target, tokens, range(2)), lambda pass_: None)
+    seen: dict[str, torch.Tensor] = {}
+
+    def mask(path: str) -> Callable[[torch.Tensor], torch.Tensor]:
+        return lambda x: seen.setdefault(path, free._mask(int(path[2]), path.rpartition(".")[2], path, x))
+
+    with torch.no_grad(), model.masked({path: mask(path) for path in model.paths}):
+        expected = target.model(tokens)[0]
+    torch.testing.assert_close(own.run_gated(tokens, False), expected)
+    assert all(0 < m.mean() < 1 for m in seen.values()) and len(seen) == 4

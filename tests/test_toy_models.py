@@ -6,7 +6,7 @@ import pytest
 import torch
 from folded import FoldedDecomposition
 
-from config import GateConfig, Recon, SPDConfig, SPDTrainConfig
+from config import GateConfig, Lp, Recon, SPDConfig, SPDTrainConfig
 from spd_masks import stochastic_masks
 from spd_model import ComponentModel
 from spd_training import SPDTrainer
@@ -60,7 +60,7 @@ def test_a_folded_decomposition_is_the_unfolded_one(layers: int, kind: str) -> N
         Recon(coefficient=0.7, routing="layerwise"),
         Recon(coefficient=2.0, source="pgd", routing="subset", steps=1, step_size=1.0),
     )
-    config, steps = SPDTrainConfig(steps=9, lr=1e-3, recon=recon, minimality=1e-3), []
+    config, steps = SPDTrainConfig(steps=9, lr=1e-3, recon=recon, minimality=Lp(coefficient=1e-3)), []
     for model in (plain, folded):
         trainer = SPDTrainer(model, config, False)
         trainer.optimiser.step = lambda: None
@@ -83,7 +83,7 @@ def test_two_steps_of_a_folded_decomposition_are_those_of_the_unfolded_one() -> 
                 steps=9,
                 lr=1e-2,
                 recon=(Recon(coefficient=1.0), Recon(coefficient=1.0, routing="layerwise")),
-                minimality=1e-3,
+                minimality=Lp(coefficient=1e-3),
             ),
             False,
         )

@@ -20,7 +20,7 @@ from recovered import importance_errors, importance_matrix, recovery
 from toy_figures import draw_directions, draw_importance
 
 from checkpoints import CHECKPOINTS
-from config import GateConfig, Recon, SPDConfig, SPDTrainConfig
+from config import GateConfig, Lp, Recon, SPDConfig, SPDTrainConfig
 from logs import errors_in_one_line, read_csv, write_csv, write_settings
 from spd_model import ComponentModel
 from spd_training import train_spd
@@ -100,7 +100,8 @@ def decompose(name: str, toy: Toy, s: Settings) -> None:
         model.importances.compile_gates()
     steps = round(recipe.steps * s.scale)
     train = SPDTrainConfig(
-        steps=steps, lr=recipe.lr, recon=recipe.recon, minimality=recipe.minimality, p=(recipe.p, recipe.p),
+        steps=steps, lr=recipe.lr, recon=recipe.recon,
+        minimality=Lp(coefficient=recipe.minimality, p=(recipe.p, recipe.p)),
         schedule="cosine", seed=s.seed + 2,
     )  # fmt: skip
     seconds = train_spd(model, ToyBatches(toy, s.seeds, recipe.batch, s.seed + 3), train, folder, f"spd_{name}")

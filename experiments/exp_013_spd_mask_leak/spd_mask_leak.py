@@ -27,7 +27,7 @@ from probes import Positions, interval, no_features, probe, worth
 from torch import Tensor
 from tqdm import trange
 
-from config import GateConfig, Recon, SPDTrainConfig
+from config import GateConfig, Lp, Recon, SPDTrainConfig
 from devices import bf16_is_fast
 from evaluation import held_out
 from logs import atomic_path, read_csv, write_csv, write_settings
@@ -69,7 +69,8 @@ def with_gate(own: ComponentModel, target: TargetModel, s: Settings, *, causal: 
     gate = GateConfig(kind="global_shared_transformer", hidden=(256,), d_model=128, blocks=2, heads=4, causal=causal)
     model = own.with_gate(gate, torch.Generator().manual_seed(s.seed))
     recipe = SPDTrainConfig(
-        steps=s.gate_steps, lr=1e-3, recon=(Recon(coefficient=1.0),), minimality=5e-4, distance="kl", p=(2.0, 0.4),
+        steps=s.gate_steps, lr=1e-3, recon=(Recon(coefficient=1.0),), distance="kl",
+        minimality=Lp(coefficient=5e-4, p=(2.0, 0.4)),
         warmup=0.05, final=0.1,
     )  # fmt: skip
     trainer = SPDTrainer(model, recipe, autocast=bf16_is_fast(target.device))
