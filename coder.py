@@ -156,6 +156,11 @@ class Coder[C: (Codes, tuple[Codes, ...])](nn.Module, ABC):
         for encoder in self.encoders:
             encoder.count_dead(dead_after)
 
+    @property
+    def unproven(self) -> int:
+        """Tokens trained on in this process whose active latents may not be those of float32 (synchronises the device)."""
+        return sum(int(encoder.unproven) for encoder in self.encoders)
+
     def dead_fraction(self, window: int) -> float:
         """Share of latents that were silent in the last `window` training tokens."""
         silent = [(encoder.tokens_since_fired >= window).float().mean().item() for encoder in self.encoders]
