@@ -161,6 +161,11 @@ class Coder[C: (Codes, tuple[Codes, ...])](nn.Module, ABC):
         """What decides the shapes within a training step, of every encoder."""
         return tuple(encoder.step_shape for encoder in self.encoders)
 
+    @property
+    def unproven(self) -> int:
+        """Tokens trained on in this process whose active latents may not be those of float32 (synchronises the device)."""
+        return sum(int(encoder.unproven) for encoder in self.encoders)
+
     def dead_fraction(self, window: int) -> float:
         """Share of latents that were silent in the last `window` training tokens."""
         silent = [(encoder.tokens_since_fired >= window).float().mean().item() for encoder in self.encoders]

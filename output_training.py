@@ -248,7 +248,7 @@ class OutputGroup:
             for member in own.members:
                 dead = member.count_dead(self.config.dead_after)
                 metrics = {"loss": loss, "kl": kl, "fvu": error, "l0": l0, "dead": dead, "tokens_per_second": speed}
-                member.logger.log(progress.step, metrics)
+                member.logger.log(progress.step, metrics | {"unproven": member.coder.unproven})
         _, kl, error, l0 = (sum(column) / len(column) for column in zip(*readings))
         return f"{speed:,.0f} tokens/s, KL {kl:.3f}, FVU {error:.3f}, L0 {l0:.1f}"
 

@@ -19,8 +19,8 @@ themselves, and (1) is followed by the selection.
 
 On CUDA, (1) and (3) would wait for the device to count. There a static number of entries with the largest bounds, about
 2k·B, get float32 values, the winners are the largest of these, and a token is proven if the smallest winner is larger than
-every bound left out. Tokens that are not are counted (`Layout.unproven`); whoever trains reads it in the metrics. Where
-bounds cannot pay (`_bounds_pay`), the product and the selection are float32.
+every bound left out. Tokens that are not are counted (`Layout.unproven`), and a training logs their number. Where bounds
+cannot pay (`_bounds_pay`), the product and the selection are float32. No float32 product is TF32: it gives values of codes.
 
 Every function has a dense twin (`dense_*`) that says the same in plain matrix products; tests compare the two.
 """

@@ -399,8 +399,9 @@ def triton_winners_by_token(
     won, unproven = pre.new_empty(n * k), torch.empty(n, dtype=torch.int32, device=pre.device)
     with torch.cuda.device_of(pre):
         _winners_by_token[(n,)](
-            rows, cols, won, unproven, candidates.cols, pre, candidates.rest, k, CAPACITY=capacity, ENTRIES=ENTRIES
-        )
+            rows, cols, won, unproven, candidates.cols, pre, candidates.rest, k, CAPACITY=capacity, ENTRIES=ENTRIES,
+            num_warps=min(16, max(4, capacity // 64)),
+        )  # fmt: skip
     return rows, cols, won, unproven
 
 

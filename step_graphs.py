@@ -20,13 +20,29 @@ def records_graphs(device: torch.device) -> bool:
     return device.type == "cuda"
 
 
+def _recorded(step: Step, inputs: tuple[Tensor, ...], **pool: tuple[int, int]) -> tuple[torch.cuda.CUDAGraph, Tensor]:
+    """The graph of a step, and what it will write to. Recording runs nothing."""
+    graph, current, aside = torch.cuda.CUDAGraph(), torch.cuda.current_stream(), torch.cuda.Stream()
+    aside.wait_stream(current)
+    with torch.cuda.stream(aside):
+        graph.capture_begin(**pool)
+        output = step(*inputs)
+        graph.capture_end()
+    current.wait_stream(aside)
+    return graph, output
+
+
 @functools.cache
-def _pool() -> tuple[int, int]:
-    return torch.cuda.graph_pool_handle()
+def _keeper() -> torch.cuda.CUDAGraph:
+    """Of all recordings of a process, which share memory, the one that stays: the memory is lost with its last graph."""
+    return _recorded(lambda: torch.zeros(1, device="cuda"), ())[0]
 
 
 class RecordedStep:
-    """`step` of tensors, recorded when its key comes twice in a row. What it returns holds until the next call."""
+    """`step` of tensors, recorded when its key comes twice in a row. What it returns holds until the next call.
+
+    Recordings run one after another on one stream, so that they can share memory.
+    """
 
     def __init__(self, step: Step) -> None:
         self.step = step
@@ -40,19 +56,9 @@ class RecordedStep:
             self.key, self.graph, self.output = key, None, None
             return self.step(*inputs)
         if self.graph is None:
-            self._record(inputs)
+            self.inputs = self.inputs or tuple(map(torch.clone, inputs))
+            self.graph, self.output = _recorded(self.step, self.inputs, pool=_keeper().pool())
         for own, given in zip(self.inputs, inputs, strict=True):
             own.copy_(given)
         self.graph.replay()
         return self.output
-
-    def _record(self, inputs: tuple[Tensor, ...]) -> None:
-        """Recording runs nothing. All graphs of a process share memory: they run one after another, on one stream."""
-        self.inputs = self.inputs or tuple(map(torch.clone, inputs))
-        self.graph, current, aside = torch.cuda.CUDAGraph(), torch.cuda.current_stream(), torch.cuda.Stream()
-        aside.wait_stream(current)
-        with torch.cuda.stream(aside):
-            self.graph.capture_begin(pool=_pool())
-            self.output = self.step(*self.inputs)
-            self.graph.capture_end()
-        current.wait_stream(aside)

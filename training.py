@@ -417,10 +417,8 @@ class _Group:
         speed = progress.pace * self.store.config.batch_tokens
         for run, (loss, error, l0) in zip(self.runs, readings):
             dead = run.count_dead(self.config.dead_after)
-            unproven = sum(int(encoder.unproven) for encoder in run.coder.encoders)  # tokens, since this call began
-            metrics = {"loss": loss, "fvu": error, "l0": l0, "dead": dead, "unproven": unproven}
-            metrics["tokens_per_second"] = speed
-            run.logger.log(progress.step, metrics)
+            metrics = {"loss": loss, "fvu": error, "l0": l0, "dead": dead, "unproven": run.coder.unproven}
+            run.logger.log(progress.step, metrics | {"tokens_per_second": speed})
         loss, error, l0 = (sum(column) / len(column) for column in zip(*readings))
         return f"{speed:,.0f} tokens/s, loss {loss:.3f}, FVU {error:.3f}, L0 {l0:.1f}, dead {dead:.1%}"
 

@@ -340,7 +340,8 @@ def profile(bench: Bench) -> None:
             busy = sum(getattr(event, f"self_{clock}_time_total") for event in own) / 1e3
             waits = sum(e.count for e in found if e.key in ("aten::_local_scalar_dense", "aten::nonzero"))
             bench.row(what, shape, ms, note=f"kernels {busy:.3g} ms, {waits} items and nonzeros read")
-            tables.append(f"{what}, {shape}\n{found.table(sort_by=f'self_{clock}_time_total', row_limit=25)}")
+            orders = dict.fromkeys((f"self_{clock}_time_total", "self_cpu_time_total"))  # the device's, then the host's
+            tables.extend(f"{what}, {shape}\n{found.table(sort_by=order, row_limit=25)}" for order in orders)
     (bench.output / "profile.txt").write_text("\n".join(tables))
 
 

@@ -43,8 +43,8 @@ COVERED = {  # function → the test that runs it on a (real or emulated) CUDA d
     "spd_training.SPDTrainer.importances": "test_spd_trains_in_bf16_where_asked_and_keeps_its_weights_in_float32",
     "spd_training.SPDTrainer.run": "test_spd_trains_in_bf16_where_asked_and_keeps_its_weights_in_float32",
     "step_graphs.RecordedStep.__init__": "test_a_recorded_step_is_the_step_itself",
-    "step_graphs.RecordedStep._record": "test_a_recorded_step_is_the_step_itself",
-    "step_graphs._pool": "test_a_recorded_step_is_the_step_itself",
+    "step_graphs._recorded": "test_a_recorded_step_is_the_step_itself",
+    "step_graphs._keeper": "test_a_recorded_step_is_the_step_itself",
     "step_graphs.records_graphs": "test_a_recorded_step_is_the_step_itself",
     "training._side_by_side": "test_a_group_trains_on_the_device_as_on_the_cpu",
 }
