@@ -82,10 +82,10 @@ class SPDTrainer:
             i: self._adversary(term).to(weights[0].device)
             for i, term in enumerate(config.recon) if isinstance(term, Merged) or term.source == "persistent"
         }  # fmt: skip
-        self.rates = {
+        self.rates = {  # averages of what components cost, for the frequency term
             path: torch.zeros(part.U.shape[:-1], device=part.U.device)
             for path, part in model.components.items() if config.frequency is not None
-        }  # fmt: skip  # averages of what components cost, for the frequency term
+        }  # fmt: skip
         self.steps_done = 0
 
     def _adversary(self, term: Recon | Merged) -> PersistentSources:

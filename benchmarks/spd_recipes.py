@@ -111,6 +111,7 @@ BASE = Variant(
 ALL = replace(BASE, components=768, gate=replace(LOCAL, hidden=(128,))).but(
     start="neurons", minimality=smooth(5e-4), recon=recon(SUBSETS, DEPLOYED, RUNNING)
 )
+THROUGH = ALL.but(recon=recon(SUBSETS, DEPLOYED_THROUGH, RUNNING_THROUGH))
 # The frequency term takes over half of the pull of `base`: log₂(1 + 10⁶ · 0.06) is 16. Relative faithfulness of 200 weighs a
 # squared error as 10⁴ of the absolute does, at the mean square 0.02 of the weights.
 VARIANTS = {
@@ -134,11 +135,14 @@ VARIANTS = {
     "running": BASE.but(recon=recon(SUBSETS, DEPLOYED, RUNNING)),
     "running-deployed": BASE.but(recon=recon(RUNNING, DEPLOYED)),
     "through": BASE.but(recon=recon(SUBSETS, DEPLOYED_THROUGH)),
+    "through-1e-3": BASE.but(recon=recon(SUBSETS, DEPLOYED_THROUGH), minimality=lp(1e-3)),
     "all": ALL,
     "all-2.5e-4": ALL.but(minimality=smooth(2.5e-4)),
     "all-1e-3": ALL.but(minimality=smooth(1e-3)),
     "all-muon": ALL.but(optimiser="muon"),
-    "all-through": ALL.but(recon=recon(SUBSETS, DEPLOYED_THROUGH, RUNNING_THROUGH)),
+    "all-through": THROUGH,
+    "all-through-1e-3": THROUGH.but(minimality=smooth(1e-3)),
+    "all-through-2e-3": THROUGH.but(minimality=smooth(2e-3)),
     "all-merged": ALL.but(recon=recon(Merged(coefficient=1.0), DEPLOYED, RUNNING)),
 }
 

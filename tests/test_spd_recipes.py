@@ -41,9 +41,9 @@ def target(args: argparse.Namespace) -> TargetModel:
 
 
 @pytest.mark.parametrize("name", spd_recipes.VARIANTS)
-def test_every_variant_steps_from_its_start(name: str, args: argparse.Namespace, target: TargetModel) -> None:
+def test_every_variant_steps_from_its_start_in_bf16(name: str, args: argparse.Namespace, target: TargetModel) -> None:
     variant = spd_recipes.VARIANTS[name]
-    trainer = SPDTrainer(variant.model(target), replace(variant.train, steps=10), False)
+    trainer = SPDTrainer(variant.model(target), replace(variant.train, steps=10), True)
     trainer.warm_up()
     assert all(trainer.step(next(Rows(target, 4, 0))).isfinite().all() for _ in range(2))
     assert sum(term.coefficient for term in variant.train.recon) == pytest.approx(1)
