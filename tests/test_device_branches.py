@@ -41,6 +41,7 @@ COVERED = {  # function → the test that runs it on a (real or emulated) CUDA d
     "sparse_triton.triton_winners_by_token": "test_selection_by_bounds_is_that_of_float64",
     "spd_training.SPDTrainer.__init__": "test_an_spd_step_on_the_device_is_the_cpus",
     "spd_training.SPDTrainer.importances": "test_spd_trains_in_bf16_where_asked_and_keeps_its_weights_in_float32",
+    "spd_training.SPDTrainer.run_gated": "test_an_spd_step_never_waits_for_the_device",
     "spd_training.SPDTrainer.run": "test_spd_trains_in_bf16_where_asked_and_keeps_its_weights_in_float32",
     "step_graphs.RecordedStep.__init__": "test_a_recorded_step_is_the_step_itself",
     "step_graphs._recorded": "test_a_recorded_step_is_the_step_itself",
