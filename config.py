@@ -370,6 +370,14 @@ class Locality:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Aim:
+    """An L0, mean over modules, that minimality's coefficient moves to reach; it falls geometrically from start to end."""
+
+    l0: tuple[float, float]
+    between: tuple[float, float] = (0.0, 0.6)  # fractions of the steps between which it falls
+
+
+@dataclass(frozen=True, kw_only=True)
 class SPDTrainConfig:
     """How an SPD is trained. Defaults are those of the toys."""
 
@@ -377,6 +385,7 @@ class SPDTrainConfig:
     lr: float  # peak learning rate (no weight decay)
     recon: tuple[Recon | Merged, ...]
     minimality: Lp | SmoothL0
+    aim: Aim | None = None  # None: minimality's coefficient stays
     frequency: Frequency | None = None
     locality: Locality | None = None  # MLP matrices alone
     distance: Literal["mse", "kl"] = "mse"

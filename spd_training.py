@@ -2,6 +2,7 @@
 
     loss = Σ_terms coefficient · D(target, target under masks × routing)
          + coefficients · (Σ cost(g_up) [minimality], Φ(firing rates) [frequency], locality, faithfulness)
+    the costs of importances are means over the gates of the clean pass and of those that followed a masked stream, if any
     D = squared error or KL;   AdamW, or Muon for matrices, without weight decay;   the rate falls by cosine
 
 One clean pass gives the inputs of all modules; gates read them, not detached; each term is one masked pass.
@@ -33,6 +34,8 @@ from losses import (
 from spd_masks import Mask, PersistentSources, pgd_sources, route_subset, routed, source_masks, stochastic_masks
 from spd_model import ComponentModel, first_output, weight_map
 from training import Progress, run_training
+
+AIM = 12.0  # the most that the logarithm of minimality's coefficient moves in a run
 
 
 class Batches(Protocol):
@@ -86,6 +89,8 @@ class SPDTrainer:
             path: torch.zeros(part.U.shape[:-1], device=part.U.device)
             for path, part in model.components.items() if config.frequency is not None
         }  # fmt: skip
+        self.followed: list[dict[str, Tensor]] = []  # logits of gates that read a masked stream in this step
+        self.pull = torch.ones((), device=weights[0].device)  # what minimality's coefficient is multiplied by
         self.steps_done = 0
 
     def _adversary(self, term: Recon | Merged) -> PersistentSources:
@@ -162,19 +167,17 @@ class SPDTrainer:
         c, model = self.config, self.model
         z, clean = self.importances(batch)
         g_lo = {path: model.lower(logit) for path, logit in z.items()}
-        stack = "" if model.stack is None else "stack "
-        by_position = f"{stack}... component -> {stack}(...) component"
-        g_up = {path: rearrange(model.upper(logit), by_position) for path, logit in z.items()}
-        progress = self.steps_done / c.steps
-        costs = {path: importance_cost(g, c.minimality, progress).mean(-2) for path, g in g_up.items()}
-        minimality = torch.stack([f.sum() for f in costs.values()]).sum()
+        progress, self.followed = self.steps_done / c.steps, []
         n = len(c.recon) if c.split else 1
         shares = [
             ({path: g[i % n :: n] for path, g in g_lo.items()}, clean[i % n :: n], batch[i % n :: n])
             for i in range(len(c.recon))
         ]
         recon = torch.stack([t.coefficient * self.recon(i, t, *shares[i]) for i, t in enumerate(c.recon)]).sum()
-        loss = recon + c.minimality.coefficient * minimality
+        of_each = [self.costs(own) for own in (z, *self.followed)]
+        costs = {path: torch.stack([own[path] for own in of_each]).mean(0) for path in z}
+        minimality = torch.stack([f.sum() for f in costs.values()]).sum()
+        loss = recon + c.minimality.coefficient * self.pull * minimality
         if c.frequency is not None:
             loss = loss + c.frequency.coefficient * self.frequency(costs)
         if c.locality is not None:
@@ -195,7 +198,21 @@ class SPDTrainer:
         self.steps_done += 1
         with torch.no_grad():
             l0 = torch.stack([(g > 0).sum() / (g.numel() / g.shape[-1]) for g in g_lo.values()])
+            if c.aim is not None:
+                self.pull.mul_(((l0.mean().log() - self.aimed(progress)).clamp(-1, 1) * AIM / c.steps).exp())
         return torch.cat([torch.stack([loss, recon, minimality]).detach(), l0])
+
+    def aimed(self, progress: float) -> float:
+        """The logarithm of the L0 that is aimed at."""
+        assert (aim := self.config.aim) is not None
+        return annealed((math.log(aim.l0[0]), math.log(aim.l0[1])), aim.between, progress)
+
+    def costs(self, z: dict[str, Tensor]) -> dict[str, Float[Tensor, "*stack component"]]:
+        """What each component's importances cost, mean over positions."""
+        stack = "" if self.model.stack is None else "stack "
+        by_position, progress = f"{stack}... component -> {stack}(...) component", self.steps_done / self.config.steps
+        g_up = {path: rearrange(self.model.upper(logit), by_position) for path, logit in z.items()}
+        return {path: importance_cost(g, self.config.minimality, progress).mean(-2) for path, g in g_up.items()}
 
     def recon(self, index: int, term: Recon | Merged, g_lo: dict[str, Tensor], clean: Tensor, batch: Tensor) -> Tensor:
         """D of one term. `layerwise` masks one module at a time and averages over modules."""
@@ -267,20 +284,27 @@ class SPDTrainer:
 
     def run_gated(self, batch: Tensor, straight_through: bool) -> Tensor:
         """The output where every module's gate reads its running input and decides as deployed: the ruler's `free`."""
-        model = self.model
+        model, z = self.model, {}
 
         def mask(path: str) -> Callable[[Tensor], Tensor]:
-            return lambda x: on_or_off(model.lower(model.importance_logit(path, x).float()), straight_through)
+            def on(x: Tensor) -> Tensor:
+                z[path] = model.importance_logit(path, x).float()
+                return on_or_off(model.lower(z[path]), straight_through)
+
+            return on
 
         with torch.autocast(batch.device.type, torch.bfloat16, enabled=self.autocast):
             with model.masked({path: mask(path) for path in model.paths}):
-                return first_output(model.target_model(batch))
+                out = first_output(model.target_model(batch))
+        self.followed.append(z)
+        return out
 
     def state_dict(self) -> dict[str, Any]:
         return {
             "model": self.model.state_dict(),
             "optimisers": [optimiser.state_dict() for optimiser in self.optimisers],
             "rates": self.rates,
+            "pull": self.pull,
             "adversaries": {str(i): [a.state_dict(), a.optimiser.state_dict()] for i, a in self.adversaries.items()},
             "generator": self.generator.get_state().cpu(),
             "steps_done": self.steps_done,
@@ -292,6 +316,7 @@ class SPDTrainer:
             optimiser.load_state_dict(own)
         for path, rate in self.rates.items():
             rate.copy_(state["rates"][path])
+        self.pull.copy_(state["pull"])
         for i, adversary in self.adversaries.items():
             adversary.load_state_dict(state["adversaries"][str(i)][0])
             adversary.optimiser.load_state_dict(state["adversaries"][str(i)][1])

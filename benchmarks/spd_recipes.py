@@ -42,6 +42,7 @@ from torch import Tensor
 
 from checkpoints import CONFIG, TrainingRecord, save_checkpoint
 from config import (
+    Aim,
     Frequency,
     GateConfig,
     Locality,
@@ -143,6 +144,11 @@ VARIANTS = {
     "all-through": THROUGH,
     "all-through-1e-3": THROUGH.but(minimality=smooth(1e-3)),
     "all-through-2e-3": THROUGH.but(minimality=smooth(2e-3)),
+    "aimed": ALL.but(
+        recon=recon(Merged(coefficient=1.0), DEPLOYED, RUNNING),
+        minimality=SmoothL0(coefficient=3e-4, between=(0.0, 0.5)),
+        aim=Aim(l0=(250.0, 28.0)),
+    ),
     "all-merged": ALL.but(recon=recon(Merged(coefficient=1.0), DEPLOYED, RUNNING)),
 }
 

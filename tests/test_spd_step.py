@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 import losses
-from config import Frequency, GateConfig, Locality, Lp, Merged, Recon, SmoothL0, SPDConfig, SPDTrainConfig
+from config import Aim, Frequency, GateConfig, Locality, Lp, Merged, Recon, SmoothL0, SPDConfig, SPDTrainConfig
 from spd_model import ComponentModel
 from spd_training import SPDTrainer, train_spd
 
@@ -43,6 +43,7 @@ CONFIG = SPDTrainConfig(
 )  # fmt: skip
 OF_TODAY = dataclasses.replace(
     CONFIG, minimality=SmoothL0(coefficient=0.02, gamma=(1.0, 0.1), between=(0.2, 0.8)), relative=True,
+    aim=Aim(l0=(3.0, 1.5), between=(0.1, 0.7)),
     frequency=Frequency(coefficient=0.01, positions=500.0, half_life=3.0), locality=Locality(coefficient=0.2),
     recon=(
         Merged(coefficient=0.7, adversarial=0.6, particles=5, steps=2, step_size=0.05),
@@ -98,7 +99,7 @@ class Equations:
         self.p = {name: value.detach().double().requires_grad_() for name, value in model.named_parameters()}
         target = {path: model.target_model.get_submodule(path) for path in COMPONENTS}
         self.rates = {path: rate.double() for path, rate in trainer.rates.items()}
-        self.steps_done = trainer.steps_done
+        self.steps_done, self.pull = trainer.steps_done, trainer.pull.double()
         self.W = {path: module.weight.double().T for path, module in target.items()}
         self.b = {path: module.bias.double() for path, module in target.items()}
         self.generator = torch.Generator()
@@ -173,12 +174,14 @@ class Equations:
 
     def running(self, x: Tensor) -> Tensor:
         """D where every gate reads what its module is given, and components are on or off."""
-        clean = self.forward(x, {}).detach()
+        clean, own = self.forward(x, {}).detach(), {}
         for path in COMPONENTS:
             V, U = self.V_U(path)
-            g = leaky(self.gate(path, x @ V))
+            own[path] = self.gate(path, x @ V)
+            g = leaky(own[path])
             y = (x @ V * (g + ((g > 0).double() - g).detach())) @ U + self.b[path]
             x = y.relu() if path == "first" else y
+        self.followed.append(own)
         return (clean.softmax(-1) * (clean.log_softmax(-1) - x.log_softmax(-1))).sum(-1).mean()
 
     def cost(self, up: Tensor) -> Tensor:
@@ -261,7 +264,7 @@ class Equations:
 
     def loss(self, x: Tensor, *, r: dict[int, dict[str, Tensor]], ascend: dict[int, Adam]) -> list[Tensor]:
         """[loss, Σ of the reconstruction terms, minimality, L0 of each module]."""
-        c, z = self.config, self.logits(x)
+        c, z, self.followed = self.config, self.logits(x), []
         g = {path: leaky(own) for path, own in z.items()}
         n, recon = len(c.recon) if c.split else 1, torch.zeros(())
         for i, term in enumerate(c.recon):
@@ -270,15 +273,17 @@ class Equations:
                 term, x[i % n :: n], share, r.get(i, {}), ascend.get(i, Adam((0, 0)))
             )
         minimality = frequency = torch.zeros(())
-        for path, own in z.items():
-            f = self.cost(torch.where(own > 1, 1 + ALPHA * (own - 1), own.relu())).flatten(0, -2).mean(0)
+        for path in z:
+            each = [logits[path] for logits in (z, *self.followed)]
+            up = [torch.where(own > 1, 1 + ALPHA * (own - 1), own.relu()) for own in each]
+            f = sum(self.cost(own).flatten(0, -2).mean(0) for own in up) / len(up)
             minimality = minimality + f.sum()
             frequency = frequency + (self.frequency(path, f) if c.frequency else 0)
         deltas = {path: W - torch.matmul(*self.V_U(path)) for path, W in self.W.items()}
         faithfulness = sum(d.square().sum() for d in deltas.values()) / sum(d.numel() for d in deltas.values())
         if c.relative:
             faithfulness = sum((d.norm() / self.W[path].norm()) ** 2 for path, d in deltas.items()) / 2
-        loss = recon + c.minimality.coefficient * minimality + c.faithfulness * faithfulness
+        loss = recon + c.minimality.coefficient * self.pull * minimality + c.faithfulness * faithfulness
         if c.frequency:
             loss = loss + c.frequency.coefficient * frequency + c.locality.coefficient * self.locality()
         return [loss, recon, minimality, *((own > 0).double().sum(-1).mean() for own in g.values())]
@@ -370,6 +375,10 @@ def test_a_step_is_that_of_the_equations(config: SPDTrainConfig) -> None:
             torch.testing.assert_close(rate_of.double(), equations.rates[path])
         assert torch.equal(trainer.generator.get_state(), equations.generator.get_state())
         assert trainer.steps_done == step + 1
+        aimed = 3.0 * 0.5 ** min(1.0, max(0.0, (step / config.steps - 0.1) / 0.6))
+        moved = 0.0 if config.aim is None else max(-1.0, min(1.0, math.log(sum(readings[3:]) / 2 / aimed)))
+        assert trainer.pull.item() == pytest.approx(equations.pull.item() * math.exp(moved * 12 / config.steps))
+        assert config.aim is None or moved != 0
 
 
 def test_warm_up_is_faithfulness_alone_with_decay() -> None:
