@@ -39,13 +39,26 @@ from torch import Tensor
 import python_corpus
 from activation_store import DataConfig
 from checkpoints import CONFIG, TrainingRecord, load_checkpoint, load_spd, save_checkpoint
-from config import BatchTopK, CLTConfig, EncoderConfig, Gated, JumpReLU, Relu, SAEConfig, TopK, TrainConfig
+from config import (
+    BatchTopK,
+    CLTConfig,
+    EncoderConfig,
+    Gated,
+    JumpReLU,
+    Mixed,
+    Output,
+    Relu,
+    SAEConfig,
+    TopK,
+    TrainConfig,
+)
 from foreign_files import Place, hook_points
 from foreign_formats import import_dictionaries
 from interop import export, import_
 from llama_simple_mlp import LlamaSimpleMLP, LlamaSimpleMLPConfig, initialise
 from logs import load_tensors, write_csv
-from recipes import SPDRecipe, new_coder, train_decomposition
+from output_training import train_on_output
+from recipes import SPDRecipe, new_coder, train_decomposition, untrained
 from target_models import ASSETS, Loaded, TargetModel, load_tokenizer, make_target
 from token_stream import DatasetSpec
 from training import train_group
@@ -124,6 +137,25 @@ def train_some_coders(made: Material, folder: Path) -> None:
     train_group([new_coder(c, 0) for c in configs], made.target, data=data, config=config, folder=folder)
 
 
+def train_on_the_output(made: Material, folder: Path) -> None:
+    """Transcoders and a CLT on the KL under drawn replacements; a state every four of 80 steps."""
+    sizes = {"d_in": D, "d_out": D, "d_dict": D_DICT}
+    configs = [
+        *(EncoderConfig(layer=layer, rule=BatchTopK(4), skip=True, **sizes) for layer in (0, 1)),
+        CLTConfig(layers=(0, 1), rule=TopK(4), **sizes),
+    ]
+    starts = [untrained(config, made.target, seed=0) for config in configs]
+    config = TrainConfig(
+        objective=Output(Mixed(), local=0.1),
+        tokens=15 * 80,
+        lr=1e-2,
+        dead_after=300,
+        calibration_tokens=64,
+        checkpoint_every=4,
+    )
+    train_on_output(starts, made.target, batch=16, config=config, folder=folder)
+
+
 def train_an_spd(made: Material, folder: Path) -> None:
     """A state every 100 of 350 steps."""
     recipe = SPDRecipe(components=8, gate_hidden=4, steps=350, batch=2)
@@ -198,6 +230,7 @@ def read_imported(made: Material, folder: Path) -> Readable:
 
 JOBS: dict[str, Job] = {
     "train coders": Job(train_some_coders, read_checkpoints),
+    "train on the output": Job(train_on_the_output, read_checkpoints),
     "train an SPD": Job(train_an_spd, read_decompositions),
     "token folder": Job(write_tokens, read_arrays),
     "corpus list": Job(list_the_corpus, read_lists),
