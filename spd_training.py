@@ -169,6 +169,7 @@ class SPDTrainer:
         g_lo = {path: model.lower(logit) for path, logit in z.items()}
         progress, self.followed = self.steps_done / c.steps, []
         n = len(c.recon) if c.split else 1
+        assert len(batch) >= n, f"{len(batch)} sequences cannot be shared out to {n} terms"
         shares = [
             ({path: g[i % n :: n] for path, g in g_lo.items()}, clean[i % n :: n], batch[i % n :: n])
             for i in range(len(c.recon))

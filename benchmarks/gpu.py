@@ -17,11 +17,12 @@ traceback written to the log, and the next measurement begun. The parts, in thei
     clt       a 4-layer cross-layer transcoder against its dense twin
     training  main.py's coders, trained as main.py trains them, harvest included
     profile   the kernels of a step
-    spd       what is left of the minutes: the decomposition of `tiny` is trained on from its last state
+    spd       what is left of the minutes: the decomposition of `tiny` is trained from its start
 """
 
 import argparse
 import contextlib
+import csv
 import importlib
 import itertools
 import json
@@ -53,13 +54,12 @@ from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from activation_store import ActivationBatch, DataConfig
-from checkpoints import build_coder, load_spd, save_checkpoint
-from config import BatchTopK, CoderConfig, EncoderConfig, JumpReLU, Lp, Recon, Relu, SPDTrainConfig, TopK, TrainConfig
+from checkpoints import build_coder
+from config import BatchTopK, CoderConfig, EncoderConfig, JumpReLU, Relu, TopK, TrainConfig
 from llama_simple_mlp import LlamaSimpleMLP, LlamaSimpleMLPConfig, initialise
 from logs import atomic_path, errors_in_one_line, git_commit
 from sparse_encode import _select_by_bounds
 from sparse_ops import Layout
-from spd_training import SPDTrainer, train_spd
 from target_models import ASSETS, Loaded, TargetModel, load_target, load_tokenizer, make_target
 from token_stream import DatasetSpec, TokenStream
 from training import dead_after, train_group
@@ -345,61 +345,26 @@ def profile(bench: Bench) -> None:
     (bench.output / "profile.txt").write_text("\n".join(tables))
 
 
-class Rows:
-    """An endless source of random sequences of a token folder, all of which lie on the device."""
-
-    def __init__(self, target: TargetModel, batch: int, seed: int) -> None:
-        ids = np.load(Path(target.data.path) / "train.npy").astype(np.int64)
-        n = len(ids) // target.context
-        self.rows = torch.from_numpy(ids[: n * target.context]).view(n, target.context).to(target.device)
-        self.batch, self.generator = batch, torch.Generator(target.device).manual_seed(seed)
-
-    def __next__(self) -> Tensor:
-        return self.rows[
-            torch.randint(len(self.rows), (self.batch,), generator=self.generator, device=self.rows.device)
-        ]
-
-    def state_dict(self) -> dict[str, Any]:
-        return {"generator": self.generator.get_state()}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.generator.set_state(state["generator"])
-
-
 def spd(bench: Bench) -> None:
-    """One cosine of AdamW from the last state, which is a checkpoint in fp16: with moments it would not fit in a file.
-
-    The recipe is that of the shipped decomposition, with p of importance minimality at the value it ended with.
-    """
-    target, batch = target_of(bench), 2 if bench.mini else 64
+    """The decomposition of `tiny` from its start, in what is left of the minutes; what was cut off goes on when called again."""
     if text(bench)[1]:
         return bench.row("tiny", note=f"skipped: no token folder {bench.args.tokens}: call with --prepare first")
-    last = str(bench.output if (bench.output / "config.json").exists() else ASSETS / "spd_tiny")
-    (model, record), (copy, _) = load_spd(last, target), load_spd(last, target)
-    random_masks = Recon(coefficient=0.5, source="stochastic", routing="subset")
-    the_rulers = Recon(coefficient=0.5, source="deployed", routing="all")
-    train = SPDTrainConfig(
-        steps=10_000, lr=1e-3, recon=(random_masks, the_rulers), distance="kl",
-        minimality=Lp(coefficient=5e-4, p=(0.4, 0.4)), split=True, faithfulness=1e4, final=0.1, warmup=0.05, clip=1.0,
-        metrics_every=20, checkpoint_every=10**9, seed=record.train_tokens,
-    )  # fmt: skip
-    rows, half = Rows(target, batch, train.seed), bench.device != "cpu"
-    trial = SPDTrainer(copy, train, half)
-    ms = bench.milliseconds(lambda: trial.step(next(rows)))
-    n = 2 if bench.mini else int(0.9e3 * (bench.seconds_left - MARGIN) / ms)
-    if n < 2:
-        return bench.row("tiny", note="skipped: no minutes left")
-    seconds = train_spd(model, rows, replace(train, steps=n), bench.scratch / "spd", "tiny_spd", half)
-    first, *_, end = 2 * metrics(bench.scratch / "spd")
-    tokens = n * batch * target.context
-    record = replace(
-        record, train_tokens=record.train_tokens + tokens, train_seconds=record.train_seconds + seconds,
-        recipe=f"{record.recipe}; then {n} steps of {batch} sequences on {bench.name}: {train}",
-    )  # fmt: skip
-    save_checkpoint(bench.output, model.half(), record)
-    shutil.copy(bench.scratch / "spd" / "metrics.jsonl", bench.output / "spd.jsonl")
-    bench.row("tiny", f"batch {batch} x {target.context}", ms, note=f"{n} steps, {tokens / seconds:.0f} tokens/s, loss "
-              f"{first['loss']:.4g} to {end['loss']:.4g}, recon {first['recon']:.4g} to {end['recon']:.4g}")  # fmt: skip
+    table, out = bench.output / "spd.csv", {"stdout": bench.log, "stderr": subprocess.STDOUT}
+    size = "--batch 3 --tokens 1536 --eval-tokens 512" if bench.mini else f"--batch 96 --tokens {10**9}"
+    command = [
+        sys.executable, str(HERE / "spd_recipes.py"), "--train", "aimed", *size.split(), "--device", bench.device,
+        "--minutes", f"{(bench.seconds_left - MARGIN) / 60:.2f}", "--text", str(bench.args.tokens), "--table", str(table),
+        "--output", str(bench.output / "spd"),
+    ]  # fmt: skip
+    env = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
+    code = subprocess.run(command, cwd=HERE.parent, env=env, **out).returncode
+    assert code == 0, f"spd_recipes.py ended with {code}"
+    with table.open() as file:
+        last = list(csv.DictReader(file))[-1]
+    note = ", ".join(f"{name} {last[name]}" for name in ("tokens", "l0_frozen", "dce_frozen", "l0_free", "dce_free"))
+    bench.row(
+        "tiny", f"batch {last['batch']}", 1e3 * float(last["seconds_per_step"]), note=f"{last['steps']} steps, {note}"
+    )
 
 
 def metrics(folder: Path) -> list[dict[str, float]]:

@@ -2,7 +2,10 @@
 
 import itertools
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
 
+import numpy as np
 import torch
 from floors import Size
 from gpu_bench import Step
@@ -16,6 +19,7 @@ from losses import fvu
 from sae import BaseAutoencoder
 from sparse_encode import dense_encode_batch_topk, dense_encode_topk
 from sparsity import SparseEncoder, jumprelu
+from target_models import TargetModel
 from training import CoderRun, adam, group_step
 
 
@@ -128,3 +132,24 @@ def coder_configs(size: Size, rule: Rule) -> dict[str, CoderConfig]:
 
 def clt_config(size: Size, layers: int) -> CLTConfig:
     return CLTConfig(layers=tuple(range(layers)), d_in=size.d, d_out=size.d, d_dict=size.d_dict, rule=BatchTopK(size.k))
+
+
+class Rows:
+    """An endless source of random sequences of a token folder, all of which lie on the device."""
+
+    def __init__(self, target: TargetModel, batch: int, seed: int) -> None:
+        ids = np.load(Path(target.data.path) / "train.npy").astype(np.int64)
+        n = len(ids) // target.context
+        self.rows = torch.from_numpy(ids[: n * target.context]).view(n, target.context).to(target.device)
+        self.batch, self.generator = batch, torch.Generator(target.device).manual_seed(seed)
+
+    def __next__(self) -> Tensor:
+        return self.rows[
+            torch.randint(len(self.rows), (self.batch,), generator=self.generator, device=self.rows.device)
+        ]
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"generator": self.generator.get_state()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.generator.set_state(state["generator"])

@@ -37,7 +37,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).parents[1]))  # nothing is installed on a bare machine
 
 import torch
-from gpu import Rows
+from gpu_steps import Rows
 from torch import Tensor
 
 from checkpoints import CONFIG, TrainingRecord, save_checkpoint
