@@ -263,6 +263,7 @@ def train(args: argparse.Namespace, name: str) -> None:
     )  # fmt: skip
     shutil.copy(folder / "training" / "metrics.jsonl", folder / "spd.jsonl")
     save_checkpoint(folder, model.half(), record)
+    shutil.rmtree(folder / "training")
     result(args, target, name, model.float(), steps=steps, seconds=seconds)
 
 
