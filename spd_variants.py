@@ -4,7 +4,7 @@
 
     variant      g            s          m_Δ                                      counted as active
     unmasked     0            1          0      the components' sum               all
-    importance   importance   0          0      what training never asked for     those with g > 0
+    importance   importance   0          0      gates as strengths                those with g > 0
     stochastic   importance   u          u      what training draws               all: every one runs
     random       0            u          0      what gates say is not heard       all
     zero         0            0          0      biases alone                      none
@@ -12,7 +12,7 @@
 The sixth, rounded (m = 1 where g > τ, else 0), is how SPD is deployed: the rows `spd` and `spd-0.5` of `SPDReplacement`.
 u ~ U(0, 1) is drawn anew for each component (and each m_Δ) at each token, from a seed made of the replacement's own, the matrix'
 path and the bits of what a clean pass of the batch reads. So the same batch has the same u whenever and under whichever protocol
-it runs, `stochastic` and `random` have the same, and another batch, or another division of the text into batches, has others.
+it runs, `stochastic` and `random` have the same, and another batch has others: also the same text in batches of another size.
 """
 
 import zlib
