@@ -14,8 +14,8 @@ from jaxtyping import Int
 from matplotlib.figure import Figure
 from torch import Tensor
 
+from evaluation import clean_pass
 from logs import atomic_path, read_csv, write_csv
-from patching import capture
 from spd_replacement import SPDReplacement
 
 TABLE = "importances.csv"
@@ -36,8 +36,9 @@ def measure_importances(spd: SPDReplacement, tokens: Int[Tensor, "sequence seq"]
     """Of every decomposed matrix."""
     total = {path: torch.zeros(n, dtype=torch.float64) for path, n in spd.model.sizes.items()}
     counts = {path: torch.zeros(BINS + 1, dtype=torch.int64) for path in total}
-    for part in tokens.split(16):
-        for path, z in spd.clean_importances(capture(spd.target, part, spd.reads)).z.items():
+    for part in tokens.split(4):
+        clean = clean_pass(spd.target, part.to(spd.target.device), spd.reads)
+        for path, z in spd.clean_importances(clean.activations).z.items():
             g = spd.model.lower(z[:, 1:]).flatten(0, 1)
             edges = torch.linspace(0, 1, BINS + 1, device=g.device)
             total[path] += g.sum(0, dtype=torch.float64).cpu()
@@ -92,14 +93,14 @@ def _share(counts: Sequence[int], of: Importances) -> float:
 
 def _draw_means(found: Sequence[Importances], path: Path) -> None:
     """A curve per matrix; components that are never important lie below any logarithmic axis."""
-    figure, panel = plt.subplots(figsize=(6.5, 4.2), layout="constrained")
+    figure, panel = plt.subplots(figsize=(8, 4.2), layout="constrained")
     for i, f in enumerate(found):
         means = [mean for mean in f.means if mean > 0]
         colour = plt.get_cmap("viridis")(0.9 * (i // 2) / max(1, (len(found) - 1) // 2))
         panel.plot(range(1, len(means) + 1), means, label=f.matrix, color=colour, linestyle=("-", "--")[i % 2])
     panel.axhline(ALIVE, color="#8a8a8a", linewidth=1, linestyle=":")
     panel.set(yscale="log", xlabel="rank by mean importance", ylabel="mean importance", xlim=(0, None))
-    panel.legend(fontsize=8, frameon=False)
+    figure.legend(loc="outside right upper", fontsize=8, frameon=False)
     _save(figure, [panel], path)
 
 
@@ -115,6 +116,7 @@ def _draw_histograms(found: Sequence[Importances], path: Path) -> None:
         panel.set_title(f"{f.matrix}: {_share(f.counts[:1], f):.2%} are 0", loc="left", fontsize=10)
     for panel in grid[-1]:
         panel.set_xlabel("importance, where above 0")
+    figure.get_layout_engine().set(wspace=0.06)
     figure.supylabel("share of (token, component) pairs", fontsize=10)
     _save(figure, list(grid.flat), path)
 
