@@ -8,8 +8,8 @@ factorisation in place of faithfulness warm-up. `recipes.train_decomposition` sa
 Rows `spd` and `spd-0.5` are SPD as it is deployed: a component works at full strength where its importance g exceeds 0 or 0.5
 (masks called `rounded`), else not at all; `-delta` adds what the components leave of the matrix. `spd-unmasked` has every
 component at full strength, `-importance` at strength g, `-stochastic` at g + (1 − g) u, as in training, with u drawn evenly from
-0 to 1 and as much of Δ drawn too, `-random` at u, `-zero` none: it writes biases alone and has no place on a logarithmic axis. L0
-counts the components that work at all.
+0 to 1 and what the components leave of the matrix at a u of its own, `-random` at u, `-zero` none: it writes biases alone and has
+no place on a logarithmic axis. L0 counts the components that work at all.
 
     python experiments/exp_004_train_spd_gpt2/train_spd_gpt2.py                # GPT-2, layer 8: GPU, network
     python experiments/exp_004_train_spd_gpt2/train_spd_gpt2.py --target tiny  # layer 2 of `tiny`, offline
