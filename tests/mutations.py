@@ -166,12 +166,35 @@ CODERS = [
 
 DECOMPOSITIONS = [
     Mutation(
-        "minimality left out", "spd_training.py", "loss = recon + c.minimality.coefficient * minimality", "loss = recon",
+        "minimality left out", "spd_training.py", " + c.minimality.coefficient * self.pull * minimality", "",
         f"{SPD}[one]",
     ),
     Mutation(
-        "minimality left out", "spd_training.py", "loss = recon + c.minimality.coefficient * minimality", "loss = recon",
+        "minimality left out", "spd_training.py", " + c.minimality.coefficient * self.pull * minimality", "",
         "test_spd_model.py::test_minimality_and_reconstruction_fall_in_training",
+    ),
+    Mutation(
+        "no aim", "spd_training.py", "if c.aim is not None:", "if False:", f"{SPD}[today]",
+    ),
+    Mutation(
+        "gates that follow a masked stream cost nothing", "spd_training.py", "self.followed.append(z)", "pass",
+        f"{SPD}[today]",
+    ),
+    Mutation(
+        "an inactive part cannot be let in", "replacement.py", "torch.lerp(self.parts[key]", "torch.lerp(0 * self.parts[key]",
+        "test_adversary.py::test_the_corners_of_the_box_are_the_deployed_replacement_and_the_original_model",
+    ),
+    Mutation(
+        "the remainder cannot be let in", "replacement.py", " + self.sources.deltas[key] * rest", "",
+        "test_adversary.py::test_what_an_attacked_layer_writes_is_what_the_definition_says",
+    ),
+    Mutation(
+        "the last sources count, not the worst", "adversary.py", "if kl > worst:", "if True:",
+        "test_adversary.py::test_an_attack_climbs_and_a_later_rung_is_never_better_for_the_method",
+    ),
+    Mutation(
+        "gates are not dealt", "replacement.py", "return on[..., self.dealt[key]] if key in self.dealt else on", "return on",
+        "test_adversary.py::test_dealt_gates_open_as_many_parts_as_before_among_those_alive",
     ),
     Mutation(
         "frequency term left out", "spd_training.py", "        if c.frequency is not None:\n", "        if False:\n",
