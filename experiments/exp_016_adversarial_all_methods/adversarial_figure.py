@@ -35,7 +35,7 @@ def redraw(folder: Path, text: str) -> None:
     said = [notes.read_text().strip()] if notes.exists() else []
     parts = [
         "# One adversary for every method",
-        __doc__.strip(),
+        text.strip(),
         *said,
         "![Cost by steps](adversarial.png)",
         table(rows),
