@@ -13,22 +13,19 @@ no place on a logarithmic axis. L0 counts the components that work at all.
 
     python experiments/exp_004_train_spd_gpt2/train_spd_gpt2.py                # GPT-2, layer 8: GPU, network
     python experiments/exp_004_train_spd_gpt2/train_spd_gpt2.py --target tiny  # layer 2 of `tiny`, offline
-    python experiments/exp_004_train_spd_gpt2/train_spd_gpt2.py --target tiny --layers 0 1 2 3 --components 512 \\
-        --steps 2000 --ship assets/spd_tiny                                    # the shipped decomposition
     … --replot draws the figures again from points.csv and importances.csv
 
 Expected: unmasked near the target, random far from it, stochastic between; importance, which no step of training runs with,
 worse than rounded, which half of each step does.
 """
 
-import copy
 from dataclasses import dataclass
 from pathlib import Path
 
 from importance_figures import draw_importances, measure_importances, write_importances
 
 from baselines import baselines
-from checkpoints import checkpoint_folder, save_checkpoint
+from checkpoints import checkpoint_folder
 from evaluation import evaluate, held_out
 from recipes import SPDRecipe, train_decomposition
 from spd_replacement import SPDReplacement, spd_replacements
@@ -47,7 +44,6 @@ class Settings(StudySettings):
     batch: int = 32  # sequences per step
     lr: float = 1e-3  # peak of AdamW, cosine to a tenth
     minimality: float = 5e-4
-    ship: Path | None = None  # also write a half-precision copy here
     output: Path = Path(__file__).parent / "output"
 
 
@@ -69,8 +65,6 @@ def main(s: Settings) -> None:
         minimality=s.minimality, seed=s.seed,
     )  # fmt: skip
     decomposition = train_decomposition(target, recipe, layers=s.layers, folder=checkpoint_folder(s.target))
-    if s.ship is not None:
-        save_checkpoint(s.ship, copy.deepcopy(decomposition.model).half(), decomposition.record)
     text = held_out(target, s.eval_tokens)
     replacements = spd_replacements(target, decomposition, s.layers)
     replacements += spd_variants(target, decomposition, s.layers, s.seed)
