@@ -80,7 +80,7 @@ def main(
     Args:
         checkpoints: Folders, W&B artifacts or Goodfire's SPD runs, wandb:ENTITY/PROJECT/runs/ID;
             per-layer coders of one kind, rule and size are measured together.
-        target: tiny, pile, simplestories, gpt2, smollm2, hf:NAME or tl:NAME.
+        target: tiny, pile, pile-32d1bb3b, simplestories, gpt2, smollm2, hf:NAME or tl:NAME.
         tokens: Held-out tokens to measure on.
         protocols: single, frozen, gates and free, or some of them.
         top_k: Measure each coder also at these numbers of active latents, imposed in place of its rule.

@@ -36,7 +36,8 @@ from config import GateConfig, SPDConfig
 from logs import cache_folder, download_run_files
 from spd_gates import dashed
 from spd_model import ComponentModel
-from target_models import ASSETS, TargetModel, mlp_matrices
+from target_loaders import ASSETS
+from target_models import TargetModel, mlp_matrices
 
 SETTINGS = "final_config.yaml"
 RENAMED = (
