@@ -145,7 +145,7 @@ class Attack:
 
 
 def prepared(
-    target: TargetModel, replacement: Replacement, text: Int[Tensor, "sequence seq"], batch: int = 8
+    target: TargetModel, replacement: Replacement, text: Int[Tensor, "sequence seq"], batch: int = 16
 ) -> list[_Batch]:
     """What the original model makes of a text, a few sequences at a time, with all that the replacement reads of it."""
     made = []

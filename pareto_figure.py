@@ -74,10 +74,10 @@ class _Mark(NamedTuple):
 
 
 def _marks(points: Sequence[ParetoPoint], x: str, y: str) -> list[_Mark]:
-    """One mark per method and k (per checkpoint where there is no k), by rising x; intervals exist for ΔCE alone."""
+    """One mark per method and k (per checkpoint where there is no k), by rising x > 0; intervals exist for ΔCE alone."""
     groups: dict[tuple[object, ...], list[ParetoPoint]] = {}
     for p in points:
-        if getattr(p, x) is not None and getattr(p, y) is not None:
+        if (getattr(p, x) or 0) > 0 and getattr(p, y) is not None:
             groups.setdefault((p.method, p.k, None if p.k is not None else _settings(p)), []).append(p)
     marks = []
     for group in groups.values():
@@ -109,8 +109,9 @@ def draw(
 ) -> None:
     """One panel per x-axis, one row per protocol, both axes logarithmic; curves and baselines are labelled directly.
 
-    Values ≤ 0 lie on the lower edge, marked ▾. In `single` a mark is the mean over layers. Full marks are
-    sparsities that were trained, hollow ones (`-topk`) were imposed afterwards; half-full ones are other variants.
+    Values ≤ 0 lie on the lower edge, marked ▾; a row without active parts has no place. In `single` a mark is the mean over
+    layers. Full marks are sparsities that were trained, hollow ones (`-topk`) were imposed afterwards; half-full ones are
+    other variants.
     """
     import matplotlib
 

@@ -116,7 +116,7 @@ class Replacement(ABC):
     site: Site | None = "mlp_out"  # where it writes; None: wherever the target is read and written
     origin: Origin = UNKNOWN
     follows_stream: ClassVar[bool] = True  # False: `frozen`, `gates` and `free` are the same
-    decides: ClassVar[bool] = True  # False: nothing is decided on a token, so `gates` and `free` are the same
+    decides: bool = True  # False: nothing is decided on a token, so `gates` and `free` are the same
     reads_y: ClassVar[bool] = False  # True: it needs what the MLP itself writes, so the MLP counts as its own
 
     @property

@@ -103,18 +103,28 @@ class SPDReplacement(Replacement):
         return CleanImportances(inputs, self.model.importance_logits(inputs))
 
     def frozen(self, captured: Captured) -> "SPDPass":
-        return SPDPass(self, *self.clean_importances(captured), dict(zip(self.reads, captured.inputs)))
+        return self.opened(captured, *self.clean_importances(captured), dict(zip(self.reads, captured.inputs)))
 
     def gated(self, captured: Captured) -> "SPDPass":
-        return SPDPass(self, *self.clean_importances(captured))
+        return self.opened(captured, *self.clean_importances(captured))
 
     def free(self, captured: Captured, run: Callable[[Pass], object]) -> "SPDPass":
         if self.model.config.gate.local:
-            return SPDPass(self, {}, None)
+            return self.opened(captured, {}, None)
         first = self.gated(captured)
         with kept_inputs(self.target.model, self.watches) as watched:
             run(first)
-        return SPDPass(self, {}, self.model.importance_logits(first.inputs | watched))
+        return self.opened(captured, {}, self.model.importance_logits(first.inputs | watched))
+
+    def opened(
+        self,
+        captured: Captured,
+        inputs: dict[str, Tensor],
+        z: dict[str, Tensor] | None,
+        given: Mapping[int, Float[Tensor, "batch seq d_in"]] = MappingProxyType({}),
+    ) -> "SPDPass":
+        """The pass of whatever protocol, by what it is given; `captured` is the clean pass it belongs to."""
+        return SPDPass(self, inputs, z, given)
 
     def attacked(self, captured: Captured, sources: Sources) -> "AttackedSPDPass":
         return AttackedSPDPass(self, *self.clean_importances(captured), sources)
@@ -184,12 +194,19 @@ class SPDPass(Pass):
         return dict.fromkeys(self.replacement.paths[layer].values(), 1.0) if self.replacement.delta else None
 
     def _mask(self, layer: int, name: str, path: str, x: Tensor) -> Float[Tensor, "batch seq component"]:
-        z = self.replacement.model.importance_logit(path, x.float()) if self.z is None else self.z[path]
-        on = self.replacement.on(path, z)
+        on = self.replacement.on(path, self.importance_logit(path, x))
+        self.keep(layer, name, path, x, on)
+        return on.to(x.dtype)
+
+    def importance_logit(self, path: str, x: Tensor) -> Float[Tensor, "batch seq component"]:
+        """z of a matrix: those given, or its gate's on its running input x."""
+        return self.replacement.model.importance_logit(path, x.float()) if self.z is None else self.z[path]
+
+    def keep(self, layer: int, name: str, path: str, x: Tensor, on: Bool[Tensor, "batch seq component"]) -> None:
+        """Remember what a matrix read, and which of its components were active."""
         self.inputs[path] = x.float()
         by_token = rearrange(on, "batch seq component -> (batch seq) component")
         self.active[layer, name] = Active(*by_token.nonzero().unbind(1))
-        return on.to(x.dtype)
 
 
 class AttackedSPDPass(SPDPass):

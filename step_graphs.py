@@ -7,6 +7,7 @@ key the step runs once as it is written, and the next step of that key is record
 """
 
 import functools
+import gc
 from collections.abc import Callable, Hashable
 
 import torch
@@ -21,13 +22,20 @@ def records_graphs(device: torch.device) -> bool:
 
 
 def _recorded(step: Step, inputs: tuple[Tensor, ...], **pool: tuple[int, int]) -> tuple[torch.cuda.CUDAGraph, Tensor]:
-    """The graph of a step, and what it will write to. Recording runs nothing."""
+    """The graph of a step, and what it will write to. Recording runs nothing.
+
+    Python's garbage collector is off meanwhile: where it finds an older graph, its end breaks the recording (seen on an H200).
+    """
     graph, current, aside = torch.cuda.CUDAGraph(), torch.cuda.current_stream(), torch.cuda.Stream()
     aside.wait_stream(current)
+    collects = gc.isenabled()
+    gc.disable()
     with torch.cuda.stream(aside):
         graph.capture_begin(**pool)
         output = step(*inputs)
         graph.capture_end()
+    if collects:
+        gc.enable()
     current.wait_stream(aside)
     return graph, output
 
@@ -39,25 +47,24 @@ def _keeper() -> torch.cuda.CUDAGraph:
 
 
 class RecordedStep:
-    """`step` of tensors, recorded when its key comes twice in a row. What it returns holds until the next call.
+    """A step of tensors, recorded when its key comes twice in a row. What it returns holds until the next call.
 
     Recordings run one after another on one stream, so that they can share memory.
     """
 
-    def __init__(self, step: Step) -> None:
-        self.step = step
+    def __init__(self) -> None:
         self.key: Hashable = None
         self.graph: torch.cuda.CUDAGraph | None = None
         self.inputs: tuple[Tensor, ...] = ()
         self.output: Tensor | None = None
 
-    def __call__(self, key: Hashable, *inputs: Tensor) -> Tensor:
+    def __call__(self, step: Step, key: Hashable, *inputs: Tensor) -> Tensor:
         if key != self.key:
             self.key, self.graph, self.output = key, None, None
-            return self.step(*inputs)
+            return step(*inputs)
         if self.graph is None:
             self.inputs = self.inputs or tuple(map(torch.clone, inputs))
-            self.graph, self.output = _recorded(self.step, self.inputs, pool=_keeper().pool())
+            self.graph, self.output = _recorded(step, self.inputs, pool=_keeper().pool())
         for own, given in zip(self.inputs, inputs, strict=True):
             own.copy_(given)
         self.graph.replay()

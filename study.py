@@ -39,12 +39,18 @@ class CoderStudySettings(StudySettings):
     batch: int = 4096  # tokens per training batch
 
 
+def nothing_more(folder: Path) -> list[str]:
+    """Draws nothing."""
+    return []
+
+
 @dataclass(frozen=True)
 class Report:
     """What an experiment leaves in its output folder: tables, settings, and a README of title, text, figure and table."""
 
     title: str
     text: str
+    more: Callable[[Path], list[str]] = nothing_more  # draws what it also has to show; paragraphs below the figure
 
     def write(self, s: StudySettings, measured: Measurement) -> None:
         """points.csv, layers.csv, pairs.csv and settings.json, then what is drawn from them; prints a short table."""
@@ -56,11 +62,12 @@ class Report:
         self.redraw(s.output)
 
     def redraw(self, folder: Path) -> None:
-        """pareto.png and README.md from points.csv alone; what a notes.md there says of the run stands below the text."""
+        """pareto.png and README.md from the tables alone; what a notes.md there says of the run stands below the text."""
         points, notes = read_points(folder / "points.csv"), folder / "notes.md"
         draw(points, folder / "pareto.png")
         said = [notes.read_text().strip()] if notes.exists() else []
-        parts = [f"# {self.title}", self.text.strip(), *said, "![Pareto curves](pareto.png)", markdown_table(points)]
+        parts = [f"# {self.title}", self.text.strip(), *said, "![Pareto curves](pareto.png)", *self.more(folder)]
+        parts.append(markdown_table(points))
         (folder / "README.md").write_text("\n\n".join(parts) + "\n")
         print(f"{summary(points)}\n\nAll {len(points)} rows, and the figure: {folder / 'README.md'}")
 

@@ -20,7 +20,7 @@ import itertools
 import math
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
@@ -136,7 +136,7 @@ class CoderRun:
     logger: Logger
     lr: float  # peak learning rate
     seconds: float = 0.0  # wall-clock seconds attributed to this coder
-    recorded: RecordedStep | None = None  # where steps are recorded
+    recorded: RecordedStep = field(default_factory=RecordedStep)  # its step, where steps are recorded
 
     def count_dead(self, dead_after: int) -> float:
         """The share of latents that were silent for `dead_after` tokens, which AuxK works on from now on."""
@@ -201,9 +201,11 @@ def recorded_step(run: CoderRun, batch: ActivationBatch, *, config: TrainConfig,
     largest = n_tokens * max(encoder.d_dict for encoder in run.coder.encoders)
     if not records_graphs(device) or largest > RECORDED_UP_TO:
         return training_step(run, batch, config=config, lr=lr)
-    if run.recorded is None:
-        run.recorded = RecordedStep(lambda x, y, lr: training_step(run, ActivationBatch(x, y), config=config, lr=lr))
-    return run.recorded(run.coder.step_shape, *batch, torch.full((), lr, device=device))
+
+    def step(x: Tensor, y: Tensor, lr: Tensor) -> Tensor:
+        return training_step(run, ActivationBatch(x, y), config=config, lr=lr)
+
+    return run.recorded(step, run.coder.step_shape, *batch, torch.full((), lr, device=device))
 
 
 def group_step(

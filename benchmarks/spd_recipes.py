@@ -113,6 +113,11 @@ ALL = replace(BASE, components=768, gate=replace(LOCAL, hidden=(128,))).but(
     start="neurons", minimality=smooth(5e-4), recon=recon(SUBSETS, DEPLOYED, RUNNING)
 )
 THROUGH = ALL.but(recon=recon(SUBSETS, DEPLOYED_THROUGH, RUNNING_THROUGH))
+AIMED = ALL.but(
+    recon=recon(Merged(coefficient=1.0), DEPLOYED, RUNNING),
+    minimality=SmoothL0(coefficient=3e-4, between=(0.0, 0.5)),
+    aim=Aim(l0=(250.0, 28.0)),
+)
 # The frequency term takes over half of the pull of `base`: log₂(1 + 10⁶ · 0.06) is 16. Relative faithfulness of 200 weighs a
 # squared error as 10⁴ of the absolute does, at the mean square 0.02 of the weights.
 VARIANTS = {
@@ -144,10 +149,13 @@ VARIANTS = {
     "all-through": THROUGH,
     "all-through-1e-3": THROUGH.but(minimality=smooth(1e-3)),
     "all-through-2e-3": THROUGH.but(minimality=smooth(2e-3)),
-    "aimed": ALL.but(
-        recon=recon(Merged(coefficient=1.0), DEPLOYED, RUNNING),
-        minimality=SmoothL0(coefficient=3e-4, between=(0.0, 0.5)),
-        aim=Aim(l0=(250.0, 28.0)),
+    "aimed": AIMED,
+    "aimed-deployed": AIMED.but(
+        recon=(
+            Merged(coefficient=0.1),
+            replace(DEPLOYED_THROUGH, coefficient=0.45),
+            replace(RUNNING_THROUGH, coefficient=0.45),
+        )
     ),
     "all-merged": ALL.but(recon=recon(Merged(coefficient=1.0), DEPLOYED, RUNNING)),
 }
@@ -263,6 +271,7 @@ def train(args: argparse.Namespace, name: str) -> None:
     )  # fmt: skip
     shutil.copy(folder / "training" / "metrics.jsonl", folder / "spd.jsonl")
     save_checkpoint(folder, model.half(), record)
+    shutil.rmtree(folder / "training")
     result(args, target, name, model.float(), steps=steps, seconds=seconds)
 
 

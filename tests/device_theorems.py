@@ -72,6 +72,7 @@ from replacement import Replacement
 from spd_model import ComponentModel
 from spd_replacement import SPDReplacement
 from spd_training import SPDTrainer
+from spd_variants import VARIANTS, SPDVariant, VariantName
 from target_models import Loaded, TargetModel, make_target
 from token_stream import DatasetSpec
 from training import CoderRun, group_step, start_run, train_group
@@ -428,10 +429,25 @@ def assert_rows_agree(
             _, recovered, ablation = column.partition("ce_recovered_")
             if recovered and expected is not None and abs(cost[ablation, two.layers]) < close * two.ce:
                 assert isinstance(found, float), told
-            elif isinstance(expected, float):
+            elif isinstance(expected, float) or (column == "l0_by_layer" and expected):
                 assert column == "train_seconds" or found == pytest.approx(expected, rel=close, abs=least), told
             else:
                 assert column.endswith("checkpoint") or found == expected, told
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_a_mask_variant_on_the_device_is_the_cpus(name: VariantName, cpu: TargetModel, device: str) -> None:
+    """Masks that are drawn are others there, so that they are compared with themselves: the same twice."""
+    drawn = VARIANTS[name].source is None
+    measured = []
+    for place in (device, device if drawn else "cpu"):
+        target = on(cpu, place)
+        spd = SPDVariant(target, decomposition_of(target, "shared_mlp").requires_grad_(False), name)
+        beside = ZeroReplacement(range(target.n_layers))
+        measured.append(evaluate(target, [spd, beside], each_by_itself(TOKENS.to(target.device)), batch=3))
+    theirs, ours = measured
+    assert_rows_agree(theirs.points, ours.points)
+    assert_rows_agree(theirs.layers, ours.layers)
 
 
 def test_the_ruler_on_the_device_reads_what_it_reads_on_the_cpu(cpu: TargetModel, device: str) -> None:

@@ -42,6 +42,7 @@ AUXK = "test_auxk.py"
 RESUMED = "test_training.py::test_a_killed_run_ends_bit_identical"
 SPD = "test_spd_step.py::test_a_step_is_that_of_the_equations"
 SPD_RATES = "test_spd_step.py::test_rate_and_p_of_a_run_are_the_schedules[cosine]"
+IMPORTANCES = "experiments/exp_004_train_spd_gpt2/importance_figures.py"
 RECOVERED = "experiments/exp_012_spd_known_mechanisms/recovered.py"
 
 CODERS = [
@@ -165,12 +166,35 @@ CODERS = [
 
 DECOMPOSITIONS = [
     Mutation(
-        "minimality left out", "spd_training.py", "loss = recon + c.minimality.coefficient * minimality", "loss = recon",
+        "minimality left out", "spd_training.py", " + c.minimality.coefficient * self.pull * minimality", "",
         f"{SPD}[one]",
     ),
     Mutation(
-        "minimality left out", "spd_training.py", "loss = recon + c.minimality.coefficient * minimality", "loss = recon",
+        "minimality left out", "spd_training.py", " + c.minimality.coefficient * self.pull * minimality", "",
         "test_spd_model.py::test_minimality_and_reconstruction_fall_in_training",
+    ),
+    Mutation(
+        "no aim", "spd_training.py", "if c.aim is not None:", "if False:", f"{SPD}[today]",
+    ),
+    Mutation(
+        "gates that follow a masked stream cost nothing", "spd_training.py", "self.followed.append(z)", "pass",
+        f"{SPD}[today]",
+    ),
+    Mutation(
+        "an inactive part cannot be let in", "replacement.py", "torch.lerp(self.parts[key]", "torch.lerp(0 * self.parts[key]",
+        "test_adversary.py::test_the_corners_of_the_box_are_the_deployed_replacement_and_the_original_model",
+    ),
+    Mutation(
+        "the remainder cannot be let in", "replacement.py", " + self.sources.deltas[key] * rest", "",
+        "test_adversary.py::test_what_an_attacked_layer_writes_is_what_the_definition_says",
+    ),
+    Mutation(
+        "the last sources count, not the worst", "adversary.py", "if kl > worst:", "if True:",
+        "test_adversary.py::test_an_attack_climbs_and_a_later_rung_is_never_better_for_the_method",
+    ),
+    Mutation(
+        "gates are not dealt", "replacement.py", "return on[..., self.dealt[key]] if key in self.dealt else on", "return on",
+        "test_adversary.py::test_dealt_gates_open_as_many_parts_as_before_among_those_alive",
     ),
     Mutation(
         "frequency term left out", "spd_training.py", "        if c.frequency is not None:\n", "        if False:\n",
@@ -476,7 +500,63 @@ SELECTION = [
     ),
 ]  # fmt: skip
 
-MUTATIONS = [*CODERS, *DECOMPOSITIONS, *RULER, *OUTPUT, *SELECTION]
+VARIANTS = "test_spd_variants.py"
+MASK_VARIANTS = [
+    Mutation(
+        "g + s in place of g + (1 − g) s", "spd_variants.py", "m = g + (1 - g) * s", "m = (g + s).clamp(0, 1)",
+        f"{VARIANTS}::test_masks_are_drawn_evenly_between_the_importance_and_1[stochastic]",
+    ),
+    Mutation(
+        "unmasked at half strength", "spd_variants.py", "gated=False, source=1.0", "gated=False, source=0.5",
+        f"{VARIANTS}::test_unmasked_is_every_component_at_full_strength[frozen]",
+    ),
+    Mutation(
+        "unmasked: Δ forgotten", "spd_variants.py", "delta=delta or", "delta=False or",
+        f"{VARIANTS}::test_unmasked_with_delta_is_the_target[gate0]",
+    ),
+    Mutation(
+        "zero lets components in", "spd_variants.py", '"zero": Variant(gated=False', '"zero": Variant(gated=True',
+        f"{VARIANTS}::test_zero_writes_only_biases",
+    ),
+    Mutation(
+        "importances above 0 count as 1", "spd_variants.py", "return m.to(x.dtype)", "return m.ceil().to(x.dtype)",
+        f"{VARIANTS}::test_importance_is_rounded_where_every_importance_is_0_or_1",
+    ),
+    Mutation(
+        "stochastic: Δ shut", "spd_variants.py", "source=None, draws_delta=True", "source=None",
+        f"{VARIANTS}::test_stochastic_under_importances_of_1_is_unmasked_with_a_drawn_delta",
+    ),
+    Mutation(
+        "u is that of any call", "spd_variants.py", ".manual_seed(zlib.crc32(f\"{self.seed} {name}\".encode()))", "",
+        f"{VARIANTS}::test_the_same_batch_has_the_same_numbers_and_another_others[stochastic-gate0]",
+    ),
+    Mutation(
+        "u is that of any batch", "spd_variants.py", '{seed} {bits}', '{seed}',
+        f"{VARIANTS}::test_the_same_batch_has_the_same_numbers_and_another_others[random-gate0]",
+    ),
+    Mutation(
+        "u is that of any matrix", "spd_variants.py", '{self.seed} {name}', '{self.seed}',
+        f"{VARIANTS}::test_the_same_batch_has_the_same_numbers_and_another_others[random-gate0]",
+    ),
+    Mutation(
+        "random counts half", "spd_variants.py", "path, x, m > 0)", "path, x, m > 0.5)",
+        f"{VARIANTS}::test_every_variant_is_a_row_counted_by_the_components_that_run",
+    ),
+    Mutation(
+        "first positions counted", IMPORTANCES, "z[:, 1:]", "z",
+        "test_exp_004.py::test_counts_are_of_every_token_and_component_and_those_above_0_are_the_rulers_l0[gate0]",
+    ),
+    Mutation(
+        "0 falls into the first bin", IMPORTANCES, "torch.bucketize(g, edges)", "torch.bucketize(g.clamp_min(1e-6), edges)",
+        "test_exp_004.py::test_means_and_bins_are_those_of_the_gates",
+    ),
+    Mutation(
+        "what is not active has a place", "pareto_figure.py", "(getattr(p, x) or 0) > 0", "getattr(p, x) is not None",
+        "test_pareto.py::test_a_row_without_active_parts_has_no_place",
+    ),
+]  # fmt: skip
+
+MUTATIONS = [*CODERS, *DECOMPOSITIONS, *RULER, *OUTPUT, *SELECTION, *MASK_VARIANTS]
 
 
 class _Failures:

@@ -31,6 +31,7 @@ from device_theorems import (  # noqa: F401  # fixtures and tests: collected her
     test_a_foreign_dictionary_is_measured_on_the_device_as_on_the_cpu,
     test_a_group_trains_on_the_device_as_on_the_cpu,
     test_a_least_squares_start_on_the_device_is_the_cpus,
+    test_a_mask_variant_on_the_device_is_the_cpus,
     test_a_step_never_waits_for_the_device,
     test_a_step_of_todays_terms_on_the_device_is_the_cpus,
     test_a_step_on_the_device_is_the_cpus,
@@ -281,7 +282,7 @@ def test_a_recorded_step_is_the_step_itself(
                 run.coder.count_dead(1)
             readings = group_step([run], next(store), config=TRAIN, factor=1 / (1 + step))
             assert readings.isfinite().all()
-        assert recorded == (run.recorded is not None and run.recorded.graph is not None) or not N_DEVICES
+        assert recorded == (run.recorded.graph is not None) or not N_DEVICES
         ends.append([*run.coder.state_dict().values(), readings])
     for one, other in zip(*ends, strict=True):
         assert_close(one, other, 1e-5)

@@ -23,6 +23,7 @@ from device_theorems import (  # noqa: F401  # fixtures and tests: collected her
     test_a_foreign_dictionary_is_measured_on_the_device_as_on_the_cpu,
     test_a_group_trains_on_the_device_as_on_the_cpu,
     test_a_least_squares_start_on_the_device_is_the_cpus,
+    test_a_mask_variant_on_the_device_is_the_cpus,
     test_a_step_never_waits_for_the_device,
     test_a_step_of_todays_terms_on_the_device_is_the_cpus,
     test_a_step_on_the_device_is_the_cpus,

@@ -18,6 +18,7 @@ import study
 import target_models
 from pareto import read_points
 from recipes import SPDRecipe
+from spd_variants import VARIANTS
 from target_models import TargetModel
 
 EXPERIMENTS = Path(__file__).parents[1] / "experiments"
@@ -25,13 +26,20 @@ EXP_011 = "exp_011_pareto_trained_all_layers/pareto_trained_all_layers.py"
 INTERP_PARTS = ("autointerp", "intruder", "predictability", "faithfulness")
 SMALL = "--target tiny --d-dict 64 --tokens 4096 --batch 2048 --eval-tokens 1024".split()
 BASELINES = {"neurons", "neurons-joint", "affine", "identity", "zero", "mean"}
+MORE = {
+    "exp_004_train_spd_gpt2/train_spd_gpt2.py": {
+        "importances.csv",
+        "mean_importances.png",
+        "importance_histograms.png",
+    },
+}
 SCRIPTS = {
     "exp_001_train_transcoder_pile/train_transcoder_pile.py": (SMALL, {"transcoder"}),
     "exp_002_train_transcoder_ss/train_transcoder_ss.py": (SMALL, {"transcoder"}),
     "exp_003_train_clt_pile/train_clt_pile.py": (SMALL, {"clt"}),
     "exp_004_train_spd_gpt2/train_spd_gpt2.py": (
         "--target tiny --components 8 --gate-hidden 4 --steps 2 --batch 2 --eval-tokens 1024".split(),
-        {"spd", "spd-delta", "spd-0.5", "spd-delta-0.5"},
+        {"spd", "spd-delta", "spd-0.5", "spd-delta-0.5", *(f"spd-{name}" for name in VARIANTS)},
     ),
     "exp_005_pareto_gpt2/pareto_gpt2.py": (
         [*SMALL, "--l0", "2", "8"],
@@ -115,7 +123,8 @@ def test_it_runs_from_its_command_line(
         arguments = [*arguments, "--checkpoints", str(checkpoints / "main")]
     call(script, [*arguments, "--output", str(tmp_path)])
     names = {file.name for file in tmp_path.iterdir()}
-    assert names == {"points.csv", "layers.csv", "pairs.csv", "pareto.png", "settings.json", "README.md"}
+    expected_files = {"points.csv", "layers.csv", "pairs.csv", "pareto.png", "settings.json", "README.md"}
+    assert names == expected_files | MORE.get(script, set())
     assert json.loads((tmp_path / "settings.json").read_text())["settings"]["eval_tokens"] == 1024
     points = read_points(tmp_path / "points.csv")
     absent = {"neurons", "neurons-joint"} if "sae_sites" in script else set()  # other sites have no neurons

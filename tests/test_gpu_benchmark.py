@@ -70,8 +70,8 @@ def test_every_part_runs_in_miniature_and_the_next_call_goes_on(tmp_path: Path) 
     skipped = {row.what: row.note for row in rows if not row.median_ms and row.part != "device"}
     without_cuda = {"pytest -m cuda", "product, tf32", "pieces of the selection"}
     assert skipped.keys() == without_cuda | {"TopK: sparsify"} and all(skipped.values())
-    files = list(output.iterdir())
-    assert len(files) <= 8 and all(file.is_file() and file.stat().st_size < 16 * 2**20 for file in files)
+    files = [file for file in output.rglob("*") if file.is_file()]
+    assert len(files) <= 8 and all(file.stat().st_size < 16 * 2**20 for file in files), f"{files=}"
     record = json.loads((output / "spd" / "config.json").read_text())["record"]
     assert record["train_tokens"] == 2 * 3 * 256, "two steps of three sequences; the second call finds it there"
 

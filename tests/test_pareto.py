@@ -17,7 +17,7 @@ from pareto import (
     write_layers,
     write_points,
 )
-from pareto_figure import BASELINES, STYLES, _Mark, _spread, base, draw, family, front
+from pareto_figure import BASELINES, STYLES, _Mark, _marks, _spread, base, draw, family, front
 
 DESIGN = (
     "target, method, layers, k, seed, protocol, tokens, l0, l0_p95, l0_per_mlp, active_params, bits_per_token, ce, "
@@ -111,6 +111,13 @@ def test_a_column_with_a_default_may_be_absent_and_columns_stand_in_any_order(tm
     rows = [line.split(",") for line in file.read_text().splitlines()]
     file.write_text("\n".join(",".join(reversed(row[:-4])) for row in rows) + "\n")
     assert read_points(file) == [point(tail_p999=None, tail_max=None, documents=None, l0_by_layer=None)]
+
+
+def test_a_row_without_active_parts_has_no_place(tmp_path: Path) -> None:
+    """Both axes are logarithmic: SPD without components stands in the table alone."""
+    nothing, some = point("spd-zero", 0.0), point("spd-random", 8.0)
+    assert [m.x for m in _marks([nothing, some], "l0", "ce_degradation")] == [8.0]
+    draw([nothing, some], tmp_path / "pareto.png")
 
 
 @given(st.lists(st.tuples(st.integers(1, 6), st.integers(1, 6)), min_size=1, max_size=12))

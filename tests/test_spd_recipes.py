@@ -17,7 +17,7 @@ from target_models import TargetModel
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 
 import spd_recipes  # noqa: E402
-from gpu import Rows  # noqa: E402
+from gpu_steps import Rows  # noqa: E402
 
 
 @pytest.fixture

@@ -5,22 +5,34 @@ sequences and the masks of deployment on the others, importance minimality with 
 that read their own module's input at the same position (and so cannot see the future), start from a least-squares
 factorisation in place of faithfulness warm-up. `recipes.train_decomposition` says more.
 
+Rows `spd` and `spd-0.5` are SPD as it is deployed: a component works at full strength where its importance g exceeds 0 or 0.5
+(masks called `rounded`), else not at all; `-delta` adds what the components leave of the matrix. `spd-unmasked` has every
+component at full strength, `-importance` at strength g, `-stochastic` at g + (1 − g) u, as in training, with u drawn evenly from
+0 to 1 and what the components leave of the matrix at a u of its own, `-random` at u, `-zero` none: it writes biases alone and has
+no place on a logarithmic axis. L0 counts the components that work at all.
+
     python experiments/exp_004_train_spd_gpt2/train_spd_gpt2.py                # GPT-2, layer 8: GPU, network
     python experiments/exp_004_train_spd_gpt2/train_spd_gpt2.py --target tiny  # layer 2 of `tiny`, offline
     python experiments/exp_004_train_spd_gpt2/train_spd_gpt2.py --target tiny --layers 0 1 2 3 --components 512 \\
         --steps 2000 --ship assets/spd_tiny                                    # the shipped decomposition
-    … --replot draws the figure again from points.csv
+    … --replot draws the figures again from points.csv and importances.csv
+
+Expected: unmasked near the target, random far from it, stochastic between; importance, which no step of training runs with,
+worse than rounded, which half of each step does.
 """
 
 import copy
 from dataclasses import dataclass
 from pathlib import Path
 
+from importance_figures import draw_importances, measure_importances, write_importances
+
 from baselines import baselines
 from checkpoints import checkpoint_folder, save_checkpoint
 from evaluation import evaluate, held_out
 from recipes import SPDRecipe, train_decomposition
-from spd_replacement import spd_replacements
+from spd_replacement import SPDReplacement, spd_replacements
+from spd_variants import spd_variants
 from study import Report, StudySettings, check_fits, run_study
 from target_models import load_target
 
@@ -46,7 +58,7 @@ PRESETS = (
         device="cpu",
     ),
 )  # fmt: skip
-REPORT = Report("SPD of MLP matrices", __doc__)
+REPORT = Report("SPD of MLP matrices", __doc__, draw_importances)
 
 
 def main(s: Settings) -> None:
@@ -59,8 +71,13 @@ def main(s: Settings) -> None:
     decomposition = train_decomposition(target, recipe, layers=s.layers, folder=checkpoint_folder(s.target))
     if s.ship is not None:
         save_checkpoint(s.ship, copy.deepcopy(decomposition.model).half(), decomposition.record)
-    replacements = spd_replacements(target, decomposition, s.layers) + baselines(target, s.layers, (16, 64, 256))
-    measured = evaluate(target, replacements, held_out(target, s.eval_tokens))
+    text = held_out(target, s.eval_tokens)
+    replacements = spd_replacements(target, decomposition, s.layers)
+    replacements += spd_variants(target, decomposition, s.layers, s.seed)
+    replacements += baselines(target, s.layers, (16, 64, 256))
+    measured = evaluate(target, replacements, text)
+    whole = SPDReplacement(target, decomposition.model, layers=s.layers)
+    write_importances(s.output, measure_importances(whole, text.tokens))
     REPORT.write(s, measured)
 
 

@@ -61,7 +61,7 @@ PRESETS = (
         output=Path(__file__).parent / "output" / "smollm2",
     ),
 )  # fmt: skip
-REPORT = ObjectiveReport("CoderObjective by protocol", __doc__)
+REPORT = ObjectiveReport("Objective by protocol", __doc__)
 
 
 def configs(s: Settings, target: TargetModel, kind: Kind) -> Sequence[CoderConfig]:

@@ -83,6 +83,8 @@ def draw(points: Sequence[ParetoPoint], path: Path) -> None:
     found = costs(points)
     kinds = list(dict.fromkeys(split(method)[0] for method, _ in found if method.split("-")[0] not in BASELINES))
     layers = max(len(p.layers) for p in points)
+    l0 = [cost.l0 for (method, _), own in found.items() if split(method)[0] in kinds for cost in own]
+    wide = max(l0) > 2 * min(l0)  # one k alone needs no logarithm
     figure, grid = plt.subplots(
         len(kinds), 3, figsize=(11, 2.9 * len(kinds) + 0.7), sharex=True, sharey="col", squeeze=False, layout="constrained"
     )  # fmt: skip
@@ -97,13 +99,16 @@ def draw(points: Sequence[ParetoPoint], path: Path) -> None:
                 )
                 x, y = [mark[0] for mark in marks], [average(mark[1]) for mark in marks]
                 look = {"color": COLOURS[name.split("-")[0]], "linestyle": "--" if name.endswith("scratch") else "-"}
-                panel.plot(x, y, marker="o", markersize=4, label=name, **look)
+                filled = "none" if name.endswith("scratch") else "full"
+                panel.plot(x, y, marker="o", markersize=4, fillstyle=filled, label=name, **look)
                 panel.vlines(x, *zip(*((min(mark[1]), max(mark[1])) for mark in marks)), color=look["color"], alpha=0.5)
             spd = [own[0] for (method, _), own in found.items() if method.split("-")[0] == "spd"]
             panel.plot(
                 [c.l0 for c in spd], [getattr(c, protocol) / share for c in spd], "x", color="#8a8a8a", label="SPD"
             )
-            panel.set(xscale="log", yscale="log", title=f"{kind}: {ROWS[protocol].partition(':')[0]}")
+            panel.set(
+                xscale="log" if wide else "linear", yscale="log", title=f"{kind}: {ROWS[protocol].partition(':')[0]}"
+            )
             panel.grid(True, color="#e4e4e4", linewidth=0.7)
         grid[row][0].set_ylabel("ΔCE (nats per token)")
         grid[row][2].legend(fontsize=8, frameon=False)
