@@ -119,7 +119,7 @@ class ActivationsStore:
     def _first_scales(self, captured: Captured) -> Float[Tensor, "two layer"]:
         """1 where the activations are far below fp16's largest number, else the power of two that brings them there."""
         largest = torch.stack(
-            [reduce(part[:, :, 1:].float().abs(), "layer batch seq d -> layer", "max") for part in captured]
+            [reduce(part[:, :, 1:].float().abs(), "layer batch seq d -> layer", "max") for part in captured[:2]]
         )
         for layer, sides in zip(self.config.layers, largest.isfinite().all(0).tolist()):
             if not sides:
@@ -190,7 +190,7 @@ def stack_tokens(
     captured: Captured, scales: Float[Tensor, "two layer"] | None = None
 ) -> Float[Tensor, "two layer token d"]:
     """Inputs and outputs side by side in fp16, divided by `scales`, without the first position of each sequence."""
-    parts = (rearrange(part[:, :, 1:], "layer batch seq d -> layer (batch seq) d") for part in captured)
+    parts = (rearrange(part[:, :, 1:], "layer batch seq d -> layer (batch seq) d") for part in captured[:2])
     if scales is None:
         return torch.stack([part.half() for part in parts])
     return torch.stack([(part / scale[:, None, None]).half() for part, scale in zip(parts, scales)])

@@ -68,7 +68,7 @@ class Attack:
     ) -> None:  # fmt: skip
         assert replacement.reads == replacement.layers, f"{replacement.method} reads layers that it does not replace"
         self.target, self.replacement, self.deltas = target, replacement, deltas
-        self.batches = prepared(target, replacement.layers, text)
+        self.batches = prepared(target, replacement, text)
         generator = torch.Generator().manual_seed(seed)
         surface = replacement.surface(replacement.layers)
         draw = lambda *shape: torch.rand(shape, generator=generator).to(target.device)  # noqa: E731
@@ -110,7 +110,7 @@ class Attack:
 
     def everywhere(self, sources: Sources, other: Int[Tensor, "sequence seq"]) -> tuple[Costs, Costs]:
         """What these sources cost on the attacked text and on another one."""
-        elsewhere = prepared(self.target, self.replacement.layers, other)
+        elsewhere = prepared(self.target, self.replacement, other)
         return self.costs(sources, self.batches), self.costs(sources, elsewhere)
 
     def ascent(self, sources: Sources) -> tuple[float, list[Tensor]]:
@@ -145,13 +145,13 @@ class Attack:
 
 
 def prepared(
-    target: TargetModel, layers: Sequence[int], text: Int[Tensor, "sequence seq"], batch: int = 16
+    target: TargetModel, replacement: Replacement, text: Int[Tensor, "sequence seq"], batch: int = 16
 ) -> list[_Batch]:
-    """What the original model makes of a text, a few sequences at a time."""
+    """What the original model makes of a text, a few sequences at a time, with all that the replacement reads of it."""
     made = []
     with torch.no_grad():
         for tokens in text.to(target.device).split(batch):
-            clean = clean_pass(target, tokens, layers)
+            clean = clean_pass(target, tokens, replacement.layers, replacement.watches)
             made.append(_Batch(tokens, clean, Original.of(clean.logits, tokens)))
     return made
 

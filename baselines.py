@@ -175,7 +175,7 @@ class _BaselinePass(Pass):
         self, layer: int, x: Float[Tensor, "batch seq d_in"], y: Float[Tensor, "batch own d_out"]
     ) -> Float[Tensor, "batch seq d_out"]:
         if self.clean is not None:
-            x, y = (kept[self.replacement.reads.index(layer)] for kept in self.clean)
+            x, y = (kept[self.replacement.reads.index(layer)] for kept in self.clean[:2])
         return by_token(functools.partial(self.replacement.write, layer), x, y)
 
 

@@ -34,7 +34,7 @@ from config import (
     full_kind,
     to_json,
 )
-from logs import atomic_path, cache_folder, download_artifact, load_tensors, write_json
+from logs import atomic_path, cache_folder, check_named, download_artifact, load_tensors, write_json
 from sae import build_sae
 from spd_model import ComponentModel
 from target_models import TargetModel
@@ -133,14 +133,6 @@ def check_room(path: Path, state: object) -> None:
     needed = sum(leaf.nbytes for leaf in tree_leaves(state) if isinstance(leaf, torch.Tensor))
     if needed > (free := shutil.disk_usage(path.parent).free):
         raise ValueError(f"the disk is full: {path} takes {needed:,} bytes and {free:,} are free; make room for it")
-
-
-def check_named(path: Path, state: object) -> dict[str, torch.Tensor]:
-    """The tensors of a file by their names; raises ValueError where it holds anything else."""
-    named = isinstance(state, dict) and all(isinstance(key, str) for key in state)
-    if not named or not all(isinstance(value, torch.Tensor) for value in state.values()):  # type: ignore[attr-defined]
-        raise ValueError(f"{path} holds something other than named tensors: it is not opened")
-    return state  # type: ignore[return-value]
 
 
 @contextmanager

@@ -260,6 +260,7 @@ class GateConfig:
     blocks: int = 0  # transformer gate only
     heads: int = 0  # transformer gate only
     causal: bool = True  # transformer gate only: False lets a gate see future tokens (as Goodfire's do)
+    norm_inputs: bool = True  # transformer gate only: what it reads of each module is RMS-normed
     taps: tuple[
         str, ...
     ] = ()  # global kinds: fnmatch patterns of the decomposed modules whose inputs are read; (): of all

@@ -28,7 +28,7 @@ from logs import git_commit
 from losses import Original, sequence_losses
 from metrics import OriginalTally, Tally, document_draws, layer_points, pair_points, point
 from pareto import Identity, LayerPoint, PairPoint, ParetoPoint
-from patching import Captured, kept_streams, resumed
+from patching import Captured, kept_inputs, kept_streams, resumed
 from python_corpus import Split
 from replacement import Observer, Pass, Replacement, replaced_logits
 from target_models import TargetModel, writer_parameters
@@ -155,8 +155,10 @@ class CleanPass(NamedTuple):
         return first, self.streams.get(first)
 
 
-def clean_pass(target: TargetModel, tokens: Int[Tensor, "batch seq"], layers: Sequence[int]) -> CleanPass:
-    """Logits and every MLP's input and output, in the precision of the weights."""
+def clean_pass(
+    target: TargetModel, tokens: Int[Tensor, "batch seq"], layers: Sequence[int], watched: Sequence[str] = ()
+) -> CleanPass:
+    """Logits, every MLP's input and output and what the `watched` modules are given, in the precision of the weights."""
     seen: dict[int, tuple[Tensor, Tensor]] = {}
 
     class Watch(Pass):
@@ -165,10 +167,10 @@ def clean_pass(target: TargetModel, tokens: Int[Tensor, "batch seq"], layers: Se
             return y
 
     resumable = layers if target.site == "mlp_out" else []  # elsewhere a site is not inside its block
-    with kept_streams(target, resumable) as streams:
+    with kept_streams(target, resumable) as streams, kept_inputs(target.model, watched) as modules:
         logits = replaced_logits(target, tokens, Watch(IdentityReplacement(layers)), layers, ignore)
     inputs, outputs = (torch.stack([seen[layer][i] for layer in layers]) for i in range(2))
-    return CleanPass(logits, Captured(inputs, outputs), streams)
+    return CleanPass(logits, Captured(inputs, outputs, modules), streams)
 
 
 def ignore(layer: int, y_hat: Tensor) -> None:
@@ -178,8 +180,8 @@ def ignore(layer: int, y_hat: Tensor) -> None:
 def pick(captured: Captured, all_layers: Sequence[int], layers: Sequence[int]) -> Captured:
     where = [all_layers.index(layer) for layer in layers]
     if where == list(range(where[0], where[0] + len(where))):
-        return Captured(*(kept[where[0] : where[0] + len(where)] for kept in captured))
-    return Captured(*(kept[where] for kept in captured))
+        return Captured(*(kept[where[0] : where[0] + len(where)] for kept in captured[:2]), captured.modules)
+    return Captured(*(kept[where] for kept in captured[:2]), captured.modules)
 
 
 def _measure_batch(
@@ -190,7 +192,8 @@ def _measure_batch(
     original: OriginalTally,
 ) -> None:
     """Every run on one batch; `read` are the layers whose clean activations serve all runs."""
-    clean = clean_pass(target, tokens, read)
+    watched = list(dict.fromkeys(path for run in tallies for path in run.replacement.watches))
+    clean = clean_pass(target, tokens, read, watched)
     prediction = Original.of(clean.logits, tokens)
     original.add(prediction.ce, clean.activations.outputs)
     frozen: dict[Replacement, Pass] = {}

@@ -14,16 +14,14 @@ from typing import Any, NamedTuple
 import torch
 import yaml
 from jaxtyping import Float
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor
 
-from checkpoints import check_named, load_tensors
 from coder import Coder
 from config import CLTConfig, CoderConfig, EncoderConfig, SAEConfig, Site
 from folding import FoldedLayer, build, fold
 from patching import patched
-from target_models import TARGETS, TargetModel, Written, at_site, equal_but_for_rounding, written
+from target_loaders import TARGETS
+from target_models import TargetModel, Written, at_site, equal_but_for_rounding, written
 
 Tensors = dict[str, Tensor]
 
@@ -40,27 +38,6 @@ def read_blob(path: Path) -> dict[str, Any]:
     if not isinstance(blob, dict):
         raise ValueError(f"{path} holds a {type(blob).__name__}, not a configuration")
     return blob
-
-
-def read_tensors(path: Path) -> Tensors:
-    """Named tensors of a safetensors or torch file, on the CPU; nothing is unpickled but tensors."""
-    if not path.exists():
-        raise ValueError(f"{path} does not exist: check the path")
-    try:
-        state: Any = load_file(path) if path.suffix == ".safetensors" else load_tensors(path, "cpu")
-    except SafetensorError:
-        raise ValueError(f"{path} is truncated or no safetensors file: fetch it again") from None
-    return plain_names(check_named(path, state))
-
-
-PREFIXES = ("_orig_mod.", "module.")  # of a compiled module, and of one trained on several devices
-
-
-def plain_names(state: Tensors) -> Tensors:
-    """Without a prefix that all names share."""
-    while state and (prefix := next((p for p in PREFIXES if all(name.startswith(p) for name in state)), None)):
-        state = {name.removeprefix(prefix): tensor for name, tensor in state.items()}
-    return state
 
 
 def check(source: Path, state: Tensors, shapes: dict[str, tuple[int, ...]]) -> Tensors:

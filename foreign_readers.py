@@ -30,13 +30,13 @@ from foreign_files import (
     named_hooks,
     read_blob,
     read_layer,
-    read_tensors,
     read_text,
     require_one_of,
     require_positive_int,
     require_section,
     understood,
 )
+from logs import read_tensors
 
 
 class Dictionary(NamedTuple):

@@ -4,8 +4,8 @@
 
     RMS(h) = h / √(mean h² + ε) · weight,  ε = 1e-6;  RoPE rotates (first half, second half) of each head, base θ.
 
-Parameter names and configuration keys are those of Goodfire's runs (`wandb:goodfire/spd/t-32d1bb3b`), so that
-`model_config.yaml` + `model_step_*.pt` of such a run load as they are. No biases; the embedding is tied.
+Parameter names and configuration keys are those of Goodfire's runs (`wandb:goodfire/spd/runs/t-9d2b8f02`), so that
+`model_config.yaml` + `model_step_*.safetensors` (or .pt) of such a run load as they are. No biases; the embedding is tied.
 """
 
 import re
@@ -19,7 +19,7 @@ from einops import rearrange, repeat
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from logs import load_tensors
+from logs import read_tensors
 
 
 @dataclass(frozen=True)
@@ -217,39 +217,33 @@ def _positive(raw: dict[str, object], key: str) -> int:
 
 
 def load_target_run(folder: Path) -> LlamaSimpleMLP:
-    """The model of a run directory: `model_config.yaml` and the `model_step_*.pt` of the highest step.
+    """The model of a run directory: `model_config.yaml` and the weights of the highest step, `model_step_*`.
 
+    They are a .safetensors or a .pt file; of one step with both the first is read. A tied head may be left out.
     Raises ValueError in one line for another folder, a damaged file, and tensors that are not those of the configuration.
     """
-    config_file, steps = folder / "model_config.yaml", sorted(folder.glob("model_step_*[0-9].pt"), key=_step)
+    config_file = folder / "model_config.yaml"
+    steps = {
+        (int(found[1]), found[2]): path
+        for path in folder.glob("model_step_*")
+        if (found := re.fullmatch(r"model_step_(\d+)\.(pt|safetensors)", path.name))
+    }
     if not config_file.exists() or not steps:
-        raise ValueError(f"{folder} holds no model_config.yaml with a model_step_*.pt beside it: not a training run")
-    model = LlamaSimpleMLP(config_from_yaml(config_file.read_text(errors="replace")))
-    state = load_tensors(steps[-1], "cpu")
-    if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
-        raise ValueError(f"{steps[-1]} holds something other than named tensors: not the weights of a run")
-    state = without_wrappers(state)
-    state = {key: value.float() for key, value in state.items() if not re.search(r"rotary|\.(cos|sin)$", key)}
+        raise ValueError(
+            f"{folder} holds no model_config.yaml with a model_step_*.pt or .safetensors beside it: not a training run"
+        )
+    model, file = LlamaSimpleMLP(config_from_yaml(config_file.read_text(errors="replace"))), steps[max(steps)]
+    state = {
+        key: value.float() for key, value in read_tensors(file).items() if not re.search(r"rotary|\.(cos|sin)$", key)
+    }
     state.setdefault("lm_head.weight", state.get("wte.weight", torch.empty(0)))
     expected = model.state_dict()
     for key in sorted(expected.keys() | state.keys()):
         if key not in expected or key not in state or expected[key].shape != state[key].shape:
-            raise ValueError(f"{steps[-1]}: tensor {key!r} is missing, extra or misshapen beside model_config.yaml")
+            raise ValueError(f"{file}: tensor {key!r} is missing, extra or misshapen beside model_config.yaml")
         if not state[key].isfinite().all():
-            raise ValueError(f"{steps[-1]}: tensor {key!r} holds NaN or infinity")
+            raise ValueError(f"{file}: tensor {key!r} holds NaN or infinity")
     if not torch.equal(state["lm_head.weight"], state["wte.weight"]):
-        raise ValueError(f"{steps[-1]}: lm_head.weight differs from wte.weight: this architecture ties them")
+        raise ValueError(f"{file}: lm_head.weight differs from wte.weight: this architecture ties them")
     model.load_state_dict(state)
     return model
-
-
-def without_wrappers(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Names without the prefixes that torch.compile and DistributedDataParallel put before all of them."""
-    for prefix in ("module.", "_orig_mod.", "module."):
-        if state and all(key.startswith(prefix) for key in state):
-            state = {key.removeprefix(prefix): value for key, value in state.items()}
-    return state
-
-
-def _step(path: Path) -> int:
-    return int(re.findall(r"\d+", path.name)[-1])

@@ -11,6 +11,7 @@ import json
 import os
 import pickle
 import platform
+import re
 import shutil
 import subprocess
 import sys
@@ -21,6 +22,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor
 
 from devices import device_name
 
@@ -88,6 +92,35 @@ def load_tensors(path: Path, device: str) -> dict:  # type: ignore[type-arg]
         raise ValueError(f"{path} holds pickled objects, not tensors: it is not opened") from None
     except Exception:  # of a damaged file the unpickler raises anything: KeyError, IndexError, RuntimeError, …
         raise ValueError(f"{path} is truncated or no torch file: fetch or train it again") from None
+
+
+def check_named(path: Path, state: object) -> dict[str, Tensor]:
+    """The tensors of a file by their names; raises ValueError where it holds anything else."""
+    named = isinstance(state, dict) and all(isinstance(key, str) for key in state)
+    if not named or not all(isinstance(value, Tensor) for value in state.values()):  # type: ignore[attr-defined]
+        raise ValueError(f"{path} holds something other than named tensors: it is not opened")
+    return state  # type: ignore[return-value]
+
+
+def read_tensors(path: Path) -> dict[str, Tensor]:
+    """The tensors of a safetensors or torch file by their own names, on the CPU; nothing is unpickled but tensors."""
+    if not path.exists():
+        raise ValueError(f"{path} does not exist: check the path")
+    try:
+        state: Any = load_file(path) if path.suffix == ".safetensors" else load_tensors(path, "cpu")
+    except SafetensorError:
+        raise ValueError(f"{path} is truncated or no safetensors file: fetch it again") from None
+    return plain_names(check_named(path, state))
+
+
+PREFIXES = ("_orig_mod.", "module.")  # of a compiled module, and of one trained on several devices
+
+
+def plain_names(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Without a prefix that all names share."""
+    while state and (prefix := next((p for p in PREFIXES if all(name.startswith(p) for name in state)), None)):
+        state = {name.removeprefix(prefix): tensor for name, tensor in state.items()}
+    return state
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -203,14 +236,26 @@ def download_artifact(reference: str, folder: Path) -> Path:
 
 
 def download_run_files(run: str, names: tuple[str, ...], folder: Path) -> Path:
-    """Fetch the files of W&B run `entity/project/id` whose names start with one of `names` (once)."""
+    """Fetch the files of W&B run `entity/project/id` whose names start with one of `names` (once).
+
+    Of files that differ in their step alone (`model_900.pth`, `model_1000.pth`) the last is fetched.
+    """
     destination = folder / run.replace("/", "--")
     if not destination.exists():
+        files = {file.name: file for file in _wandb_api(run).run(run).files()}
         with atomic_path(destination) as temporary:
-            for file in _wandb_api(run).run(run).files():
-                if Path(file.name).name.startswith(names):
-                    file.download(root=str(temporary))
+            for name in last_steps(name for name in files if Path(name).name.startswith(names)):
+                files[name].download(root=str(temporary))
     return destination
+
+
+def last_steps(names: Iterable[str]) -> list[str]:
+    """Of names that differ in the number before their suffix alone, that of the largest; the others as they are."""
+    largest: dict[tuple[str, str], tuple[int, str]] = {}
+    for name in names:
+        stem, step, suffix = re.fullmatch(r"(.*?)(\d*)(\.\w+)?", name).groups("")  # type: ignore[union-attr]
+        largest[stem, suffix] = max(largest.get((stem, suffix), (-1, "")), (int(step or 0), name))
+    return [name for _, name in largest.values()]
 
 
 def cache_folder() -> Path:

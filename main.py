@@ -30,7 +30,7 @@ from target_models import load_target
 
 @dataclass(frozen=True, kw_only=True)
 class Settings(CoderStudySettings):
-    target: str = "tiny"  # tiny, pile, simplestories, gpt2, smollm2, hf:NAME or tl:NAME
+    target: str = "tiny"  # tiny, pile, pile-32d1bb3b, simplestories, gpt2, smollm2, hf:NAME or tl:NAME
     layers: tuple[int, ...] = (0, 1, 2, 3)
     transcoder_k: tuple[int, ...] = (8, 32)  # active latents per token of the BatchTopK transcoders
     clt_k: tuple[int, ...] = (16,)  # active latents per token and layer of the cross-layer transcoders

@@ -34,7 +34,7 @@ from pareto import (
 )
 from replacement import Origin, Replacement
 from spd_replacement import SPDReplacement
-from spd_runs import is_decomposition, load_decomposition
+from spd_runs import GateInputs, is_decomposition, load_decomposition
 from target_models import TargetModel, at_site, load_target
 
 
@@ -72,6 +72,7 @@ def main(
     layer: int | None = None,
     site: Site | None = None,
     unproven_target: bool = False,
+    gate_inputs: GateInputs | None = None,
     device: str = "cuda" if torch.cuda.is_available() else "cpu",
     points: Path = Path("output/evaluation/points.csv"),
 ) -> None:
@@ -80,7 +81,7 @@ def main(
     Args:
         checkpoints: Folders, W&B artifacts or Goodfire's SPD runs, wandb:ENTITY/PROJECT/runs/ID;
             per-layer coders of one kind, rule and size are measured together.
-        target: tiny, pile, simplestories, gpt2, smollm2, hf:NAME or tl:NAME.
+        target: tiny, pile, pile-32d1bb3b, simplestories, gpt2, smollm2, hf:NAME or tl:NAME.
         tokens: Held-out tokens to measure on.
         protocols: single, frozen, gates and free, or some of them.
         top_k: Measure each coder also at these numbers of active latents, imposed in place of its rule.
@@ -89,6 +90,7 @@ def main(
         layer: Layer of a foreign dictionary whose files do not say it.
         site: What a foreign SAE reads, where its files do not say.
         unproven_target: Measure a Goodfire run also where it lacks the weights that prove which model it decomposes.
+        gate_inputs: Whether the transformer gate of a Goodfire run norms what it reads, where nothing else says it.
         device: cpu, cuda, cuda:1, …
         points: Rows are added to this file and its layers.csv; a row measured anew replaces the old one.
     """
@@ -108,7 +110,7 @@ def main(
     replacements: list[Replacement] = []
     for reference in checkpoints:
         if not format and is_decomposition(reference):
-            components, record = load_decomposition(reference, model, unproven=unproven_target)
+            components, record = load_decomposition(reference, model, unproven=unproven_target, gate_inputs=gate_inputs)
             origin = Origin(record.seed, record.train_tokens, record.train_seconds, reference)
             replacements += [SPDReplacement(model, components, t, origin=origin) for t in (0.0, 0.5)]
             replacements += [SPDReplacement(model, components, top_k=k, origin=origin) for k in top_k]

@@ -8,6 +8,7 @@ pass in the middle. All are contexts that leave the model as it was, also when s
 import contextlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
+from types import MappingProxyType
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -49,8 +50,11 @@ def before(module: nn.Module, function: Callable[[tuple[Any, ...]], Any]) -> Abs
 
 
 class Captured(NamedTuple):
+    """What MLPs were given and wrote in a forward pass, and what other modules were given, by their paths."""
+
     inputs: Float[Tensor, "layer batch seq d_in"]
     outputs: Float[Tensor, "layer batch seq d_out"]
+    modules: Mapping[str, Tensor] = MappingProxyType({})
 
 
 def _value(output: Any) -> Tensor:
@@ -179,6 +183,20 @@ def block_outputs(
 
 def _block(target: Patchable, layer: int) -> nn.Module:
     return target.model.get_submodule(target.mlps[layer].read.rpartition(".")[0])
+
+
+@contextlib.contextmanager
+def kept_inputs(model: nn.Module, paths: Sequence[str]) -> Iterator[dict[str, Tensor]]:
+    """Inside, a forward pass leaves in the dictionary what each of these modules was given, if it ran."""
+    inputs: dict[str, Tensor] = {}
+
+    def keep(path: str) -> Callable[[tuple[Any, ...]], None]:
+        return lambda args: inputs.__setitem__(path, args[0])
+
+    with contextlib.ExitStack() as stack:
+        for path in paths:
+            stack.enter_context(before(model.get_submodule(path), keep(path)))
+        yield inputs
 
 
 @contextlib.contextmanager

@@ -124,6 +124,11 @@ class Replacement(ABC):
         """Layers whose clean activations `captured` holds."""
         return self.layers
 
+    @property
+    def watches(self) -> tuple[str, ...]:
+        """Other modules whose clean inputs `captured` holds."""
+        return ()
+
     @abstractmethod
     def frozen(self, captured: Captured) -> Pass:
         """A pass in which every layer writes what it would on the clean stream (protocols `frozen` and `single`)."""

@@ -224,14 +224,16 @@ class _GateBlock(nn.Module):
 
 
 class GlobalTransformerGate(nn.Module):
-    """`global_shared_transformer`: RMS-normed module inputs, concatenated → pre-norm blocks with RoPE → all components.
+    """`global_shared_transformer`: module inputs, concatenated → pre-norm blocks with RoPE → all components.
 
+    Each module's input is RMS-normed before, unless the configuration says that it is read as it is.
     A bidirectional gate (Goodfire's) sees future tokens, so its masks can carry the next token; a causal one cannot.
     """
 
     def __init__(self, d_in: int, n: int, gate: GateConfig, generator: torch.Generator) -> None:
         super().__init__()
         assert gate.d_model % (2 * gate.heads) == 0, f"{gate.d_model=} must be a multiple of 2·{gate.heads=}"
+        self.norm_inputs = gate.norm_inputs
         self._input_projector = _Affine(d_in, gate.d_model, 1.0, (), generator)
         self._blocks = nn.ModuleList(
             _GateBlock(gate.d_model, gate.heads, gate.hidden[0], gate.causal, generator) for _ in range(gate.blocks)
@@ -239,7 +241,8 @@ class GlobalTransformerGate(nn.Module):
         self._output_head = _Affine(gate.d_model, n, 1.0, (), generator)
 
     def forward(self, inputs: list[Tensor]) -> Tensor:
-        x = self._input_projector(torch.cat([F.rms_norm(x, x.shape[-1:]) for x in inputs], -1))
+        read = [F.rms_norm(x, x.shape[-1:]) for x in inputs] if self.norm_inputs else inputs
+        x = self._input_projector(torch.cat(read, -1))
         for block in self._blocks:
             x = block(x)
         return self._output_head(x)

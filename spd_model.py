@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from config import GateConfig, SPDConfig
-from patching import after, before
+from patching import after, kept_inputs
 from spd_gates import Importances, align, dashed, lower, upper
 from spd_masks import Mask
 
@@ -227,14 +227,7 @@ class ComponentModel(nn.Module):
 
     def inputs_capture(self, *args: Tensor) -> tuple[dict[str, Tensor], Tensor]:
         """(inputs of all decomposed modules, output) of one clean forward pass of the target."""
-        seen: dict[str, Tensor] = {}
-
-        def keep(path: str) -> Callable[[tuple[Tensor, ...]], None]:
-            return lambda args: seen.__setitem__(path, args[0])
-
-        with contextlib.ExitStack() as stack:
-            for path in self.paths:
-                stack.enter_context(before(self.target_model.get_submodule(path), keep(path)))
+        with kept_inputs(self.target_model, self.paths) as seen:
             output = first_output(self.target_model(*args))
         return seen, output
 

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from checkpoints import Decomposition
-from patching import Captured
+from patching import Captured, kept_inputs
 from replacement import UNKNOWN, Active, Origin, PartGroup, Pass, Replacement, Sources, method_name
 from spd_model import ComponentModel, weight_map
 from spd_runs import find_spd
@@ -31,7 +31,8 @@ class SPDReplacement(Replacement):
     `frozen`: the MLP's input too is the clean pass's; within the MLP, the down projection reads what the first matrix wrote.
     `free`: a local gate reads its module's input on the masked stream. A global gate reads all layers at once, also
     those the stream has not reached, so it reads the stream of a first pass masked by the clean pass's gates: one step
-    towards the fixed point, after which its input is the masked model's, not the original's.
+    towards the fixed point, after which its input is the masked model's, not the original's. Where it reads modules that are in
+    no MLP (Goodfire's runs decompose attention too) it reads them there as well, but they stay whole.
     """
 
     def __init__(
@@ -49,9 +50,6 @@ class SPDReplacement(Replacement):
         assert model.target_model is target.model, f"the decomposition is of another model than {target.name}"
         decomposed = {layer: self._paths(target, model, layer) for layer in range(target.n_layers)}
         self.decomposed = {layer: paths for layer, paths in decomposed.items() if paths}
-        inside = {path for paths in self.decomposed.values() for path in paths.values()}
-        if not model.config.gate.local and (outside := sorted(set(model.paths) - inside)):
-            raise ValueError(f"the gate reads {outside[0]!r}, which is in no MLP: the ruler replaces MLPs alone")
         self.layers = tuple(self.decomposed if layers is None else layers)
         if missing := [layer for layer in self.layers if layer not in self.decomposed]:
             raise ValueError(f"layer {missing} has no decomposed MLP matrix: choose among {list(self.decomposed)}")
@@ -82,10 +80,22 @@ class SPDReplacement(Replacement):
     def reads(self) -> tuple[int, ...]:
         return self.layers if self.model.config.gate.local else tuple(self.decomposed)
 
+    @property
+    def watches(self) -> tuple[str, ...]:
+        """What a global gate reads of modules in no MLP."""
+        if self.model.config.gate.local:
+            return ()
+        inside = {path for paths in self.decomposed.values() for path in paths.values()}
+        return tuple(path for path in self.model.importances.reads if path not in inside)
+
     def clean_importances(self, captured: Captured) -> "CleanImportances":
-        """Of every decomposed matrix: what it reads in a clean pass, and its gate's logits there; `captured` spans `reads`."""
+        """Of every decomposed matrix: what it reads in a clean pass, and its gate's logits there.
+
+        `captured` spans `reads` and `watches`.
+        """
         assert len(captured.inputs) == len(self.reads), f"{len(captured.inputs)=} {self.reads=}"
-        inputs: dict[str, Tensor] = {}
+        assert captured.modules.keys() >= {*self.watches}, f"{captured.modules.keys()=} {self.watches=}"
+        inputs = {path: captured.modules[path] for path in self.watches}
         for layer, x in zip(self.reads, captured.inputs):
             down = self.target.mlps[layer].down
             for path in self.decomposed[layer].values():
@@ -102,8 +112,9 @@ class SPDReplacement(Replacement):
         if self.model.config.gate.local:
             return self.opened(captured, {}, None)
         first = self.gated(captured)
-        run(first)
-        return self.opened(captured, {}, self.model.importance_logits(first.inputs))
+        with kept_inputs(self.target.model, self.watches) as watched:
+            run(first)
+        return self.opened(captured, {}, self.model.importance_logits(first.inputs | watched))
 
     def opened(
         self,

@@ -8,14 +8,19 @@ A run is a folder, or `wandb:entity/project/runs/id`: `final_config.yaml`, `mode
                   target_model.<path>.components.{V, U} → _components.<path, . → ->.{V, U};  _orig_mod. and module. are dropped
 
 A run's tensors say which modules are decomposed, each C, and every width of the gates; the configuration is asked only
-for what tensors cannot say: the gate's kind and its number of heads. No code of that repository is needed.
+for what tensors cannot say: the number of heads of a transformer gate, its rotary embedding's base, the sigmoid. It names
+the gate's kind too, which must be that of the tensors. No code of that repository is needed.
+
+Neither says whether a transformer gate RMS-norms each module's input before it reads it. The repository's did not from
+2026-02-02 to 02-06, and did at commit 85c6b702 (02-25), from which the runs in `NORMED` were launched; of any other run the user
+has to say it (`GateInputs`). A run read wrongly shows in its L0: s-55ea3f9b has about 16 active components a matrix.
 """
 
 import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import yaml
@@ -33,10 +38,11 @@ from checkpoints import (
     read_config,
 )
 from config import GateConfig, SPDConfig
-from logs import cache_folder, download_run_files
+from logs import cache_folder, check_named, download_run_files, plain_names
 from spd_gates import dashed
 from spd_model import ComponentModel
-from target_models import ASSETS, TargetModel, mlp_matrices
+from target_loaders import ASSETS
+from target_models import TargetModel, mlp_matrices
 
 SETTINGS = "final_config.yaml"
 RENAMED = (
@@ -48,8 +54,14 @@ RENAMED = (
     (r"^components\.", "_components."),
 )
 INSIDE = re.compile(
-    r"(?:target_model\.)?(.+)\.components\.([VU])"
+    r"(?:target_model\.)?(.+)\.components\.([VU]|bias)"
 )  # older runs: components inside the module they decompose
+BUFFERS = re.compile(r"rotary|\.(cos|sin|inv_freq)$|\.attn\.(masked_)?bias$")  # of targets: constants, not weights
+TRANSFORMER = "simple_transformer_ci_cfg"  # the section of final_config.yaml on a transformer gate
+SIGMOIDS = ("leaky_hard", "hard")  # both are clamp(z, 0, 1)
+
+GateInputs = Literal["normed", "raw"]  # how a transformer gate reads the inputs of modules
+NORMED = ("s-b2b37c4e", "s-55ea3f9b", "s-266cb440", "s-d3834f54")  # the published runs, whose gates norm them
 
 
 def is_run(reference: str) -> bool:
@@ -61,14 +73,16 @@ def is_decomposition(reference: str) -> bool:
     return is_run(reference) or is_spd(reference)
 
 
-def load_decomposition(reference: str, target: TargetModel, *, unproven: bool = False) -> Decomposition:
+def load_decomposition(
+    reference: str, target: TargetModel, *, unproven: bool = False, gate_inputs: GateInputs | None = None
+) -> Decomposition:
     """A decomposition of `target` by this project or by Goodfire's, in fp32 on its device.
 
     Raises ValueError where it is of another model, or cannot prove that it is of this one and `unproven` is False.
     """
     if not is_run(reference):
         return Decomposition(*load_spd(reference, target))
-    model = load_spd_run(reference, target.model, unproven=unproven)
+    model = load_spd_run(reference, target.model, unproven=unproven, gate_inputs=gate_inputs)
     return Decomposition(model.to(target.device), TrainingRecord.imported(reference, target.name))
 
 
@@ -95,7 +109,7 @@ def find_spd(target: TargetModel, layers: Sequence[int]) -> Decomposition:
 def _decomposed(folder: Path, model: nn.Module) -> set[str]:
     """Paths of the modules that are decomposed."""
     if is_run(str(folder)):
-        return set(_paths(canonical(load_tensors(latest_checkpoint(folder), "cpu")), model).values())
+        return set(_paths(_state(latest_checkpoint(folder)), model).values())
     return set(dict(read_config(folder)[0].components))
 
 
@@ -115,17 +129,25 @@ def latest_checkpoint(folder: Path) -> Path:
     return found[max(found)]
 
 
+def _state(file: Path) -> dict[str, Tensor]:
+    """A checkpoint's tensors by their current names."""
+    return canonical(check_named(file, load_tensors(file, "cpu")))
+
+
 def canonical(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Current names for legacy and development ones, and for those of a compiled or distributed model."""
-    state = {key.replace("_orig_mod.", ""): value for key, value in state.items()}
-    while state and all(key.startswith("module.") for key in state):
-        state = {key.removeprefix("module."): value for key, value in state.items()}
-    out = {}
-    for key, value in state.items():
+    """Current names for legacy and development ones, and for those of a compiled or distributed model.
+
+    Raises ValueError where two tensors would have one name.
+    """
+    out: dict[str, Tensor] = {}
+    for old, value in plain_names(state).items():
+        key = old.replace("_orig_mod.", "")
         for pattern, replacement in RENAMED:
             key = re.sub(pattern, replacement, key)
         if inside := INSIDE.fullmatch(key):
             key = f"_components.{dashed(inside[1])}.{inside[2]}"
+        if key in out:
+            raise ValueError(f"the run holds {key!r} twice, as {old!r} too: which one counts is not known")
         out[key] = value
     return out
 
@@ -141,59 +163,84 @@ def _settings(file: Path) -> dict[str, Any]:
     return raw
 
 
-def _gate_section(raw: dict[str, Any]) -> dict[str, Any]:
-    """The part of final_config.yaml that describes the gates: its names changed between versions."""
-    section = raw.get("ci_config") or raw
-    return section if isinstance(section, dict) else raw
+def _section(value: Any, name: str, known: tuple[str, ...]) -> dict[str, Any]:
+    """What a section of final_config.yaml says; raises ValueError for a missing one, and for a key not known here."""
+    if not isinstance(value, dict):
+        raise ValueError(f"final_config.yaml: {name} is {value!r}, not a section: what it describes is not known")
+    said = {key: own for key, own in value.items() if own is not None}
+    if unknown := sorted(map(str, said.keys() - {*known})):
+        raise ValueError(f"final_config.yaml: unknown key {unknown[0]!r} in {name}: it could change what gates compute")
+    return said
 
 
-def _find(node: Any, names: tuple[str, ...]) -> Any:
-    """The first value in a nested configuration whose key is one of `names`; None if there is none."""
-    if isinstance(node, dict):
-        for name in names:
-            if node.get(name) is not None:
-                return node[name]
-        node = list(node.values())
-    if isinstance(node, list):
-        return next((found for item in node if (found := _find(item, names)) is not None), None)
-    return None
+def _width(state: dict[str, Tensor], key: str) -> int:
+    """The number of columns of a matrix."""
+    if key not in state or state[key].ndim != 2:
+        raise ValueError(f"tensor {key!r} of the run is missing, or no matrix")
+    return state[key].shape[1]
 
 
-def _gate_config(state: dict[str, Tensor], raw: dict[str, Any]) -> GateConfig:
-    section = _gate_section(raw)
-    if "_global_ci_fn._input_projector.W" in state:
-        blocks = {m[1] for key in state if (m := re.match(r"_global_ci_fn\._blocks\.(\d+)\.", key))}
-        heads = _find(section, ("n_heads", "num_heads", "n_head"))
-        if heads is None:
-            raise ValueError("final_config.yaml names no number of attention heads (n_heads) of the transformer gate")
-        d_model = state["_global_ci_fn._input_projector.W"].shape[1]
-        hidden = state["_global_ci_fn._blocks.0.mlp.0.W"].shape[1]
-        causal = bool(_find(section, ("is_causal", "causal")))  # those runs' gates are bidirectional
-        return GateConfig(
-            kind="global_shared_transformer",
-            hidden=(hidden,),
-            d_model=d_model,
-            blocks=len(blocks),
-            heads=int(heads),
-            causal=causal,
-        )
-    reverse = [key for key in state if key.startswith("_global_ci_fn.") and not key.startswith("_global_ci_fn.layers.")]
-    if reverse:
+def _gate_config(state: dict[str, Tensor], raw: dict[str, Any], run: str, inputs: GateInputs | None) -> GateConfig:
+    """What the gates are; raises ValueError where tensors, configuration and `inputs`, the user's word, do not tell or differ."""
+    legacy = {"fn_type": raw.get("ci_fn_type", raw.get("gate_type"))}
+    said = _section(raw.get("ci_config", legacy), "ci_config", ("mode", "fn_type", "hidden_dims", TRANSFORMER))
+    sigmoid = raw.get("sigmoid_type", SIGMOIDS[0])
+    if sigmoid not in SIGMOIDS:
         raise ValueError(
-            f"tensor {reverse[0]!r} belongs to a kind of gate this project does not know (reverse residual?)"
+            f"final_config.yaml: sigmoid_type is {sigmoid!r}: only {' and '.join(SIGMOIDS)} are known here"
         )
-    scope = "_global_ci_fn." if any(key.startswith("_global_ci_fn.") for key in state) else ""
-    first = next((key for key in state if key.startswith(scope or "_ci_fns.")), None)
+    if "_global_ci_fn._input_projector.W" in state:
+        gate = _transformer(state, said.get(TRANSFORMER), run, inputs)
+    elif inputs is not None:
+        raise ValueError(f"{run} has no transformer gate: --gate-inputs {inputs} says nothing of it")
+    else:
+        gate = _mlp_gate(state)
+    if said.get("fn_type", gate.kind) != gate.kind:
+        raise ValueError(
+            f"final_config.yaml: fn_type is {said['fn_type']!r}, but the tensors are those of {gate.kind!r}"
+        )
+    return gate
+
+
+def _transformer(state: dict[str, Tensor], section: Any, run: str, inputs: GateInputs | None) -> GateConfig:
+    said = _section(section, TRANSFORMER, ("d_model", "n_blocks", "mlp_hidden_dim", "attn_config"))
+    attention = _section(said.get("attn_config"), "attn_config", ("n_heads", "max_len", "rope_base"))
+    heads, base = attention.get("n_heads"), attention.get("rope_base", 10_000)
+    d_model = _width(state, "_global_ci_fn._input_projector.W")
+    if type(heads) is not int or heads < 1 or d_model % (2 * heads):
+        raise ValueError(
+            f"final_config.yaml: n_heads is {heads!r}: the gate's width {d_model} has no so many even heads"
+        )
+    if base != 10_000:
+        raise ValueError(f"final_config.yaml: rope_base is {base!r}: only 10000 is known here")
+    inputs = inputs or ("normed" if run.endswith(NORMED) else None)
+    if inputs is None:
+        raise ValueError(
+            f"nothing in {run} says whether its gate norms what it reads: give --gate-inputs normed (as spd 85c6b702) or raw"
+        )
+    return GateConfig(
+        kind="global_shared_transformer",
+        hidden=(_width(state, "_global_ci_fn._blocks.0.mlp.0.W"),),
+        d_model=d_model,
+        blocks=len({m[1] for key in state if (m := re.match(r"_global_ci_fn\._blocks\.(\d+)\.", key))}),
+        heads=heads,
+        causal=False,
+        norm_inputs=inputs == "normed",
+    )
+
+
+def _mlp_gate(state: dict[str, Tensor]) -> GateConfig:
+    scope = "_global_ci_fn." if any(key.startswith("_global_ci_fn.") for key in state) else "_ci_fns."
+    first = next((key for key in state if key.startswith(scope)), None)
     if first is None:
         raise ValueError("the checkpoint holds no gates (_ci_fns.* or _global_ci_fn.*)")
-    stem = "_global_ci_fn." if scope else ".".join(first.split(".")[:2]) + "."
-    layers = sorted(
-        (int(m[1]), state[k]) for k in state if (m := re.fullmatch(re.escape(stem) + r"layers\.(\d+)\.W", k))
-    )
-    hidden = tuple(W.shape[-1] for _, W in layers[:-1])
-    if scope:
+    stem = scope if scope == "_global_ci_fn." else ".".join(first.split(".")[:2]) + "."
+    maps = sorted((int(m[1]), state[k]) for k in state if (m := re.fullmatch(re.escape(stem) + r"layers\.(\d+)\.W", k)))
+    if not maps or any(W.ndim not in (2, 3) for _, W in maps):
+        raise ValueError(f"tensor {first!r} belongs to a kind of gate this project does not know (reverse residual?)")
+    hidden, first_W = tuple(W.shape[-1] for _, W in maps[:-1]), maps[0][1]
+    if scope == "_global_ci_fn.":
         return GateConfig(kind="global_shared_mlp", hidden=hidden)
-    first_W = layers[0][1]
     kind = "shared_mlp" if first_W.ndim == 2 else "mlp" if first_W.shape[-2] == 1 else "vector_mlp"
     return GateConfig(kind=kind, hidden=hidden)  # type: ignore[arg-type]
 
@@ -208,46 +255,51 @@ def _paths(state: dict[str, Tensor], model: nn.Module) -> dict[str, str]:
     return {name: modules[name] for name in names}
 
 
-def load_spd_run(reference: str, target_model: nn.Module, *, unproven: bool = False) -> ComponentModel:
+def load_spd_run(
+    reference: str, target_model: nn.Module, *, unproven: bool = False, gate_inputs: GateInputs | None = None
+) -> ComponentModel:
     """The decomposition of a Goodfire run, in eval mode, on the target given.
 
     Raises ValueError in one line for a folder that is no run, a damaged file, an unknown kind of gate, a target that differs
-    from the run's or, unless `unproven`, whose weights the run does not hold, and for tensors that do not fit.
+    from the run's or, unless `unproven`, whose weights the run does not hold, a transformer gate of which neither its
+    run nor `gate_inputs` says how it reads, and for tensors that do not fit.
     """
     folder = run_folder(reference)
-    file = latest_checkpoint(folder)
-    state, raw = canonical(load_tensors(file, "cpu")), _settings(folder / SETTINGS)
+    state, raw = _state(latest_checkpoint(folder)), _settings(folder / SETTINGS)
     paths = _paths(state, target_model)
-    _check_target(state, target_model, reference, unproven)
-    sizes = {path: state[f"_components.{name}.V"].shape[1] for name, path in paths.items()}
-    config = SPDConfig(components=tuple(sizes.items()), gate=_gate_config(state, raw))
-    model = ComponentModel(target_model, config, torch.Generator())
+    _check_target(state, target_model, raw.get("pretrained_model_name"), reference, unproven)
+    sizes = {path: _width(state, f"_components.{name}.V") for name, path in paths.items()}
+    gate = _gate_config(state, raw, folder.resolve().name, gate_inputs)
+    model = ComponentModel(target_model, SPDConfig(components=tuple(sizes.items()), gate=gate), torch.Generator())
     biases = {
         key: value for key, value in model.state_dict().items() if key.endswith(".bias")
     }  # legacy: the target's alone
-    own = {
-        key: value.float()
-        for key, value in state.items()
-        if key.startswith(("_components.", "_ci_fns.", "_global_ci_fn."))
-    }
+    own = {key: value.float() for key, value in state.items() if not key.startswith("target_model.")}
     load_state(model, biases | own, reference)
     return model.eval()
 
 
-def _check_target(state: dict[str, Tensor], model: nn.Module, reference: str, unproven: bool) -> None:
-    """Raises ValueError where a weight that the run holds is not the target's, or it lacks one and `unproven` is False."""
-    weights = model.state_dict()
+def _check_target(
+    state: dict[str, Tensor], model: nn.Module, named: str | None, reference: str, unproven: bool
+) -> None:
+    """Raises ValueError where a weight that the run holds is not the target's, or it lacks one and `unproven` is False.
+
+    `named`: what the run's configuration calls its target.
+    """
+    weights, own = model.state_dict(), f"load its own target{f', {named}' if named else ''}"
     stored = {
-        key.removeprefix("target_model."): value.float()
+        name: value.float()
         for key, value in state.items()
-        if key.startswith("target_model.")
+        if key.startswith("target_model.") and not BUFFERS.search(name := key.removeprefix("target_model."))
     }
-    for name in sorted(stored.keys() & weights.keys()):
-        own = weights[name].float().cpu()
-        if own.shape != stored[name].shape or not torch.allclose(own, stored[name], atol=1e-3):
+    for name in sorted(stored):
+        if name not in weights:
             raise ValueError(
-                f"{reference} decomposes a model whose {name!r} differs from the given target's: load its own target"
+                f"{reference} decomposes a model with {name!r}, which the given target does not have: {own}"
             )
+        given = weights[name].float().cpu()
+        if given.shape != stored[name].shape or not torch.allclose(given, stored[name], atol=1e-3):
+            raise ValueError(f"{reference} decomposes a model whose {name!r} differs from the given target's: {own}")
     if missing := [name for name, _ in model.named_parameters() if name not in stored]:
         doubt = f"{reference} holds no {missing[0]!r} of its target: it cannot prove that it decomposes this model"
         if not unproven:

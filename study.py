@@ -22,7 +22,7 @@ SUMMARY = ("method", "k", "l0", "ce_degradation", "active_params")
 class StudySettings:
     """What can be chosen in every experiment on a target; an experiment adds its own settings."""
 
-    target: str  # tiny, pile, simplestories, gpt2, smollm2, hf:NAME or tl:NAME
+    target: str  # tiny, pile, pile-32d1bb3b, simplestories, gpt2, smollm2, hf:NAME or tl:NAME
     eval_tokens: int = 131_072  # held-out tokens that are measured on
     device: str = "cuda"
     seed: int = 0

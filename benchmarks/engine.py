@@ -260,7 +260,7 @@ def tiny_harvest(batch: int) -> Callable[[], tuple[Tensor, Tensor]]:
     tokens = torch.randint(target.vocab_size, (batch // 128, 128), generator=torch.Generator().manual_seed(0))
 
     def harvest() -> tuple[Tensor, Tensor]:
-        inputs, outputs = capture(target, tokens, tuple(range(target.n_layers)))
+        inputs, outputs, _ = capture(target, tokens, tuple(range(target.n_layers)))
         return inputs.flatten(1, 2).clone(), outputs.flatten(1, 2).clone()
 
     return harvest

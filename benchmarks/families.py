@@ -22,7 +22,8 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from logs import write_csv
 from patching import capture, patched
-from target_models import ASSETS, Loaded, TargetModel, at_site, load_tokenizer, make_target
+from target_loaders import ASSETS, load_tokenizer
+from target_models import Loaded, TargetModel, at_site, make_target
 from token_stream import DatasetSpec
 
 OUTPUT = Path(__file__).parent / "results" / "families.csv"

@@ -60,7 +60,8 @@ from llama_simple_mlp import LlamaSimpleMLP, LlamaSimpleMLPConfig, initialise
 from logs import atomic_path, errors_in_one_line, git_commit
 from sparse_encode import _select_by_bounds
 from sparse_ops import Layout
-from target_models import ASSETS, Loaded, TargetModel, load_target, load_tokenizer, make_target
+from target_loaders import ASSETS, load_tokenizer
+from target_models import Loaded, TargetModel, load_target, make_target
 from token_stream import DatasetSpec, TokenStream
 from training import dead_after, train_group
 

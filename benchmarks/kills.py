@@ -59,7 +59,8 @@ from llama_simple_mlp import LlamaSimpleMLP, LlamaSimpleMLPConfig, initialise
 from logs import load_tensors, write_csv
 from output_training import train_on_output
 from recipes import SPDRecipe, new_coder, train_decomposition, untrained
-from target_models import ASSETS, Loaded, TargetModel, load_tokenizer, make_target
+from target_loaders import ASSETS, load_tokenizer
+from target_models import Loaded, TargetModel, make_target
 from token_stream import DatasetSpec
 from training import train_group
 

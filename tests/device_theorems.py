@@ -383,7 +383,7 @@ def every_replacement(target: TargetModel) -> list[Replacement]:
     """Every method with each of its variants, and every baseline."""
     layers, device = range(target.n_layers), target.device
     clean = capture(target, TOKENS, layers)
-    x, y = (kept.flatten(1, 2) for kept in clean)
+    x, y = (kept.flatten(1, 2) for kept in clean[:2])
     local, scalar, wide, attending = (
         decomposition_of(target, gate).requires_grad_(False)
         for gate in ("shared_mlp", "mlp", "global_mlp", "causal_transformer")

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 import yaml
@@ -33,25 +34,49 @@ def inside(model: ComponentModel) -> State:
     return state
 
 
-def prefixed(prefix: str) -> Callable[[ComponentModel], State]:
-    return lambda model: {f"{prefix}{k}": v for k, v in current(model, "ci_fn.").items()}
+def prefixed(prefix: str, names: Callable[[ComponentModel], State]) -> Callable[[ComponentModel], State]:
+    return lambda model: {f"{prefix}{k}": v for k, v in names(model).items()}
+
+
+def dev(model: ComponentModel) -> State:
+    return current(model, "ci_fn.")
 
 
 LAYOUTS: dict[str, Callable[[ComponentModel], State]] = {
     "main": current,
-    "dev": lambda model: current(model, "ci_fn."),
+    "dev": dev,
     "legacy": legacy,
     "inside": inside,
-    "compiled": prefixed("_orig_mod."),
-    "distributed": prefixed("module."),
-    "both": prefixed("module._orig_mod."),
+    "compiled": prefixed("_orig_mod.", dev),
+    "distributed": prefixed("module.", dev),
+    "both": prefixed("module._orig_mod.", dev),
+    "distributed legacy": prefixed("module.", inside),
+    "compiled target": lambda m: {k.replace("target_model.", "target_model._orig_mod."): v for k, v in dev(m).items()},
 }
 
 
-def write_run(folder: Path, state: State, gate: GateConfig, step: int = 400) -> Path:
+def settings(gate: GateConfig) -> dict[str, Any]:
+    """Of a final_config.yaml, what a reader needs; a section that does not apply is null there."""
+    ci: dict[str, Any] = {"mode": "layerwise" if gate.local else "global", "fn_type": gate.kind}
+    ci |= {"hidden_dims": list(gate.hidden), "simple_transformer_ci_cfg": None}
+    if gate.kind == "global_shared_transformer":
+        attention = {"n_heads": gate.heads, "max_len": 512, "rope_base": 10000.0}
+        sizes = {"d_model": gate.d_model, "n_blocks": gate.blocks, "mlp_hidden_dim": list(gate.hidden)}
+        ci |= {"hidden_dims": None, "simple_transformer_ci_cfg": sizes | {"attn_config": attention}}
+    target = {"pretrained_model_name": "wandb:goodfire/spd/runs/t-9d2b8f02", "pretrained_model_output_attr": "idx_0"}
+    return {"seed": 0, "sigmoid_type": "leaky_hard", "use_delta_component": True, "ci_config": ci} | target
+
+
+def legacy_settings(gate: GateConfig) -> dict[str, Any]:
+    """Of a final_config.yaml from before there was a section on gates."""
+    return {"seed": 0, "C": 6, "gate_type": gate.kind, "gate_hidden_dims": list(gate.hidden)}
+
+
+def write_run(
+    folder: Path, state: State, gate: GateConfig, step: int = 400, said: dict[str, Any] | None = None
+) -> Path:
+    """`said`: what final_config.yaml holds in place of `settings`."""
     folder.mkdir(exist_ok=True, parents=True)
-    ci = {"mode": "global" if not gate.local else "layerwise", "fn_type": gate.kind, "hidden_dims": list(gate.hidden)}
-    ci["transformer_cfg"] = {"d_model": gate.d_model, "n_blocks": gate.blocks, "attn_config": {"n_heads": gate.heads}}
-    (folder / "final_config.yaml").write_text(yaml.safe_dump({"seed": 0, "ci_config": ci}))
+    (folder / "final_config.yaml").write_text(yaml.safe_dump(settings(gate) if said is None else said))
     torch.save(state, folder / f"model_{step}.pth")
     return folder

@@ -25,7 +25,7 @@ from config import BatchTopK, CLTConfig, EncoderConfig, GateConfig, JumpReLU, SA
 from evaluation import Measurement
 from llama_simple_mlp import LlamaSimpleMLP, LlamaSimpleMLPConfig, initialise
 from pareto import ParetoPoint
-from patching import Captured
+from patching import Captured, kept_inputs
 from replacement import Pass, Replacement, replaced_logits
 from sae import build_sae
 from spd_model import ComponentModel
@@ -126,7 +126,7 @@ def run(target: TargetModel, tokens: Tensor, pass_: Pass, layers: Sequence[int])
         return replaced_logits(target, tokens, pass_, layers, lambda layer, y_hat: None)
 
 
-def clean(target: TargetModel, tokens: Tensor, layers: Sequence[int]) -> Captured:
+def clean(target: TargetModel, tokens: Tensor, layers: Sequence[int], watched: Sequence[str] = ()) -> Captured:
     """fp32, unlike `capture`, which may use bf16."""
     seen: list[tuple[Tensor, Tensor]] = []
 
@@ -135,12 +135,13 @@ def clean(target: TargetModel, tokens: Tensor, layers: Sequence[int]) -> Capture
             seen.append((x, y))
             return y
 
-    run(target, tokens, Watch(IdentityReplacement(layers)), layers)
-    return Captured(*(torch.stack(kept) for kept in zip(*seen)))
+    with kept_inputs(target.model, watched) as modules:
+        run(target, tokens, Watch(IdentityReplacement(layers)), layers)
+    return Captured(*(torch.stack(kept) for kept in zip(*seen)), modules)
 
 
 def all_methods(target: TargetModel, layers: Sequence[int]) -> list[Replacement]:
-    x, y = (kept.flatten(1, 2) for kept in clean(target, some_tokens(32, 9), layers))
+    x, y = (kept.flatten(1, 2) for kept in clean(target, some_tokens(32, 9), layers)[:2])
     return [
         SAEReplacement(saes(layers)),
         TranscoderReplacement(transcoders(layers)),

@@ -25,7 +25,7 @@ def dictionary_of(target: TargetModel, tokens: Tensor, layer: int, active: int) 
     Latent (t, j) reads the unit direction of the t-th input and is above threshold for that input alone; the `active`
     latents of an input share its output.
     """
-    x, y = (kept[0].flatten(0, 1) for kept in clean(target, tokens, [layer]))
+    x, y = (kept[0].flatten(0, 1) for kept in clean(target, tokens, [layer])[:2])
     unit, norm = x / x.norm(dim=1, keepdim=True), x.norm(dim=1)
     gap = norm - (x @ unit.T - 1e9 * torch.eye(len(x))).amax(0)  # by how much it beats the next along its direction
     assert (gap > 1e-3).all(), f"the inputs must be distinct: {gap.min()=}"

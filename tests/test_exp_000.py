@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 import python_corpus
+import target_loaders
 import target_models
 import token_stream
 from python_corpus import SourceFile, Split
@@ -43,7 +44,7 @@ def test_the_exported_target_is_the_trained_one(tmp_path: Path, monkeypatch: pyt
     committed = SCRIPT.parent / "output" / "README.md"
     assert (tmp_path / "output" / "README.md").read_text() == committed.read_text()
     assert f"{results['bits_per_byte']:.3f}" in (tmp_path / "assets" / "tiny" / "README.md").read_text()
-    monkeypatch.setattr(target_models, "ASSETS", tmp_path / "assets")
+    monkeypatch.setattr(target_loaders, "ASSETS", tmp_path / "assets")
     target = target_models.load_target("tiny", "cpu")
     assert target.n_layers == 1 and target.vocab_size == 300
     held_out, _ = script["tokenise"](tmp_path / "state" / "tokenizer.json", ("tuning", "test"))

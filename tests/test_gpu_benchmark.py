@@ -16,7 +16,7 @@ import torch
 from small import write_corpus
 from transformers import PreTrainedTokenizerFast
 
-from target_models import ASSETS, load_tokenizer
+from target_loaders import ASSETS, load_tokenizer
 from token_stream import DatasetSpec, TokenStream
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"

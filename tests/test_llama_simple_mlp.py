@@ -6,6 +6,7 @@ import pytest
 import torch
 import transformers
 import yaml
+from safetensors.torch import save_file
 
 from llama_simple_mlp import LlamaSimpleMLP, LlamaSimpleMLPConfig, config_from_yaml, initialise, load_target_run
 from losses import cross_entropy
@@ -81,6 +82,28 @@ def test_a_run_directory_loads_its_latest_step(tmp_path: Path, prefix: str) -> N
     write_run(tmp_path, CONFIG, {f"{prefix}{k}": v for k, v in model.state_dict().items()})
     tokens = torch.arange(10)[None]
     assert torch.equal(load_target_run(tmp_path)(tokens)[0], model(tokens)[0])
+
+
+@pytest.mark.parametrize("prefix", ["", "_orig_mod.", "module."])
+def test_a_run_of_safetensors_has_no_head_of_its_own(tmp_path: Path, prefix: str) -> None:
+    """That of the highest step is read whatever its kind, and before a .pt of the same step."""
+    model, other, tokens = small_llama(), small_llama(), torch.arange(10)[None]
+    with torch.no_grad():
+        other.wte.weight.mul_(2)
+    write_run(tmp_path, CONFIG, other.state_dict(), 900)
+    untied = {f"{prefix}{k}": v for k, v in model.state_dict().items() if k != "lm_head.weight"}
+    save_file(untied, tmp_path / "model_step_1000.safetensors")
+    assert torch.equal(load_target_run(tmp_path)(tokens)[0], model(tokens)[0])
+    write_run(tmp_path, CONFIG, other.state_dict(), 1000)
+    assert torch.equal(load_target_run(tmp_path)(tokens)[0], model(tokens)[0])
+    write_run(tmp_path, CONFIG, other.state_dict(), 1001)
+    assert torch.equal(load_target_run(tmp_path)(tokens)[0], other(tokens)[0])
+    save_file(untied | {f"{prefix}extra": torch.zeros(1)}, tmp_path / "model_step_2000.safetensors")
+    with pytest.raises(ValueError, match="^[^\n]*model_step_2000.safetensors: tensor 'extra' is missing, extra[^\n]*$"):
+        load_target_run(tmp_path)
+    (tmp_path / "model_step_2000.safetensors").write_bytes(b"cut")
+    with pytest.raises(ValueError, match="^[^\n]*model_step_2000.safetensors is truncated[^\n]*$"):
+        load_target_run(tmp_path)
 
 
 def test_an_absent_key_has_the_formats_default(tmp_path: Path) -> None:

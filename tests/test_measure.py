@@ -121,6 +121,32 @@ def test_a_run_on_wandb_is_fetched_and_measured(
     assert point.checkpoint == "wandb:goodfire/spd/runs/s-1"
 
 
+@pytest.mark.parametrize("run_id", ["s-55ea3f9b", "s-275c8f21"])
+def test_a_published_run_is_measured_under_every_protocol_by_one_command(
+    small_target: TargetModel, checkpoints: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, run_id: str
+) -> None:
+    """As the published ones: attention decomposed too, one bidirectional gate that norms what it reads, which is told of one."""
+    gate = GateConfig(kind="global_shared_transformer", hidden=(8,), d_model=8, blocks=1, heads=2, causal=False)
+    config = SPDConfig(components=(("h.*.mlp.*", 12), ("h.*.attn.?_proj", 4)), gate=gate)
+    model = ComponentModel(small_target.model, config, torch.Generator().manual_seed(0))
+    own = str(tmp_path / "checkpoints" / "own")
+    save_checkpoint(Path(own), model, record(small_target))
+    run = write_run(tmp_path / f"goodfire--spd--{run_id}", LAYOUTS["dev"](model), gate)
+    monkeypatch.setattr(spd_runs, "download_run_files", lambda *_: run)
+    asked = [f"wandb:goodfire/spd/runs/{run_id}", "--target", "pile", "--tokens", "320", "--points"]
+    if run_id != "s-55ea3f9b":
+        with pytest.raises(ValueError, match=r"^[^\n]*--gate-inputs normed [^\n]* or raw$"):
+            measure.command_line([*asked, str(tmp_path / "theirs.csv")])
+        asked = [*asked[:-1], "--gate-inputs", "normed", "--points"]
+    measure.command_line([own, "--tokens", "320", "--points", str(tmp_path / "ours.csv")])
+    measure.command_line([*asked, str(tmp_path / "theirs.csv")])
+    ours, theirs = (
+        [(p.method, p.protocol, p.layers, p.ce, p.l0, p.gate_params) for p in read_points(tmp_path / f"{name}.csv")]
+        for name in ("ours", "theirs")
+    )
+    assert theirs == ours and {row[1] for row in ours if row[0] == "spd"} == {"single", "frozen", "gates", "free"}
+
+
 @pytest.mark.parametrize(
     ("format", "names", "options"),
     [

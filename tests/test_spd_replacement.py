@@ -1,5 +1,8 @@
 """Theorems about SPD under the ruler's protocols, on small random decompositions."""
 
+import contextlib
+from collections.abc import Callable
+
 import pytest
 import torch
 from small import (
@@ -17,11 +20,15 @@ from small import (
     some_tokens,
     the,
 )
+from torch import Tensor
 
+from adversary import Attack
 from config import GateConfig, SPDConfig
 from evaluation import evaluate
+from patching import after
 from spd_model import ComponentModel
 from spd_replacement import SPDReplacement
+from target_models import TargetModel
 
 SCALAR = GateConfig(kind="mlp", hidden=(4,))
 GLOBAL = GateConfig(kind="global_shared_mlp", hidden=(16,))
@@ -130,7 +137,54 @@ def test_bad_requests_are_refused() -> None:
         SPDReplacement(other, model)
     with pytest.raises(ValueError, match="no matrix named"):
         SPDReplacement(target, model, matrices=["gate_proj"])
-    config = SPDConfig(components=(("h.*.mlp.c_fc", 4), ("h.*.attn.q_proj", 4)), gate=GLOBAL)
-    beyond = ComponentModel(target.model, config, torch.Generator().manual_seed(0))
-    with pytest.raises(ValueError, match="q_proj"):
-        SPDReplacement(target, beyond)
+
+
+def decomposed_beyond(target: TargetModel, gate: GateConfig) -> ComponentModel:
+    """Attention and embedding are decomposed too, as in Goodfire's runs, and a global gate reads them."""
+    patterns = (("h.*.mlp.c_fc", C_FC), ("h.*.mlp.down_proj", C_DOWN), ("h.*.attn.?_proj", 6), ("wte", 5))
+    config = SPDConfig(components=patterns, gate=gate)
+    return ComponentModel(target.model, config, torch.Generator().manual_seed(0)).requires_grad_(False)
+
+
+@pytest.mark.parametrize("gate", [GLOBAL, ATTENDING])
+@torch.inference_mode()
+def test_what_a_global_gate_reads_of_attention_follows_the_stream_in_free_alone(gate: GateConfig) -> None:
+    target, tokens, layers = make_tiny(3), some_tokens(), range(3)
+    model = decomposed_beyond(target, gate)
+    spd = SPDReplacement(target, model, top_k=4)
+    assert set(spd.watches) == {path for path in model.paths if ".mlp." not in path}
+    captured = clean(target, tokens, layers, spd.watches)
+    z = model.importance_logits(model.inputs_capture(tokens)[0])
+    for opened in (spd.frozen(captured), spd.gated(captured)):
+        for path in model.paths:
+            torch.testing.assert_close(opened.z[path], z[path])
+    own = {layer: captured.outputs[layer][:, :1] for layer in layers}  # first positions are left to the model
+
+    def first_own(layer: int) -> Callable[..., Tensor]:
+        return lambda _args, y: torch.cat([own[layer], y[:, 1:]], 1)
+
+    masks = {path: spd.on(path, z[path]).float() for path in model.paths if ".mlp." in path}
+    with model.masked(masks), contextlib.ExitStack() as stack:
+        for layer in layers:
+            stack.enter_context(after(target.model.get_submodule(f"h.{layer}.mlp"), first_own(layer)))
+        masked_inputs, _ = model.inputs_capture(tokens)
+    expected = model.importance_logits(masked_inputs)
+    free = spd.free(captured, lambda pass_: run(target, tokens, pass_, layers))
+    for path in model.paths:
+        torch.testing.assert_close(free.z[path], expected[path], atol=1e-4, rtol=1e-4)
+    clean_attention = model.importance_logits(masked_inputs | {p: captured.modules[p] for p in spd.watches})
+    assert any(not torch.allclose(clean_attention[path], expected[path], atol=1e-2) for path in masks)
+
+
+def test_a_gate_that_reads_attention_is_measured_under_every_protocol_and_attacked() -> None:
+    target, tokens = make_tiny(2), some_tokens()
+    model = decomposed_beyond(target, ATTENDING)
+    whole = SPDReplacement(target, model, top_k=max(C_FC, C_DOWN), delta=True)
+    spd = SPDReplacement(target, model, top_k=3)
+    exact, *_ = evaluate(target, [whole], each_by_itself(tokens), ["free"]).points
+    assert abs(exact.ce_degradation) < 1e-4
+    points = evaluate(target, [spd], each_by_itself(tokens)).points
+    assert [p.protocol for p in points] == ["single", "single", "frozen", "gates", "free"]
+    assert {p.gate_params for p in points} == {model.importances.n_parameters([])}
+    rungs, _ = Attack(target, spd, tokens, deltas=False).run(tokens, ladder=(0, 2))
+    assert rungs[1].attacked.kl.mean() >= rungs[0].attacked.kl.mean() > 0

@@ -10,6 +10,7 @@ import pytest
 import torch
 import transformers as tf
 import yaml
+from safetensors.torch import save
 from small import make_small_target, transcoders, word_tokenizer
 from torch import nn
 
@@ -417,41 +418,51 @@ class WandbFile(NamedTuple):
         (Path(root) / self.name).write_bytes(self.content)
 
 
-def wandb_run(model: nn.Module, tokenizer: bool) -> list[WandbFile]:
-    """What formats.md of such a run says: two configurations, weights of several steps, perhaps a tokenizer."""
+def wandb_run(model: nn.Module, suffix: str, tokenizer: bool) -> list[WandbFile]:
+    """What such a run holds: two configurations, weights of several steps, perhaps a tokenizer; a .pt may be compiled."""
     config = dataclasses.asdict(model.config) | {
         "model_type": "LlamaSimpleMLP", "mlp_bias": False, "attn_bias": False, "n_ctx": 16, "flash_attention": True,
         "use_grouped_query_attention": True, "rotary_dim": 8, "rotary_adjacent_pairs": False,
     }  # fmt: skip
-    buffer = io.BytesIO()
-    torch.save({f"_orig_mod.{key}": value for key, value in model.state_dict().items()}, buffer)
+    buffer, state = io.BytesIO(), model.state_dict()
+    torch.save({f"_orig_mod.{key}": value for key, value in state.items()}, buffer)
+    untied = {key: value for key, value in state.items() if key != "lm_head.weight"}
     settings = {"train_dataset_config": {"hf_tokenizer_path": "EleutherAI/gpt-neox-20b", "n_ctx": 513}}
     files = {
         "final_config.yaml": yaml.safe_dump(settings).encode(), "model_config.yaml": yaml.safe_dump(config).encode(),
-        "model_step_900.pt": b"an older step", "model_step_1000.pt": buffer.getvalue(), "output.log": b"not needed",
+        f"model_step_900.{suffix}": b"an older step", "output.log": b"not needed",
+        f"model_step_1000.{suffix}": buffer.getvalue() if suffix == "pt" else save(untied),
     }  # fmt: skip
     files |= {"tokenizer.json": word_tokenizer().backend_tokenizer.to_str().encode()} if tokenizer else {}
     return [WandbFile(name, content) for name, content in files.items()]
 
 
+@pytest.mark.parametrize(
+    ("name", "run_id", "suffix", "data"),
+    [
+        ("pile", "t-9d2b8f02", "safetensors", "danbraunai/pile-uncopyrighted-tok-shuffled"),
+        ("pile-32d1bb3b", "t-32d1bb3b", "pt", "danbraunai/pile-uncopyrighted-tok"),
+    ],
+)
 @pytest.mark.parametrize("tokenizer", [True, False])
 @torch.inference_mode()
-def test_pile_is_fetched_once_from_the_files_of_its_wandb_run(
-    small_target: TargetModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tokenizer: bool
-) -> None:
-    files, asked = wandb_run(small_target.model, tokenizer), []
+def test_pile_targets_are_fetched_once_from_the_files_of_their_wandb_runs(
+    small_target: TargetModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tokenizer: bool, name: str, run_id: str,
+    suffix: str, data: str,
+) -> None:  # fmt: skip
+    files, asked = wandb_run(small_target.model, suffix, tokenizer), []
     run = SimpleNamespace(files=lambda: files)
     api = SimpleNamespace(run=lambda path: (asked.append(path), run)[1])
     monkeypatch.setattr("logs._wandb_api", lambda reference: api)
-    monkeypatch.setattr("target_models._hub_tokenizer", lambda name: (asked.append(name), word_tokenizer())[1])
+    monkeypatch.setattr("target_loaders._hub_tokenizer", lambda name: (asked.append(name), word_tokenizer())[1])
     monkeypatch.setenv("NN_CACHE_HOME", str(tmp_path))
     for _ in range(2):
-        target = load_target("pile", "cpu")
+        target = load_target(name, "cpu")
     assert torch.equal(target.logits(TOKENS), small_target.logits(TOKENS))
-    assert asked == ["goodfire/spd/t-32d1bb3b"] + ([] if tokenizer else 2 * ["EleutherAI/gpt-neox-20b"])
-    assert target.data == DatasetSpec("danbraunai/pile-uncopyrighted-tok", "input_ids", True, "train", "val")
+    assert asked == [f"goodfire/spd/{run_id}"] + ([] if tokenizer else 2 * ["EleutherAI/gpt-neox-20b"])
+    assert target.data == DatasetSpec(data, "input_ids", True, "train", "val")
     assert target.tokenizer("w0 w3")["input_ids"] == [2, 5] and target.context == 512
-    assert not list(tmp_path.rglob("output.log"))
+    assert not list(tmp_path.rglob("output.log")) and not list(tmp_path.rglob("*_900.*"))  # nor an older step
 
 
 def test_blocks_of_an_unknown_layout_are_refused_in_one_line(tmp_path: Path) -> None:

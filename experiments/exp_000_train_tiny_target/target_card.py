@@ -17,7 +17,7 @@ from devices import device_name
 from llama_simple_mlp import LlamaSimpleMLP
 from logs import atomic_path, write_json
 from python_corpus import HELD_OUT, environment_corpus, read_source
-from target_models import load_tokenizer
+from target_loaders import load_tokenizer
 
 PROMPT = "import numpy as np\n\n\ndef "
 

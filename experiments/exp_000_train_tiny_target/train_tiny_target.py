@@ -28,7 +28,7 @@ from llama_simple_mlp import LlamaSimpleMLP, LlamaSimpleMLPConfig, initialise
 from logs import errors_in_one_line, write_settings
 from python_corpus import HELD_OUT
 from study import check_counts
-from target_models import ASSETS
+from target_loaders import ASSETS
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -37,7 +37,7 @@ def measure_importances(spd: SPDReplacement, tokens: Int[Tensor, "sequence seq"]
     total = {path: torch.zeros(n, dtype=torch.float64) for path, n in spd.model.sizes.items()}
     counts = {path: torch.zeros(BINS + 1, dtype=torch.int64) for path in total}
     for part in tokens.split(4):
-        clean = clean_pass(spd.target, part.to(spd.target.device), spd.reads)
+        clean = clean_pass(spd.target, part.to(spd.target.device), spd.reads, spd.watches)
         for path, z in spd.clean_importances(clean.activations).z.items():
             g = spd.model.lower(z[:, 1:]).flatten(0, 1)
             edges = torch.linspace(0, 1, BINS + 1, device=g.device)

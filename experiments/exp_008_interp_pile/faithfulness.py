@@ -77,7 +77,8 @@ def measure(
     target: TargetModel, methods: dict[str, Coded | SPDReplacement], tokens: Int[Tensor, "sample seq"], *, layer: int
 ) -> list[Result]:
     """Every method and its null on these tokens."""
-    clean = Captured(*(kept[:, :, -1:].clone().float() for kept in capture(target, tokens, range(target.n_layers))))
+    whole = capture(target, tokens, range(target.n_layers))
+    clean = Captured(*(kept[:, :, -1:].clone().float() for kept in whole[:2]))
     x, y, rows = clean.inputs[layer], clean.outputs[layer], []
     with torch.no_grad():
         top = target.logits(tokens)[:, -1].topk(TOP_LOGITS).indices

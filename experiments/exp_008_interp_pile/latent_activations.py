@@ -48,7 +48,7 @@ def collect(target: TargetModel, replacement: Coded, tokens: Int[Tensor, "sequen
     """Where each latent of one layer is active, on clean inputs; |h| for neurons."""
     latents, places, values, seq = [], [], [], tokens.shape[1]
     for start in range(0, len(tokens), 16):
-        x, y = (kept[0].flatten(0, 1).float() for kept in capture(target, tokens[start : start + 16], [layer]))
+        x, y = (kept[0].flatten(0, 1).float() for kept in capture(target, tokens[start : start + 16], [layer])[:2])
         codes = replacement.encode(layer, x, y)
         kept = (codes.values != 0) & (codes.rows % seq != 0)
         latents.append(codes.cols[kept].cpu())
