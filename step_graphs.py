@@ -41,9 +41,9 @@ def _recorded(step: Step, inputs: tuple[Tensor, ...], **pool: tuple[int, int]) -
 
 
 @functools.cache
-def _keeper() -> torch.cuda.CUDAGraph:
-    """Of all recordings of a process, which share memory, the one that stays: the memory is lost with its last graph."""
-    return _recorded(lambda: torch.zeros(1, device="cuda"), ())[0]
+def _keeper(device: torch.device) -> torch.cuda.CUDAGraph:
+    """Of all recordings on a device, which share memory, the one that stays: the memory is lost with its last graph."""
+    return _recorded(lambda: torch.zeros(1, device=device), ())[0]
 
 
 class RecordedStep:
@@ -64,7 +64,8 @@ class RecordedStep:
             return step(*inputs)
         if self.graph is None:
             self.inputs = self.inputs or tuple(map(torch.clone, inputs))
-            self.graph, self.output = _recorded(step, self.inputs, pool=_keeper().pool())
+            with torch.cuda.device(device := inputs[0].device):
+                self.graph, self.output = _recorded(step, self.inputs, pool=_keeper(device).pool())
         for own, given in zip(self.inputs, inputs, strict=True):
             own.copy_(given)
         self.graph.replay()

@@ -43,6 +43,8 @@ COVERED = {  # function → the test that runs it on a (real or emulated) CUDA d
     "spd_training.SPDTrainer.importances": "test_spd_trains_in_bf16_where_asked_and_keeps_its_weights_in_float32",
     "spd_training.SPDTrainer.run_gated": "test_an_spd_step_never_waits_for_the_device",
     "spd_training.SPDTrainer.run": "test_spd_trains_in_bf16_where_asked_and_keeps_its_weights_in_float32",
+    "spd_variants.BatchNoise.uniform": "test_the_ruler_on_the_device_reads_what_it_reads_on_the_cpu",
+    "step_graphs.RecordedStep.__call__": "test_a_recorded_step_is_the_step_itself",
     "step_graphs.RecordedStep.__init__": "test_a_recorded_step_is_the_step_itself",
     "step_graphs._recorded": "test_a_recorded_step_is_the_step_itself",
     "step_graphs._keeper": "test_a_recorded_step_is_the_step_itself",
