@@ -15,7 +15,7 @@ from pareto import read_points
 from token_stream import DatasetSpec
 
 SCRIPT = Path(__file__).parent.parent / "experiments" / "exp_009_diagnose_tail" / "diagnose_tail.py"
-SMALL = "--target tiny --kept 8 512 --rank-tokens 512 --eval-tokens 512".split()
+SMALL = "--target tiny --kept 8 768 --rank-tokens 512 --eval-tokens 512".split()
 
 
 def test_it_runs_from_its_command_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -31,9 +31,9 @@ def test_it_runs_from_its_command_line(tmp_path: Path, monkeypatch: pytest.Monke
     runpy.run_path(str(SCRIPT), run_name="__main__")
     points = {(p.method, p.k): p for p in read_points(output / "points.csv")}
     assert len(points) == 9 and all(p.tokens == 2 * 255 for p in points.values())
-    assert points["spd-open-delta", 512].ce_degradation == pytest.approx(0, abs=1e-3), "all and Δ is the target"
-    assert points["spd-open", 8].l0 == 8 and points["spd-open", 512].l0 == 512
-    assert points["spd-gated", 8].l0 <= min(8, points["spd-gated", 512].l0)
+    assert points["spd-open-delta", 768].ce_degradation == pytest.approx(0, abs=1e-3), "all and Δ is the target"
+    assert points["spd-open", 8].l0 == 8 and points["spd-open", 768].l0 == 768
+    assert points["spd-gated", 8].l0 <= min(8, points["spd-gated", 768].l0)
     assert {f.name for f in output.iterdir()} == {
         "README.md",
         "components.csv",

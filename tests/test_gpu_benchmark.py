@@ -59,7 +59,7 @@ def test_every_part_runs_in_miniature_and_the_next_call_goes_on(tmp_path: Path) 
     gpu.prepare(tokens, 20_000, *small_text(tmp_path))
     arguments = ["--device", "cpu", "--miniature", "--output", output, "--tokens", tokens, "--wheels", tmp_path]
     call = [sys.executable, "-c", ON_A_BARE_MACHINE, *map(str, arguments)]
-    without_git = os.environ | {"PATH": str(tmp_path)}
+    without_git = os.environ | {"PATH": str(tmp_path), "OMP_NUM_THREADS": "1"}  # other tests have the other cores
     done = subprocess.run(call, cwd=tmp_path, env=without_git, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     rows = read_rows(output)
