@@ -53,7 +53,9 @@ class Costs(NamedTuple):
     kl: Float[Tensor, "sequence"]
 
 
-class _Batch(NamedTuple):
+class Batch(NamedTuple):
+    """Some sequences, and what the original model makes of them."""
+
     tokens: Int[Tensor, "batch seq"]
     clean: CleanPass
     original: Original
@@ -94,7 +96,7 @@ class Attack:
                 counts[key] += torch.bincount(active.cols, minlength=len(counts[key])).cpu()
         return counts
 
-    def run(self, other: Int[Tensor, "sequence seq"], ladder: Sequence[int] = LADDER) -> tuple[list[Rung], float]:
+    def run(self, elsewhere: Sequence[Batch], ladder: Sequence[int] = LADDER) -> tuple[list[Rung], float]:
         """The rungs of one ascent, and the seconds it took; no rung's KL is below one before it."""
         began, sources, best, worst = time.perf_counter(), self.start, self.start, -torch.inf
         found: list[tuple[int, Sources]] = []
@@ -106,12 +108,11 @@ class Attack:
                 found.append((step, best))
             sources = moved(sources, gradient)
         seconds = time.perf_counter() - began
-        return [Rung(steps, own, *self.everywhere(own, other)) for steps, own in found], seconds
+        return [self.rung(steps, own, elsewhere) for steps, own in found], seconds
 
-    def everywhere(self, sources: Sources, other: Int[Tensor, "sequence seq"]) -> tuple[Costs, Costs]:
+    def rung(self, steps: int, sources: Sources, elsewhere: Sequence[Batch]) -> Rung:
         """What these sources cost on the attacked text and on another one."""
-        elsewhere = prepared(self.target, self.replacement, other)
-        return self.costs(sources, self.batches), self.costs(sources, elsewhere)
+        return Rung(steps, sources, self.costs(sources, self.batches), self.costs(sources, elsewhere))
 
     def ascent(self, sources: Sources) -> tuple[float, list[Tensor]]:
         """KL with these sources, in nats per token, and its gradient in them."""
@@ -126,19 +127,19 @@ class Attack:
         return total, gradient if self.deltas else without_deltas(sources, gradient)
 
     @torch.no_grad()
-    def costs(self, sources: Sources, batches: Sequence[_Batch]) -> Costs:
+    def costs(self, sources: Sources, batches: Sequence[Batch]) -> Costs:
         losses = [self._losses(sources, batch) for batch in batches]
         ce = [ce - batch.original.ce for (ce, _), batch in zip(losses, batches)]
         return Costs(torch.cat(ce).cpu(), torch.cat([kl for _, kl in losses]).cpu())
 
-    def _losses(self, sources: Sources, batch: _Batch) -> tuple[Tensor, Tensor]:
+    def _losses(self, sources: Sources, batch: Batch) -> tuple[Tensor, Tensor]:
         logits = self._logits(self._pass(sources, batch), batch)
         return sequence_losses(batch.original, logits, batch.tokens)
 
-    def _pass(self, sources: Sources, batch: _Batch) -> Pass:
+    def _pass(self, sources: Sources, batch: Batch) -> Pass:
         return self.replacement.attacked(batch.clean.activations, sources)
 
-    def _logits(self, pass_: Pass, batch: _Batch) -> Float[Tensor, "batch seq vocab"]:
+    def _logits(self, pass_: Pass, batch: Batch) -> Float[Tensor, "batch seq vocab"]:
         layers = self.replacement.layers
         with resumed(self.target, *batch.clean.stream(layers)):
             return replaced_logits(self.target, batch.tokens, pass_, layers, ignore)
@@ -146,13 +147,13 @@ class Attack:
 
 def prepared(
     target: TargetModel, replacement: Replacement, text: Int[Tensor, "sequence seq"], batch: int = 16
-) -> list[_Batch]:
+) -> list[Batch]:
     """What the original model makes of a text, a few sequences at a time, with all that the replacement reads of it."""
     made = []
     with torch.no_grad():
         for tokens in text.to(target.device).split(batch):
             clean = clean_pass(target, tokens, replacement.layers, replacement.watches)
-            made.append(_Batch(tokens, clean, Original.of(clean.logits, tokens)))
+            made.append(Batch(tokens, clean, Original.of(clean.logits, tokens)))
     return made
 
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from small import C_DOWN, C_FC, all_methods, clean, clt, decomposition, make_tiny, run, saes, some_tokens, transcoders
 
-from adversary import Attack, Rung, constant_sources, copied, with_tensors
+from adversary import Attack, Rung, constant_sources, copied, prepared, with_tensors
 from coder_replacements import CLTReplacement, SAEReplacement, TranscoderReplacement
 from config import Gated, JumpReLU
 from evaluation import ignore
@@ -127,7 +127,7 @@ def rungs(name: str, deltas: bool) -> tuple[Attack, list[Rung]]:
     target = make_tiny(2)
     replacement = SPDReplacement(target, decomposition(target)) if name == "spd" else CODED[name]()
     attack = Attack(target, replacement, some_tokens(20), deltas=deltas)
-    return attack, attack.run(some_tokens(3, seed=9), ladder=(1, 4, 8))[0]
+    return attack, attack.run(prepared(target, replacement, some_tokens(3, seed=9)), ladder=(1, 4, 8))[0]
 
 
 @pytest.mark.parametrize("deltas", [True, False])

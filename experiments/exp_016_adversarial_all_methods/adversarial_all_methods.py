@@ -19,7 +19,7 @@ from pathlib import Path
 
 from adversarial_figure import Row, redraw
 
-from adversary import Attack, Rung, constant_sources
+from adversary import Attack, constant_sources, prepared
 from baselines import baselines
 from checkpoints import checkpoint_folder
 from coder_replacements import as_replacements
@@ -87,15 +87,16 @@ def attacked(
 ) -> list[Row]:
     """Every rung, with Δ attacked and closed, and with gates dealt at random where there are gates."""
     here, there = (own.tokens for own in text)
+    elsewhere = prepared(target, replacement, there)
     surface = replacement.surface(replacement.layers)
     has_parts, rows, commit = any(surface.values()), [], git_commit() or ""
     for gates, delta in (("own", "attacked"), ("own", "closed"), ("dealt", "attacked"), ("dealt", "closed")):
         if not has_parts and (gates, delta) != ("own", "attacked"):
             continue
         attack = Attack(target, replacement, here, deltas=delta == "attacked", dealt=gates == "dealt", seed=s.seed)
-        rungs, seconds = attack.run(there, s.ladder)
+        rungs, seconds = attack.run(elsewhere, s.ladder)
         zero = constant_sources(replacement, 0.0, target.device)._replace(dealt=attack.start.dealt)
-        rungs = [Rung(0, zero, *attack.everywhere(zero, there)), *rungs]
+        rungs = [attack.rung(0, zero, elsewhere), *rungs]
         l0 = sum(fired.sum().item() for fired in attack.firing().values()) / here[:, 1:].numel() / len(surface)
         for rung in rungs:
             costs = [
