@@ -22,7 +22,7 @@ from small import (
 )
 from torch import Tensor
 
-from adversary import Attack
+from adversary import Attack, prepared
 from config import GateConfig, SPDConfig
 from evaluation import evaluate
 from patching import after
@@ -186,5 +186,5 @@ def test_a_gate_that_reads_attention_is_measured_under_every_protocol_and_attack
     points = evaluate(target, [spd], each_by_itself(tokens)).points
     assert [p.protocol for p in points] == ["single", "single", "frozen", "gates", "free"]
     assert {p.gate_params for p in points} == {model.importances.n_parameters([])}
-    rungs, _ = Attack(target, spd, tokens, deltas=False).run(tokens, ladder=(0, 2))
+    rungs, _ = Attack(target, spd, tokens, deltas=False).run(prepared(target, spd, tokens), ladder=(0, 2))
     assert rungs[1].attacked.kl.mean() >= rungs[0].attacked.kl.mean() > 0
