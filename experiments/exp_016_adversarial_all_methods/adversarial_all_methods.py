@@ -3,7 +3,7 @@
 Transcoders, CLTs, SAEs, SPD, neurons and the affine map in place of all MLPs, gates from a clean pass. An adversary may let
 each inactive part, and what all parts together leave of the MLP (Δ), in to any degree, the same on all tokens, and climbs the
 KL of the output for up to 160 steps (adversary.py has the definition). Costs are told on the text that it climbed on and on
-text that it did not see; beside them gates dealt at random among live parts, and Δ closed.
+text that it did not see; beside them the same with Δ closed, and with gates dealt at random among live parts.
 
     python experiments/exp_016_adversarial_all_methods/adversarial_all_methods.py --target tiny  # offline
     python experiments/exp_016_adversarial_all_methods/adversarial_all_methods.py                # pile: GPU, network
@@ -85,12 +85,12 @@ def attacked(
     text: tuple[HeldOutText, HeldOutText],
     draws: list[Draws],
 ) -> list[Row]:
-    """Every rung, with Δ attacked and closed, and with gates dealt at random where there are gates."""
+    """Every rung, with Δ attacked and closed, and with gates dealt at random (and Δ attacked) where there are gates."""
     here, there = (own.tokens for own in text)
     elsewhere = prepared(target, replacement, there)
     surface = replacement.surface(replacement.layers)
     has_parts, rows, commit = any(surface.values()), [], git_commit() or ""
-    for gates, delta in (("own", "attacked"), ("own", "closed"), ("dealt", "attacked"), ("dealt", "closed")):
+    for gates, delta in (("own", "attacked"), ("own", "closed"), ("dealt", "attacked")):
         if not has_parts and (gates, delta) != ("own", "attacked"):
             continue
         attack = Attack(target, replacement, here, deltas=delta == "attacked", dealt=gates == "dealt", seed=s.seed)
