@@ -14,12 +14,13 @@ parts are dropped for being small, least of all; SPD, trained against random mas
 kind; own gates several times better than dealt ones.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from adversarial_figure import Row, redraw
 
-from adversary import Attack, constant_sources, prepared
+from adversary import Attack, Batch, constant_sources, prepared
 from baselines import baselines
 from checkpoints import checkpoint_folder
 from coder_replacements import as_replacements
@@ -79,58 +80,40 @@ def halves(text: HeldOutText) -> tuple[HeldOutText, HeldOutText]:
 
 
 def attacked(
-    s: Settings,
-    target: TargetModel,
-    replacement: Replacement,
-    text: tuple[HeldOutText, HeldOutText],
-    draws: list[Draws],
+    s: Settings, target: TargetModel, attack: Attack, elsewhere: Sequence[Batch], draws: Sequence[Draws]
 ) -> list[Row]:
-    """Every rung, with Δ attacked and closed, and with gates dealt at random (and Δ attacked) where there are gates."""
-    here, there = (own.tokens for own in text)
-    elsewhere = prepared(target, replacement, there)
-    surface = replacement.surface(replacement.layers)
-    has_parts, rows, commit = any(surface.values()), [], git_commit() or ""
-    for gates, delta in (("own", "attacked"), ("own", "closed"), ("dealt", "attacked")):
-        if not has_parts and (gates, delta) != ("own", "attacked"):
-            continue
-        attack = Attack(target, replacement, here, deltas=delta == "attacked", dealt=gates == "dealt", seed=s.seed)
-        rungs, seconds = attack.run(elsewhere, s.ladder)
-        zero = constant_sources(replacement, 0.0, target.device)._replace(dealt=attack.start.dealt)
-        rungs = [attack.rung(0, zero, elsewhere), *rungs]
-        l0 = sum(fired.sum().item() for fired in attack.firing().values()) / here[:, 1:].numel() / len(surface)
-        for rung in rungs:
-            costs = [
-                value
-                for own, drawn in zip((rung.attacked, rung.transferred), draws)
-                for value in (own.ce.mean().item(), *bootstrap_interval(own.ce, drawn), own.kl.mean().item())
-            ]
-            rows.append(
-                Row(
-                    replacement.method,
-                    replacement.k,
-                    l0,
-                    gates,
-                    delta,
-                    rung.steps,
-                    *costs,
-                    seconds,
-                    draws[0].n_documents,
-                    commit,
-                )
-            )
-        print(f"{rows[-1].method}, gates {gates}, Δ {delta}: ΔCE {rows[-1].ce:.3f} after {rows[-1].steps} steps")
+    """Every rung of one attack; `elsewhere` is the text that it does not see, and `draws` are of both texts."""
+    replacement = attack.replacement
+    rungs, seconds = attack.run(elsewhere, s.ladder)
+    zero = constant_sources(replacement, 0.0, target.device)._replace(dealt=attack.start.dealt)
+    firing, n_tokens = attack.firing(), sum(batch.tokens[:, 1:].numel() for batch in attack.batches)
+    l0 = sum(fired.sum().item() for fired in firing.values()) / n_tokens / len(firing)
+    rows, commit = [], git_commit() or ""
+    for rung in [attack.rung(0, zero, elsewhere), *rungs]:
+        costs = [
+            value
+            for own, drawn in zip((rung.attacked, rung.transferred), draws)
+            for value in (own.ce.mean().item(), *bootstrap_interval(own.ce, drawn), own.kl.mean().item())
+        ]
+        gates, delta = "dealt" if attack.start.dealt else "own", "attacked" if attack.deltas else "closed"
+        what = (replacement.method, replacement.k, l0, gates, delta, rung.steps)
+        rows.append(Row(*what, *costs, seconds, draws[0].n_documents, commit))
+    print(f"{rows[-1].method}, gates {gates}, Δ {delta}: ΔCE {rows[-1].ce:.3f} after {rows[-1].steps} steps")
     return rows
 
 
 def main(s: Settings) -> None:
     target = load_target(s.target, s.device)
     check_fits(s, target)
-    text = halves(held_out(target, s.eval_tokens))
-    draws = [document_draws(own.documents, 1000, s.seed) for own in text]
-    rows: list[Row] = []
-    for replacement in replacements(s, target):
-        if replacement.method in s.methods:
-            rows += attacked(s, target, replacement, text, draws)
+    here, there = halves(held_out(target, s.eval_tokens))
+    draws = [document_draws(own.documents, 1000, s.seed) for own in (here, there)]
+    chosen, rows = [r for r in replacements(s, target) if r.method in s.methods], []
+    for dealt, deltas in ((False, True), (False, False), (True, True)):
+        for replacement in chosen:
+            if not any(replacement.surface(replacement.layers).values()) and (dealt or not deltas):
+                continue  # without parts there are no gates, and nothing is left where Δ is closed
+            attack = Attack(target, replacement, here.tokens, deltas=deltas, dealt=dealt, seed=s.seed)
+            rows += attacked(s, target, attack, prepared(target, replacement, there.tokens), draws)
             write_csv(s.output / "adversarial.csv", Row._fields, rows)
     write_settings(s.output, s, s.device)
     redraw(s.output, __doc__)
