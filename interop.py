@@ -20,7 +20,7 @@ from config import Site
 from foreign_files import NORMALISED, Place, fitted, hook_points, model_name, same_site
 from foreign_formats import Dictionary, Files, format_named, import_dictionaries
 from logs import atomic_path, errors_in_one_line, write_json
-from target_models import TargetModel, load_target
+from target_models import TARGETS, TargetModel, load_target
 
 
 def prove_hooks(checkpoint: Checkpoint, target: TargetModel) -> None:
@@ -43,9 +43,9 @@ def export_files(name: str, dictionaries: Sequence[Dictionary]) -> Files:
         raise ValueError(f"{name} is read, not written: choose another format")
     if not names:
         raise ValueError("name at least one checkpoint to export")
-    if twice := {own for own in names if names.count(own) > 1}:
-        raise ValueError(f"several dictionaries are called {twice.pop()!r}, each needs a folder: export them apart")
     files = write(dictionaries)
+    if twice := [own for own in names if names.count(own) > 1 and any(path.startswith(f"{own}/") for path in files)]:
+        raise ValueError(f"several dictionaries are called {twice[0]!r}, each needs a folder: export them apart")
     folders = {path.rpartition("/")[0] for path in files}
     if folders == {dictionaries[0].name}:
         files = {path.removeprefix(f"{dictionaries[0].name}/"): value for path, value in files.items()}
@@ -103,14 +103,21 @@ def model_card(format_name: str, dictionaries: Sequence[Dictionary]) -> str:
     return "\n".join(["---", yaml.safe_dump(front).strip(), "---", "", heading, "", note, "", *table, ""])
 
 
-def with_gains(entry: Dictionary, target: str) -> Dictionary:
-    """The dictionary as it is of the MLP's own input, which `ln2.hook_normalized` lacks the norm's gain of."""
-    if not any(hook.endswith(NORMALISED) for hook in entry.hooks):
-        return entry
+def with_gains(found: Sequence[Dictionary], target: str) -> list[Dictionary]:
+    """The dictionaries as they are of the MLP's own input, which `ln2.hook_normalized` lacks the norm's gain of."""
+    lacking = [entry.name for entry in found if any(hook.endswith(NORMALISED) for hook in entry.hooks)]
+    if not lacking:
+        return list(found)
     if not target:
-        raise ValueError(f"{entry.name} reads {NORMALISED}, which lacks the norm's gain: name the --target that has it")
-    coder = fitted(entry.coder, entry.hooks, load_target(target, "cpu"))
-    return entry._replace(coder=coder, hooks=tuple(hook.replace(NORMALISED, "mlp.hook_in") for hook in entry.hooks))
+        raise ValueError(f"{lacking[0]} reads {NORMALISED}, which lacks the norm's gain: name the --target that has it")
+    model = load_target(target, "cpu")
+    return [
+        entry._replace(
+            coder=fitted(entry.coder, entry.hooks, model),
+            hooks=tuple(hook.replace(NORMALISED, "mlp.hook_in") for hook in entry.hooks),
+        )
+        for entry in found
+    ]
 
 
 def import_(
@@ -131,7 +138,7 @@ def import_(
         site: What an SAE reads, where the files do not say.
         target: The target it belongs to, as measure.py's --target; needed, and loaded, where it reads ln2.hook_normalized.
     """
-    found = [with_gains(entry, target) for entry in import_dictionaries(format, source, Place(layer, site))]
+    found = with_gains(import_dictionaries(format, source, Place(layer, site)), target)
     with new_folder(destination) as temporary:
         for name, model, coder, hooks in found:
             folder = temporary if len(found) == 1 else temporary / name
@@ -152,6 +159,10 @@ def export(format: str, checkpoints: tuple[str, ...], destination: Path, target:
     loaded = [load_checkpoint(reference, "cpu") for reference in checkpoints]
     unproven = [c for c in loaded if format_named(format).names_hooks and not is_named(c)]
     for name in dict.fromkeys(target or c.record.target for c in unproven):
+        if name not in TARGETS and not name.startswith(("hf:", "tl:")):
+            raise ValueError(
+                f"{format} names hooks, which are other tensors on some models: name the --target, not {name!r}"
+            )
         model = load_target(name, "cpu")
         for checkpoint in (c for c in unproven if (target or c.record.target) == name):
             prove_hooks(checkpoint, model)

@@ -479,6 +479,7 @@ def test_a_foreign_dictionary_is_measured_on_the_device_as_on_the_cpu(
         train_seconds=1.0,
         seed=3,
         commit="c",
+        hooks=("blocks.1.mlp.hook_in", "blocks.1.hook_mlp_out"),
     )
     save_checkpoint(tmp_path / "ours", transcoders(range(2))[1], record)
     interop.export("saelens", (str(tmp_path / "ours"),), tmp_path / "foreign")

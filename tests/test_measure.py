@@ -50,6 +50,7 @@ def checkpoints(small_target: TargetModel, tmp_path: Path, monkeypatch: pytest.M
     """A transcoder per layer, a CLT and an SPD of the small target; the command line finds that target as `tiny`."""
     for command in (measure, interop):
         monkeypatch.setattr(command, "load_target", lambda name, device: small_target)
+    monkeypatch.setitem(interop.TARGETS, "small", interop.TARGETS["tiny"])
     folders = {name: str(tmp_path / "checkpoints" / name) for name in ("plt0", "plt1", "clt", "spd")}
     for name, coder in zip(folders, [*transcoders(range(2), BatchTopK(4)), clt(range(2))]):
         save_checkpoint(Path(folders[name]), coder, record(small_target))
@@ -219,10 +220,10 @@ def test_a_hook_that_is_another_tensor_on_this_target_is_refused_in_and_out(
 ) -> None:
     """TransformerLens reads hook_mlp_out behind Gemma 2's norm; the same file fits a Llama, and its imported form too."""
     llama, gemma2 = random_target(tf.LlamaConfig), random_target(tf.Gemma2Config)
-    monkeypatch.setattr(interop, "load_target", lambda name, device: {"llama": llama, "gemma2": gemma2}[name])
+    monkeypatch.setattr(interop, "load_target", lambda name, device: {"hf:llama": llama, "hf:gemma2": gemma2}[name])
     config = SAEConfig(layer=1, site="mlp_out", d_in=16, d_dict=32, rule=BatchTopK(4))
     for name, target in (("llama", llama), ("gemma2", gemma2)):
-        own = dataclasses.replace(record(target), target=name)
+        own = dataclasses.replace(record(target), target=f"hf:{name}")
         sae, transcoder = build_sae(config, torch.Generator()), transcoders([0], Relu(0.0))[0]
         for kind, coder in (("sae", sae), ("transcoder", transcoder)):
             if kind == "sae":
@@ -230,12 +231,17 @@ def test_a_hook_that_is_another_tensor_on_this_target_is_refused_in_and_out(
             save_checkpoint(tmp_path / name / kind, coder, own)
     for format, kind in (("saelens", "sae"), ("saelens", "transcoder"), ("circuit-tracer", "transcoder")):
         export(format, (str(tmp_path / "llama" / kind),), tmp_path / format / kind)
-        for checkpoint, named in (("gemma2", ""), ("llama", "gemma2")):
+        for checkpoint, named in (("gemma2", ""), ("llama", "hf:gemma2")):
             with pytest.raises(
                 ValueError, match=r"^('blocks.\d.hook_mlp_out' of 'Gemma2Config' holds what|[^\n]* was trained on)"
             ):
                 export(format, (str(tmp_path / checkpoint / kind),), tmp_path / "refused", named)
     export("dictionary_learning", (str(tmp_path / "gemma2" / "sae"),), tmp_path / "dl")  # names the module itself
+    import_("dictionary_learning", str(tmp_path / "dl"), tmp_path / "nobody's")
+    with pytest.raises(
+        ValueError, match="^saelens names hooks, which are other tensors on some models: name the --target"
+    ):
+        export("saelens", (str(tmp_path / "nobody's"),), tmp_path / "refused")
     assert not (tmp_path / "refused").exists()
     monkeypatch.setattr(interop, "load_target", None)
     import_("saelens", str(tmp_path / "saelens" / "sae"), tmp_path / "back")
