@@ -11,6 +11,9 @@ here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 home=${NN_VENV_HOME:-$HOME/.cache/nn_decompositions/venvs}
 spd=${SPD_DIR:-$here/../spd}
 
+# OpenMP's threads spin while they wait for each other: where two jobs share the cores, most of the time goes there
+threads_sleep='export OMP_WAIT_POLICY=${OMP_WAIT_POLICY:-passive}'
+
 runs() { "$1" -c 'import sys; sys.exit(sys.version_info[:2] != (3, 13))' >/dev/null 2>&1; } # a shim may exist and refuse
 
 find_python() {
@@ -47,11 +50,13 @@ if [ ! -e "$venv/.complete" ]; then
     uv pip install -q -r "$here/requirements.txt"
     uv pip install -q --no-deps -e "$here"
     if [ -e "$spd/pyproject.toml" ]; then uv pip install -q --no-deps -e "$spd"; fi
+    echo "$threads_sleep" >> "$venv/bin/activate"
     touch "$venv/.complete"
 fi
 ln -sfn "$venv" "$here/.venv"
 
 if [ $# -gt 0 ]; then
     export VIRTUAL_ENV=$venv PATH=$venv/bin:$PATH:$home/uv/bin # uv too, for the optional requirements
+    eval "$threads_sleep"
     exec "$@"
 fi
