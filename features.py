@@ -109,7 +109,7 @@ def gather(target: TargetModel, every: Sequence[Units], tokens: Int[Tensor, "seq
     read = sorted({layer for units in every for layer in units.replacement.reads})
     watched = list(dict.fromkeys(path for units in every for path in units.replacement.watches))
     batch, first = sequences_at_once(target, tokens.shape[1]), 0
-    with torch.inference_mode():
+    with torch.no_grad():
         for sequences in tqdm(tokens.split(batch), desc="activations", unit="batch", mininterval=1.0):
             clean = clean_pass(target, sequences.to(target.device), read, watched).activations
             for units, own in zip(every, activities):

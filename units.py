@@ -10,14 +10,12 @@ component of a first matrix what W_down makes of U_c / ‖U_c‖, as if neurons 
 """
 
 import itertools
-import warnings
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
-import torch.autograd.forward_ad as forward_ad
-from einops import reduce, repeat
+from einops import rearrange
 from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn.functional import normalize
@@ -31,6 +29,7 @@ from target_models import TargetModel, at_site
 from unit_activity import Events
 
 CHUNK = 2**24  # entries of the largest product that is held at once
+STEP = 0.1
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -188,26 +187,35 @@ def units_of(replacement: CoderReplacement | SPDReplacement, most: int) -> Units
 @torch.no_grad()
 def logit_jacobian(target: TargetModel, tokens: Int[Tensor, "batch seq"]) -> Float[Tensor, "d_model vocab"]:
     """Mean over positions of ∂ logits / ∂ the residual stream after the last block: the direct path, with the last norm
-    linearised at this text. First positions don't count; `target` is the target itself, not a view at another site."""
+    linearised at this text. First positions don't count; `target` is the target itself, not a view at another site.
+
+    By central differences of `STEP` times the size of a stream's coordinates: along one of d coordinates a norm is straight up to
+    about STEP² / d, and logits are float32."""
     last, d_model = target.n_layers - 1, target.d_model
     at_once = max(1, min(d_model, CHUNK // (tokens.numel() * target.vocab_size)))
     view, repeated = at_site(target, "resid"), tokens.repeat(at_once, 1)
     with kept_streams(target, [last]) as streams:
         target.logits(repeated)
+
+    def moved(along: Float[Tensor, "direction d_model"], steps: float) -> Float[Tensor, "direction batch seq vocab"]:
+        """Logits with each stream so many of its root mean squares further."""
+        each = along.repeat_interleave(len(tokens), 0)[:, None]
+        sizes = {}
+
+        def further(x: Tensor, y: Tensor) -> Tensor:
+            sizes["rms"] = y.square().mean(-1, keepdim=True).sqrt()
+            return y + steps * sizes["rms"] * each
+
+        with patched(view, {last: further}):
+            logits = target.logits(repeated) / (2 * steps * sizes["rms"])
+        return rearrange(logits, "(direction batch) seq vocab -> direction batch seq vocab", batch=len(tokens))
+
     rows = []
-    with resumed(target, last, streams.get(last)), warnings.catch_warnings():
-        warnings.simplefilter("ignore", FutureWarning)  # forward_ad makes its derivatives with torch.jit
+    with resumed(target, last, streams.get(last)):
         for some in torch.eye(d_model, device=target.device).split(at_once):
-            filled = torch.cat([some, some.new_zeros(at_once - len(some), d_model)])
-
-            def along(x: Tensor, y: Tensor, filled: Tensor = filled) -> Tensor:
-                each = repeat(filled, "direction d -> (direction batch) seq d", batch=len(tokens), seq=y.shape[1])
-                return forward_ad.make_dual(y, each.to(y.dtype))
-
-            with forward_ad.dual_level(), patched(view, {last: along}):
-                change = forward_ad.unpack_dual(target.logits(repeated)).tangent[:, 1:].float()
-            mean = reduce(change, "(direction batch) seq vocab -> direction vocab", "mean", batch=len(tokens))
-            rows.append(mean[: len(some)])
+            along = torch.cat([some, some.new_zeros(at_once - len(some), d_model)])
+            change = moved(along, STEP) + moved(along, -STEP)
+            rows.append(change[: len(some), :, 1:].mean((1, 2)))
     return torch.cat(rows)
 
 

@@ -223,7 +223,7 @@ def test_logit_effect_is_the_derivative_along_the_direct_path(monkeypatch: pytes
     d = target.d_model
     each = (torch.eye(d) - unit[:, :, None] * unit[:, None, :] / d) / scale[:, :, None]
     expected = (each * gain).mean(0) @ W.T
-    torch.testing.assert_close(jacobian.double(), expected, atol=1e-5, rtol=1e-4)
+    assert (jacobian - expected).abs().max() < 2e-3 * expected.abs().max()
 
     writes = torch.randn(11, d, generator=generator())
     monkeypatch.setattr(units, "CHUNK", 3 * target.vocab_size)
