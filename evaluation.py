@@ -121,7 +121,7 @@ def evaluate(
     runs = dict.fromkeys([*(row.run for row in rows), *ablated])
     tallies = {run: Tally(run.replacement, run.layers, target.device, _computing_y(target, run)) for run in runs}
     original = OriginalTally(read)
-    batch = batch or max(1, min(16, BATCH_LOGITS // (tokens.shape[1] * target.vocab_size)))
+    batch = batch or sequences_at_once(target, tokens.shape[1])
     with torch.inference_mode():
         for sequences in tqdm(tokens.split(batch), desc=f"{len(runs)} passes", unit="batch", mininterval=1.0):
             _measure_batch(target, sequences.to(target.device), read, tallies, original)
@@ -135,6 +135,11 @@ def evaluate(
         measured.points.append(point(identity, tally, original, ablated=free, draws=draws, commit=commit))
         measured.layers.extend(layer_points(identity, tally, original))
     return measured
+
+
+def sequences_at_once(target: TargetModel, seq: int) -> int:
+    """16, or as few as keep the logits of a forward pass within 256 MiB."""
+    return max(1, min(16, BATCH_LOGITS // (seq * target.vocab_size)))
 
 
 def _computing_y(target: TargetModel, run: _Run) -> int:

@@ -1,12 +1,23 @@
-"""The formats of other libraries that this project knows, and every dictionary that a folder in one of them holds."""
+"""The formats of other libraries that this project knows, every dictionary that a folder in one of them holds, and the opening
+of whatever a command line names: those, checkpoints of this project, and decompositions."""
 
 import re
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
-from checkpoints import CONFIG, ENCODER, resolve
-from foreign_files import NoSite, Place
+from checkpoints import (
+    CONFIG,
+    ENCODER,
+    Checkpoint,
+    Decomposition,
+    TrainingRecord,
+    check_target,
+    load_checkpoint,
+    resolve,
+)
+from foreign_files import NoSite, Place, fitted
 from foreign_readers import (
     Dictionary,
     Files,
@@ -24,6 +35,8 @@ from foreign_writers import (
     write_sparsify,
     write_upstream,
 )
+from spd_runs import GateInputs, is_decomposition, load_decomposition
+from target_models import TargetModel, at_site
 
 
 class Format(NamedTuple):
@@ -109,3 +122,71 @@ def read_one_of_many(form: Format, root: Path, folder: Path, given: Place) -> li
         return []
     place = str(folder.relative_to(root))
     return [entry._replace(name=place if len(found) == 1 else f"{place}/{entry.name}") for entry in found]
+
+
+def load_coders(reference: str, target: TargetModel, form: str, given: Place) -> list[Checkpoint]:
+    """One checkpoint, or every dictionary of a folder in another library's format, on the target's device."""
+    if form:
+        found = import_dictionaries(form, reference, given)
+        paths = [reference if len(found) == 1 else f"{reference}/{entry.name}" for entry in found]
+        loaded = [
+            Checkpoint(
+                entry.coder.to(target.device).eval(), TrainingRecord.imported(path, target.name, entry.hooks), path
+            )
+            for entry, path in zip(found, paths)
+        ]
+    else:
+        loaded = [load_checkpoint(reference, str(target.device))]
+    for checkpoint in loaded:
+        check_target(checkpoint, target)
+        config = checkpoint.coder.config
+        if outside := [i for i in config.layers if not 0 <= i < target.n_layers]:
+            raise ValueError(f"{reference} is for layer {outside[0]}: {target.name!r} has {target.n_layers} from 0 on")
+        if {config.d_in, config.d_out} != {target.d_model}:
+            raise ValueError(f"{reference} reads {config.d_in} dimensions: {target.name!r} has {target.d_model}")
+    return [replace(c, coder=fitted(c.coder, c.record.hooks, target).to(target.device)) for c in loaded]
+
+
+class Opened(NamedTuple):
+    """What the references of a command line hold."""
+
+    target: TargetModel  # read and written at the site of the dictionaries
+    coders: list[Checkpoint]
+    decompositions: dict[str, Decomposition]  # by reference
+
+
+class Named(NamedTuple):
+    """What a command line names: folders, W&B artifacts, or runs of Goodfire's."""
+
+    references: tuple[str, ...]
+    format: str  # of another library; empty: our own
+    place: Place  # of a foreign dictionary whose files do not say it
+
+    def check(self) -> None:
+        """Raises ValueError for what can be told to be wrong before anything is loaded."""
+        if not self.references:
+            raise ValueError("name at least one checkpoint: a folder or a W&B artifact")
+        if twice := [reference for reference in self.references if self.references.count(reference) > 1]:
+            raise ValueError(f"{twice[0]} was named {len(twice)} times: once is enough")
+        if not self.format and (self.place.layer, self.place.site) != (None, None):
+            raise ValueError(
+                "--layer and --site are of foreign dictionaries, named with --format: ours say where they stand"
+            )
+
+    def open(self, target: TargetModel, *, unproven: bool, gate_inputs: GateInputs | None) -> Opened:
+        """Raises ValueError for what is not of this target, and for dictionaries of several sites."""
+        coders: list[Checkpoint] = []
+        decompositions: dict[str, Decomposition] = {}
+        for reference in self.references:
+            if not self.format and is_decomposition(reference):
+                decompositions[reference] = load_decomposition(
+                    reference, target, unproven=unproven, gate_inputs=gate_inputs
+                )
+            else:
+                coders += load_coders(reference, target, self.format, self.place)
+        sites = {checkpoint.coder.config.site for checkpoint in coders} or {"mlp_out"}
+        if len(sites) > 1 or (decompositions and sites != {"mlp_out"}):
+            raise ValueError(
+                f"these dictionaries stand at several sites ({', '.join(sorted(sites))}): take each by itself"
+            )
+        return Opened(at_site(target, sites.pop()), coders, decompositions)

@@ -17,7 +17,7 @@ import subprocess
 import sys
 import time
 import zipfile
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -78,6 +78,14 @@ def errors_in_one_line() -> None:
             sys.__excepthook__(kind, error, trace)
 
     sys.excepthook = report
+
+
+def command_line(main: Callable[..., None], name: str, arguments: Sequence[str] | None = None) -> None:
+    """`main` with arguments from the command line of a file; what is wrong with them is said in one line."""
+    import tyro
+
+    errors_in_one_line()
+    tyro.cli(main, args=arguments, prog=name, config=(tyro.conf.PositionalRequiredArgs,))
 
 
 def load_tensors(path: Path, device: str) -> dict:  # type: ignore[type-arg]

@@ -6,9 +6,10 @@ The sparsest of each are then trained further, briefly, on the model's output (`
     python main.py --tokens 50000 --tune-tokens 8192 --eval-tokens 4096   # to see that it runs
     python main.py --target pile --device cuda --tokens 500000000 --d-dict 4096 --transcoder-k 16 32 64
 
-Writes points.csv, pareto.png, settings.json and README.md into `output/main`, checkpoints into `checkpoints/main`, and
-prints what each method costs with all layers replaced; the README has the whole table. Coders that are already trained
-with the same settings are not trained again.
+Writes points.csv, pareto.png, settings.json, README.md and features.html into `output/main`, checkpoints into
+`checkpoints/main`, and prints what each method costs with all layers replaced; the README has the whole table, and
+features.html shows the latents of the sparsest coders. Coders that are already trained with the same settings are not
+trained again.
 """
 
 from dataclasses import dataclass
@@ -21,6 +22,7 @@ from checkpoints import CHECKPOINTS
 from coder_replacements import as_replacements
 from config import BatchTopK, Mixed, Output
 from evaluation import PROTOCOLS, evaluate, held_out
+from features import write_page
 from recipes import SPDRecipe, clt_configs, train_coders, train_decomposition, transcoder_configs, tune_coders
 from spd_replacement import spd_replacements
 from spd_runs import find_spd
@@ -62,9 +64,9 @@ def main(s: Settings) -> None:
         *clt_configs(target, layers=s.layers, rules=[BatchTopK(k) for k in s.clt_k], d_dict=s.d_dict),
     ]
     trained = train_coders(configs, target, tokens=s.tokens, batch=s.batch, seed=s.seed, folder=s.checkpoints)
+    least = {config.kind: min(c.rule.k for c in configs if c.kind == config.kind) for config in configs}
+    sparsest = [c for c in trained if c.coder.k == least[c.coder.config.kind]]
     if s.tune_tokens:
-        least = {config.kind: min(c.rule.k for c in configs if c.kind == config.kind) for config in configs}
-        sparsest = [c for c in trained if c.coder.k == least[c.coder.config.kind]]
         sizes = {"tokens": s.tune_tokens, "batch": s.batch, "seed": s.seed, "folder": s.checkpoints}
         trained += tune_coders(sparsest, target, objective=Output(Mixed()), **sizes)
     replacements = as_replacements(trained) + baselines(target, s.layers, s.neuron_k)
@@ -74,8 +76,10 @@ def main(s: Settings) -> None:
         replacements += spd_replacements(target, decomposition, s.layers, deltas=(False,))
     elif s.target == "tiny":
         replacements += spd_replacements(target, find_spd(target, s.layers), s.layers, deltas=(False,))
-    measured = evaluate(target, replacements, held_out(target, s.eval_tokens), PROTOCOLS)
-    REPORT.write(s, measured)
+    text = held_out(target, s.eval_tokens)
+    REPORT.write(s, evaluate(target, replacements, text, PROTOCOLS))
+    write_page(s.output / "features.html", target, as_replacements(sparsest), text.tokens)
+    print(f"What their latents say, to open in a browser: {s.output / 'features.html'}")
 
 
 if __name__ == "__main__":

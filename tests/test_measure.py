@@ -1,6 +1,8 @@
 """`python measure.py`: any dictionary, one command, one table."""
 
 import dataclasses
+import json
+import re
 import shutil
 from pathlib import Path
 
@@ -10,13 +12,16 @@ import transformers as tf
 from run_layouts import LAYOUTS, write_run
 from small import D, clt, make_small_target, transcoders, word_tokenizer, write_corpus
 
+import features
 import interop
 import measure
 import spd_runs
 from checkpoints import TrainingRecord, load_spd, save_checkpoint
 from config import BatchTopK, EncoderConfig, GateConfig, Relu, SAEConfig, SPDConfig, TopK
-from foreign_files import hook_points
+from foreign_files import Place, hook_points
+from foreign_formats import load_coders
 from interop import export, import_
+from logs import command_line
 from pareto import read_layers, read_points
 from pareto_figure import base
 from sae import build_sae
@@ -48,7 +53,7 @@ def small_target(tmp_path: Path) -> TargetModel:
 @pytest.fixture
 def checkpoints(small_target: TargetModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, str]:
     """A transcoder per layer, a CLT and an SPD of the small target; the command line finds that target as `tiny`."""
-    for command in (measure, interop):
+    for command in (measure, interop, features):
         monkeypatch.setattr(command, "load_target", lambda name, device: small_target)
     monkeypatch.setitem(interop.TARGETS, "small", interop.TARGETS["tiny"])
     folders = {name: str(tmp_path / "checkpoints" / name) for name in ("plt0", "plt1", "clt", "spd")}
@@ -89,7 +94,7 @@ def test_a_goodfire_run_is_measured_by_one_command_and_equals_ours(
     model, _ = load_spd(checkpoints["spd"], small_target)
     run = str(write_run(tmp_path / "run", LAYOUTS[layout](model), model.config.gate))
     for reference, name in ((checkpoints["spd"], "a.csv"), (run, "b.csv")):
-        measure.command_line([reference, "--tokens", "320", "--points", str(tmp_path / name)])
+        command_line(measure.main, "measure.py", [reference, "--tokens", "320", "--points", str(tmp_path / name)])
     ours, theirs = (
         [(p.method, p.protocol, p.layers, p.ce, p.l0, p.active_params) for p in read_points(tmp_path / name)]
         for name in ("a.csv", "b.csv")
@@ -104,8 +109,8 @@ def test_a_run_of_an_unproven_target_is_measured_on_the_users_word(
     run = str(write_run(tmp_path / "run", model.state_dict(), model.config.gate))
     asked = [run, "--tokens", "320", "--protocols", "frozen", "--points", str(tmp_path / "points.csv")]
     with pytest.raises(ValueError, match=r"^[^\n]*cannot prove[^\n]*--unproven-target[^\n]*$"):
-        measure.command_line(asked)
-    measure.command_line([*asked, "--unproven-target"])
+        command_line(measure.main, "measure.py", asked)
+    command_line(measure.main, "measure.py", [*asked, "--unproven-target"])
     assert "cannot prove" in capsys.readouterr().err and read_points(tmp_path / "points.csv")[0].method == "spd"
 
 
@@ -137,10 +142,10 @@ def test_a_published_run_is_measured_under_every_protocol_by_one_command(
     asked = [f"wandb:goodfire/spd/runs/{run_id}", "--target", "pile", "--tokens", "320", "--points"]
     if run_id != "s-55ea3f9b":
         with pytest.raises(ValueError, match=r"^[^\n]*--gate-inputs normed [^\n]* or raw$"):
-            measure.command_line([*asked, str(tmp_path / "theirs.csv")])
+            command_line(measure.main, "measure.py", [*asked, str(tmp_path / "theirs.csv")])
         asked = [*asked[:-1], "--gate-inputs", "normed", "--points"]
-    measure.command_line([own, "--tokens", "320", "--points", str(tmp_path / "ours.csv")])
-    measure.command_line([*asked, str(tmp_path / "theirs.csv")])
+    command_line(measure.main, "measure.py", [own, "--tokens", "320", "--points", str(tmp_path / "ours.csv")])
+    command_line(measure.main, "measure.py", [*asked, str(tmp_path / "theirs.csv")])
     ours, theirs = (
         [(p.method, p.protocol, p.layers, p.ce, p.l0, p.gate_params) for p in read_points(tmp_path / f"{name}.csv")]
         for name in ("ours", "theirs")
@@ -165,9 +170,9 @@ def test_foreign_dictionaries_are_measured_by_one_command_and_equal_ours(
     own = [checkpoints[name] for name in names]
     export(format, tuple(own), tmp_path / "foreign")
     settings = ("--tokens", "320", "--protocols", "free", "--points")
-    measure.command_line([*own, *settings, str(tmp_path / "a.csv")])
+    command_line(measure.main, "measure.py", [*own, *settings, str(tmp_path / "a.csv")])
     foreign = (str(tmp_path / "foreign"), "--format", format, *options)
-    measure.command_line([*foreign, *settings, str(tmp_path / "b.csv")])
+    command_line(measure.main, "measure.py", [*foreign, *settings, str(tmp_path / "b.csv")])
     ours, theirs = (read_points(tmp_path / name)[0] for name in ("a.csv", "b.csv"))
     assert (base(theirs.method), theirs.layers, theirs.train_tokens) == (base(ours.method), ours.layers, None)
     assert theirs.ce == pytest.approx(ours.ce, abs=1e-5) and theirs.l0 == pytest.approx(ours.l0, abs=1e-3)
@@ -247,11 +252,11 @@ def test_a_hook_that_is_another_tensor_on_this_target_is_refused_in_and_out(
     import_("saelens", str(tmp_path / "saelens" / "sae"), tmp_path / "back")
     export("saelens", (str(tmp_path / "back"),), tmp_path / "again")  # by the names that it came with
     for reference, form in ((str(tmp_path / "saelens" / "sae"), "saelens"), (str(tmp_path / "back"), "")):
-        assert len(measure._load(reference, llama, form, None, None)) == 1
+        assert len(load_coders(reference, llama, form, Place())) == 1
         with pytest.raises(
             ValueError, match="'blocks.1.hook_mlp_out' of 'Gemma2Config' holds what comes behind a norm"
         ) as line:
-            measure._load(reference, gemma2, form, None, None)
+            load_coders(reference, gemma2, form, Place())
         assert "\n" not in str(line.value)
 
 
@@ -281,14 +286,14 @@ def test_a_transcoder_of_the_normalised_stream_takes_in_the_norms_gain(
     with torch.no_grad():
         expected = theirs(h).y_hat
         for found in (
-            measure._load(reference, target, "saelens", None, None),
-            measure._load(str(tmp_path / "back"), target, "", None, None),
+            load_coders(reference, target, "saelens", Place()),
+            load_coders(str(tmp_path / "back"), target, "", Place()),
         ):
             torch.testing.assert_close(found[0].coder(gain * h).y_hat, expected, atol=1e-4, rtol=1e-4)
             assert not torch.allclose(found[0].coder(h).y_hat, expected, atol=0.01)
         target.model.get_submodule(target.mlps[1].read).weight[3] = 0
     with pytest.raises(ValueError, match="^1 gains of the norm before layer 1's MLP are 0: what it normalised is lost"):
-        measure._load(reference, target, "saelens", None, None)
+        load_coders(reference, target, "saelens", Place())
 
 
 def test_what_does_not_fit_is_refused_in_one_line(
@@ -334,4 +339,30 @@ def test_a_protocol_named_twice_is_measured_once(checkpoints: dict[str, str], tm
 
 def test_the_command_line_says_one_line_and_fails() -> None:
     with pytest.raises(ValueError, match=r"^unknown target 'nonesuch': use one of [^\n]*$"):
-        measure.command_line(["nowhere", "--target", "nonesuch"])
+        command_line(measure.main, "measure.py", ["nowhere", "--target", "nonesuch"])
+
+
+def test_what_is_measured_can_be_looked_at(
+    checkpoints: dict[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Ours, decompositions and foreign dictionaries are on one page each, all units of them."""
+    page, folder = tmp_path / "features.html", tmp_path / "foreign"
+    command_line(features.main, "features.py", [*checkpoints.values(), "--tokens", "320", "--output", str(page)])
+    ours = page.read_text(encoding="utf-8")
+    groups = [("transcoder k=4", "latents", 32)] * 2 + [("clt k=4", "latents", 32)] * 2
+    assert shown(ours) == groups + [("spd", "c_fc", 12), ("spd", "down_proj", 12)] * 2
+    assert "open it in a browser" in capsys.readouterr().out
+    export("circuit-tracer", (checkpoints["clt"],), folder, "tiny")
+    command_line(
+        features.main,
+        "features.py",
+        [str(folder), "--format", "circuit-tracer", "--tokens", "320", "--output", str(page)],
+    )
+    assert [(part, n) for _, part, n in shown(page.read_text(encoding="utf-8"))] == [("latents", 32)] * 2
+    with pytest.raises(ValueError, match="is a folder: name a file in it"):
+        features.main((checkpoints["clt"],), output=tmp_path)
+
+
+def shown(page: str) -> list[tuple[str, str, int]]:
+    (data,) = re.findall(r'id="data">(.*?)</script>', page, re.DOTALL)
+    return [(group["method"], group["part"], group["n"]) for group in json.loads(data)["groups"]]

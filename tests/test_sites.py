@@ -95,7 +95,7 @@ def test_saes_of_a_site_are_trained_and_measured_by_the_command_line(
     rows = read_points(tmp_path / "points.csv")
     assert {p.method for p in rows} == {"sae-resid", "identity-resid", "zero-resid", "mean-resid"}
     assert [p.layers for p in rows if p.method == "sae-resid"] == [(0,), (1,), (0, 1)]
-    with pytest.raises(ValueError, match="several sites.*measure each by itself"):
+    with pytest.raises(ValueError, match="several sites.*take each by itself"):
         measure.main(tuple(paths), tokens=320, points=tmp_path / "points.csv")
 
 
