@@ -4,12 +4,12 @@ torchrun --nproc-per-node N tests/parallel_jobs.py JOB CORPUS FOLDER
 """
 
 import contextlib
-import dataclasses
 import os
 import shutil
 import signal
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,12 +22,33 @@ import training
 from activation_store import ActivationsStore, DataConfig
 from clt import CrossLayerTranscoder
 from coder import Coder, codes_by_layer
-from config import BatchTopK, CLTConfig, EncoderConfig, Gated, JumpReLU, Relu, Rule, SAEConfig, TopK, TrainConfig
+from config import (
+    BatchTopK,
+    CLTConfig,
+    EncoderConfig,
+    GateConfig,
+    Gated,
+    JumpReLU,
+    Lp,
+    Output,
+    Recon,
+    Relu,
+    Rule,
+    SAEConfig,
+    SPDConfig,
+    SPDTrainConfig,
+    TopK,
+    TrainConfig,
+)  # fmt: skip
 from logs import errors_in_one_line
+from output_training import train_on_output
 from parallel import Form, LatentRanks, World, joined, world
+from recipes import _OnDevice, untrained
 from sae import build_sae
 from sparse_encode import _largest
 from sparse_ops import to_dense
+from spd_model import ComponentModel
+from spd_training import SPDTrainer
 from target_models import TargetModel
 from training import start_run, train_group, training_step
 from transcoder import build_transcoder
@@ -132,16 +153,52 @@ def checks(target: TargetModel, folder: Path) -> None:
         with contextlib.suppress(Interrupted):
             train(target, form, folder / f"{form}-cut", ends=interrupt)
         training.save_parts = checkpoints.save_parts
+    parallel._joined.append(World(world().rank, world().size, "data"))
+    tune(target, folder / "tuned")
+    stream = _OnDevice(target, 4, 0)
+    mine = [next(stream) for _ in range(3)]
+    results["spd"] = {"batches": mine, "state": decompose(target, mine)}
+    parallel._joined.append(World(world().rank, world().size, "latents"))
     results["selections"] = selections()
     results["said"] = parallel.first_to_say("what all have to say")
     parallel._joined.append(World(world().rank, world().size, "data"))
     with contextlib.suppress(ValueError):
-        ActivationsStore(target, dataclasses.replace(DATA, batch_tokens=33), shared=True)
+        ActivationsStore(target, replace(DATA, batch_tokens=33), shared=True)
         raise AssertionError("33 tokens were dealt to 2 processes")
     shutil.copytree(folder / "data-cut", folder / "data-again") if world().leads else None
     parallel.wait()
     train(target, "data", folder / "data-again")
     torch.save(results, folder / f"rank{world().rank}.pt")
+
+
+OUTPUT = TrainConfig(
+    objective=Output("free"), tokens=4 * 15 * 4, lr=1e-3, metrics_every=2, checkpoint_every=2, calibration_tokens=120
+)
+
+
+def tune(target: TargetModel, folder: Path) -> None:
+    """Transcoders of both layers on the model's output, from weights as they were built: no statistics enter."""
+    d = {"d_in": 16, "d_out": 16, "d_dict": 50, "rule": TopK(4)}
+    fresh = [untrained(EncoderConfig(layer=layer, **d), target, 0) for layer in (0, 1)]
+    starts = [replace(start, record=replace(start.record, objectives=("local",))) for start in fresh]
+    train_on_output(starts, target, batch=64, config=OUTPUT, folder=folder)
+
+
+SPD = SPDTrainConfig(
+    steps=4, lr=1e-3, recon=(Recon(coefficient=1.0, source="importance"),), distance="kl", start="least_squares",
+    minimality=Lp(coefficient=1e-3, p=(2.0, 1.0)), clip=1.0, metrics_every=2, checkpoint_every=2,
+)  # fmt: skip
+
+
+def decompose(target: TargetModel, batches: list[torch.Tensor]) -> dict[str, torch.Tensor]:
+    """A decomposition after a step on each batch."""
+    gate = GateConfig(kind="shared_mlp", hidden=(8,))
+    config = SPDConfig(components=(("h.*.mlp.c_fc", 20), ("h.*.mlp.down_proj", 24)), gate=gate)
+    trainer = SPDTrainer(ComponentModel(target.model, config, torch.Generator().manual_seed(0)), SPD, autocast=False)
+    trainer.warm_up()
+    for batch in batches:
+        trainer.step(batch)
+    return dict(trainer.model.state_dict())
 
 
 def resume(target: TargetModel, folder: Path) -> None:

@@ -14,9 +14,10 @@ from typing import Any
 
 import pytest
 import torch
-from parallel_jobs import DATA, KINDS, RULES, STEPS, TRAIN, built, group, steps
+from parallel_jobs import DATA, KINDS, RULES, STEPS, TRAIN, built, decompose, group, steps, tune
 from small import make_small_target, write_corpus
 
+import token_stream
 from activation_store import ActivationBatch, ActivationsStore, measure, pooled
 from coder import ActivationStats, codes_by_layer
 from losses import fvu
@@ -189,6 +190,33 @@ def test_shared_data_goes_on_with_as_many_processes_alone(resumed: Left) -> None
 
 def test_what_all_processes_have_to_say_is_said_once(left: Left) -> None:
     assert sorted(rank["said"] for rank in left.ranks) == [False, True]
+
+
+def test_training_on_the_output_is_one_process_training_on_the_global_batch(
+    left: Left, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One process is given the sequences of both, batch by batch."""
+    read = token_stream.TokenStream.__next__
+
+    def of_both(self: token_stream.TokenStream) -> torch.Tensor:
+        if self.part == (0, 1) and not hasattr(self, "parts"):
+            given = (self.spec, self.tokenizer, self.split, self.batch // 2, self.seq, self.seed, self.vocab_size)
+            self.parts = [token_stream.TokenStream(*given, (i, 2)) for i in range(2)]
+        return torch.cat([read(part) for part in self.parts]) if self.part == (0, 1) else read(self)
+
+    monkeypatch.setattr(token_stream.TokenStream, "__next__", of_both)
+    tune(left.target, left.folder / "tuned-alone")
+    found, alone = left.coders("tuned"), left.coders("tuned-alone")
+    assert len(alone) == 2 and left.names("tuned") == left.names("tuned-alone")
+    for name, coder in alone.items():
+        close(found[name], coder, 1e-4)
+
+
+def test_a_decomposition_on_shared_data_is_one_process_on_the_global_batch(left: Left) -> None:
+    own = [rank["spd"] for rank in left.ranks]
+    assert same(own[0]["state"], own[1]["state"]) and not torch.equal(own[0]["batches"][0], own[1]["batches"][0])
+    whole = [torch.cat(parts) for parts in zip(*(rank["batches"] for rank in own))]
+    close(own[0]["state"], decompose(left.target, whole), 1e-4)
 
 
 # -------------------------------------------------------------------------------------------------------------- coders
