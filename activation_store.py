@@ -26,6 +26,7 @@ from torch import Tensor
 
 from coder import ActivationStats
 from devices import sent
+from parallel import gathered, world
 from patching import Captured, capture
 from python_corpus import Split
 from target_models import TargetModel
@@ -64,17 +65,29 @@ def check_layers(target: TargetModel, layers: tuple[int, ...]) -> None:
 
 
 class ActivationsStore:
-    """An iterator of `ActivationBatch`; ends (StopIteration) when the token stream does."""
+    """An iterator of `ActivationBatch`; ends (StopIteration) when the token stream does.
 
-    def __init__(self, target: TargetModel, config: DataConfig, split: Split = "train") -> None:
+    `shared`: processes that share out the data (`parallel.py`) each take documents, a part of the buffer and a part of every
+    batch of their own, and agree on the statistics. Raises ValueError for a batch that cannot be dealt out evenly.
+    """
+
+    def __init__(
+        self, target: TargetModel, config: DataConfig, split: Split = "train", *, shared: bool = False
+    ) -> None:
         check_layers(target, config.layers)
+        part = (world().rank, world().size) if shared and world().deals("data") else (0, 1)
+        if config.batch_tokens % part[1]:
+            raise ValueError(
+                f"a batch of {config.batch_tokens} tokens cannot be dealt evenly to {part[1]} processes: choose --batch so"
+            )
+        self.batch_tokens, self.buffer_tokens = config.batch_tokens // part[1], config.buffer_tokens // part[1]
         self.target, self.config, self.split = target, config, split
         self.stream = TokenStream(
-            target.data, target.tokenizer, split, config.model_batch, target.context, config.seed, target.vocab_size
+            target.data, target.tokenizer, split, config.model_batch, target.context, config.seed, target.vocab_size, part
         )  # fmt: skip
         self.forwards = 0  # batches of tokens whose activations were put into the buffer
         self.generator = torch.Generator().manual_seed(config.seed)
-        slots = config.buffer_tokens + config.model_batch * (target.context - 1)
+        slots = self.buffer_tokens + config.model_batch * (target.context - 1)
         shape = (2, len(config.layers), slots, target.d_model)
         self.buffer = torch.zeros(shape, dtype=torch.float16, device=target.device)
         self.scales: Float[Tensor, "two layer"] | None = None  # what the buffer's activations were divided by
@@ -88,9 +101,10 @@ class ActivationsStore:
         if not self.serve:
             raise ValueError(
                 f"dataset {target.data.path!r} gives {len(self.order)} tokens of its {split} split, less than a batch of "
-                f"{config.batch_tokens}: choose a smaller batch or more text"
+                f"{self.batch_tokens}: choose a smaller batch or more text"
             )
-        self.stats = measure(self.buffer, self.slots, self.scales)
+        own = measure(self.buffer, self.slots, self.scales)
+        self.stats = pooled(gathered(own)) if part[1] > 1 else own
 
     @property
     def bytes(self) -> int:
@@ -131,7 +145,7 @@ class ActivationsStore:
         """Put new tokens where the served ones were, mix all, and serve half; all of it once the text has ended."""
         self.free, self.order = torch.cat([self.free, self.order[: self.served]]), self.order[self.served :]
         whole = torch.ones(len(self.config.layers), dtype=torch.bool, device=self.buffer.device)
-        while len(self.order) < self.config.buffer_tokens and (kept := self._harvest()) is not None:
+        while len(self.order) < self.buffer_tokens and (kept := self._harvest()) is not None:
             slots, self.free = self.free.tensor_split([kept.shape[2]])
             self.buffer.index_copy_(2, sent(slots, self.buffer.device), kept)
             self.order = torch.cat([self.order, slots])
@@ -145,8 +159,8 @@ class ActivationsStore:
         n = len(self.order)
         self.order = self.order[torch.randperm(n, generator=self.generator)]
         self.slots = sent(self.order, self.buffer.device)
-        share = max(n // 2, self.config.batch_tokens) if n >= self.config.buffer_tokens else n
-        self.served, self.serve = 0, share // self.config.batch_tokens * self.config.batch_tokens
+        share = max(n // 2, self.batch_tokens) if n >= self.buffer_tokens else n
+        self.served, self.serve = 0, share // self.batch_tokens * self.batch_tokens
 
     def __iter__(self) -> "ActivationsStore":
         return self
@@ -156,8 +170,8 @@ class ActivationsStore:
             self._refill()
         if not self.serve:
             raise StopIteration
-        slots = self.slots[self.served : self.served + self.config.batch_tokens]
-        self.served += self.config.batch_tokens
+        slots = self.slots[self.served : self.served + self.batch_tokens]
+        self.served += self.batch_tokens
         batch = self.buffer.index_select(2, slots).float()
         return ActivationBatch(*(batch * self.scales[:, :, None, None] if self.scaled else batch))
 
@@ -210,6 +224,20 @@ def measure(
     x_mean, x_scale, _ = (torch.stack(column) for column in zip(*(one(0, layer) for layer in layers)))
     y_mean, y_scale, y_variance = (torch.stack(column) for column in zip(*(one(1, layer) for layer in layers)))
     return ActivationStats(x_mean, x_scale, y_mean, y_scale, y_variance, len(slots))
+
+
+def pooled(parts: Sequence[ActivationStats]) -> ActivationStats:
+    """The statistics of all tokens together from those of parts of them."""
+    n = sum(part.n_tokens for part in parts)
+
+    def mean(values: Sequence[Tensor]) -> Tensor:
+        return torch.stack([value * (part.n_tokens / n) for value, part in zip(values, parts)]).sum(0)
+
+    x_mean, y_mean = mean([part.x_mean for part in parts]), mean([part.y_mean for part in parts])
+    x_scale, y_scale = (1 / mean([1 / part[i] for part in parts]) for i in (1, 3))
+    between = [(part.y_mean - y_mean).square().sum(1) for part in parts]
+    variance = mean([part.y_variance + apart for part, apart in zip(parts, between)])
+    return ActivationStats(x_mean, x_scale, y_mean, y_scale, variance, n)
 
 
 def check_varies(target: TargetModel, layers: Sequence[int], stats: ActivationStats) -> None:

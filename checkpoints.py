@@ -35,6 +35,7 @@ from config import (
     to_json,
 )
 from logs import atomic_path, cache_folder, check_named, download_artifact, load_tensors, write_json
+from parallel import gathered, united, wait, whole_tensors, world
 from sae import build_sae
 from spd_model import ComponentModel
 from target_models import TargetModel
@@ -133,6 +134,57 @@ def check_room(path: Path, state: object) -> None:
     needed = sum(leaf.nbytes for leaf in tree_leaves(state) if isinstance(leaf, torch.Tensor))
     if needed > (free := shutil.disk_usage(path.parent).free):
         raise ValueError(f"the disk is full: {path} takes {needed:,} bytes and {free:,} are free; make room for it")
+
+
+# ------------------------------------------------------------------------------- the state of an interrupted training
+
+
+def _part(file: Path, step: int, rank: int) -> Path:
+    return file.with_name(f"{file.stem}.step{step}.rank{rank}.pt")
+
+
+def save_parts(file: Path, step: int, own: dict[str, Any]) -> list[int]:
+    """What other processes than 0 add to the state of a step, each in a file beside `file`; returns which of them do."""
+    adds = gathered(bool(own))
+    if own and not world().leads:
+        save_tensors(_part(file, step, world().rank), own)
+    wait()
+    return [rank for rank, any_of_it in enumerate(adds) if any_of_it and rank]
+
+
+def with_parts(file: Path, state: dict[str, Any]) -> dict[str, Any]:
+    """What all processes added to a state, `file` of which holds what process 0 did."""
+    others = [load_tensors(_part(file, state["step"], rank), "cpu") for rank in state["others"]]
+    return united([state["trainee"], *others])
+
+
+def delete_parts(file: Path, *, but: int | None = None) -> None:
+    """Of other processes than 0, of all states except that of a step."""
+    for part in file.parent.glob(f"{file.stem}.step*.rank*.pt"):
+        if f".step{but}." not in part.name:
+            part.unlink()
+
+
+def forget_state(file: Path) -> None:
+    """Delete the state of a training whose outcome is on disk."""
+    wait()
+    if world().leads:
+        file.unlink(missing_ok=True)
+        delete_parts(file)
+
+
+def whole_coder(coder: Coder) -> Coder:
+    """The coder itself; where its latents are spread over processes, on process 0 one that has them all, on the CPU."""
+    if not world().deals("latents"):
+        return coder
+    state = whole_tensors(coder.state_dict(), coder.config.d_dict)
+    whole = build_coder(coder.config, torch.Generator())
+    if world().leads:
+        whole.load_state_dict(state)
+    return whole
+
+
+# --------------------------------------------------------------------------------------------------------------- locks
 
 
 @contextmanager

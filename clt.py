@@ -68,7 +68,7 @@ class CrossLayerTranscoder(Coder[tuple[Codes, ...]]):
             encoder.encode_with_penalty(x[i] * self.x_scale[i], self.W_dec[i])
             for i, encoder in enumerate(self.encoders)
         ]
-        penalty = torch.stack([of_layer.penalty for of_layer in trained]).mean()
+        penalty = self.ranks.sum(torch.stack([of_layer.penalty for of_layer in trained]).mean())
         gates = tuple(of_layer.gates for of_layer in trained if of_layer.gates is not None)
         penalty = penalty + self.frozen_error(gates, x, y=y, variance=variance) if gates else penalty
         return tuple(of_layer.codes for of_layer in trained), penalty
@@ -93,7 +93,7 @@ class CrossLayerTranscoder(Coder[tuple[Codes, ...]]):
 
     def decode(self, codes: tuple[Codes, ...]) -> Float[Tensor, "layer batch d_out"]:
         wide = [decode(codes_i, self.W_dec[i]) for i, codes_i in enumerate(codes)]
-        return unscaled(self._gather(wide), self.b_dec[:, None], self.y_scale[:, None, None])
+        return unscaled(self.ranks.sum(self._gather(wide)), self.b_dec[:, None], self.y_scale[:, None, None])
 
     def aux_reconstruction(
         self, x: Float[Tensor, "layer batch d_in"], dead_after: int
@@ -101,7 +101,7 @@ class CrossLayerTranscoder(Coder[tuple[Codes, ...]]):
         """What every layer's dead latents would write to every target, without b_dec."""
         pairs = [encoder.aux_activations(x[i] * self.x_scale[i], dead_after) for i, encoder in enumerate(self.encoders)]
         wide = [a @ W_dec[dead] for (a, dead), W_dec in zip(pairs, self.W_dec)]
-        return self._gather(wide) / self.y_scale[:, None, None]
+        return self.ranks.sum(self._gather(wide)) / self.y_scale[:, None, None]
 
     def calibrate(self, batches: Sequence[Float[Tensor, "layer batch d_in"]]) -> None:
         for i, encoder in enumerate(self.encoders):

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from config import CoderConfig
 from losses import fvu
+from parallel import ALONE, Ranks, is_spread
 from sparse_ops import Codes, decode
 from sparsity import SparseEncoder
 
@@ -50,6 +51,8 @@ class Coder[C: (Codes, tuple[Codes, ...])](nn.Module, ABC):
     b_dec: nn.Parameter
     x_scale: Float[Tensor, "layer"]
     y_scale: Float[Tensor, "layer"]
+    ranks: Ranks = ALONE  # the processes that train it together
+    n_dead: int = 0  # latents of all its encoders that were silent at the last count
 
     def forward(self, x: Float[Tensor, "*layer batch d_in"]) -> CoderOutput[C]:
         codes = self.encode(x)
@@ -148,13 +151,16 @@ class Coder[C: (Codes, tuple[Codes, ...])](nn.Module, ABC):
         for encoder, own in zip(self.encoders, codes_by_layer(codes)):
             encoder.update_statistics(own)
 
-    @property
-    def n_dead(self) -> int:
-        return sum(encoder.n_dead for encoder in self.encoders)
-
     def count_dead(self, dead_after: int) -> None:
         for encoder in self.encoders:
             encoder.count_dead(dead_after)
+        self.n_dead = self.ranks.total(sum(encoder.n_dead for encoder in self.encoders))
+
+    def join(self, ranks: Ranks) -> None:
+        """Train together with other processes from now on."""
+        self.ranks = ranks
+        for encoder in self.encoders:
+            encoder.ranks = ranks
 
     @property
     def step_shape(self) -> tuple[tuple[int, ...], ...]:
@@ -173,6 +179,16 @@ class Coder[C: (Codes, tuple[Codes, ...])](nn.Module, ABC):
 
     def constrain_gradients(self) -> None:
         """Before the optimiser's step; only SAEs constrain anything."""
+
+    def clip_gradients(self, longest: float) -> None:
+        """Shorten the gradient of all parameters together to this norm, where it is longer."""
+        given = [(name, p.grad) for name, p in self.named_parameters() if p.grad is not None]
+        spread, whole = ([g for name, g in given if is_spread(name, g) == side] for side in (True, False))
+        norm = self.ranks.norm(spread, whole)
+        if norm is None:
+            torch.nn.utils.clip_grad_norm_(self.parameters(), longest)
+        else:
+            torch.nn.utils.clip_grads_with_norm_(self.parameters(), longest, norm)
 
     def constrain_weights(self) -> None:
         """After the optimiser's step; only SAEs constrain anything."""
@@ -205,15 +221,17 @@ class LayerCoder(Coder[Codes]):
     def encode_with_penalty(
         self, x: Float[Tensor, "batch d_in"], y: Float[Tensor, "batch d_out"], variance: Float[Tensor, ""]
     ) -> tuple[Codes, Float[Tensor, ""]]:
-        codes, penalty, gates = self.encoder.encode_with_penalty(self.encoder_input(x), self.W_dec)
+        read = self.ranks.read(self.encoder_input(x))
+        codes, penalty, gates = self.encoder.encode_with_penalty(read, self.W_dec)
+        penalty = self.ranks.sum(penalty)
         return codes, penalty if gates is None else penalty + self.frozen_error(gates, x, y=y, variance=variance)
 
     def decode(self, codes: Codes) -> Float[Tensor, "batch d_out"]:
-        return unscaled(decode(codes, self.W_dec), self.b_dec, self.y_scale)
+        return unscaled(self.ranks.sum(decode(codes, self.W_dec)), self.b_dec, self.y_scale)
 
     def aux_reconstruction(self, x: Float[Tensor, "batch d_in"], dead_after: int) -> Float[Tensor, "batch d_out"]:
         a, dead = self.encoder.aux_activations(self.encoder_input(x), dead_after)
-        return a @ self.W_dec[dead] / self.y_scale
+        return self.ranks.sum(a @ self.W_dec[dead]) / self.y_scale
 
     def calibrate(self, batches: Sequence[Float[Tensor, "batch d_in"]]) -> None:
         self.encoder.calibrate(self.encoder_input(x) for x in batches)

@@ -23,13 +23,16 @@ from concurrent.futures import ThreadPoolExecutor
 import torch
 from torch import Tensor
 
+from parallel import world
+
 
 def check_device(device: str) -> str:
     """The device itself; raises ValueError in one line where it cannot be used as it was named.
 
-    A CUDA device must exist, and there must be one process: `torchrun` would repeat the whole job on one device.
+    A CUDA device must exist, and of several processes each must know of the others (`parallel.joined`): `torchrun` would
+    repeat the whole job on one device.
     """
-    if (processes := os.environ.get("WORLD_SIZE", "1")) != "1":
+    if (processes := int(os.environ.get("WORLD_SIZE", "1"))) != world().size:
         raise ValueError(
             f"{processes} processes were started, and each would repeat the whole job: start it without torchrun"
         )

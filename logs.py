@@ -27,6 +27,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from devices import device_name
+from parallel import first_to_say, world
 
 REPOSITORY = Path(__file__).parent
 STARTED = time.perf_counter()  # about the process' start: every command line imports this file
@@ -73,7 +74,8 @@ def errors_in_one_line() -> None:
 
     def report(kind: type[BaseException], error: BaseException, trace: Any) -> None:
         if issubclass(kind, ValueError | OSError) and not sys.flags.dev_mode:
-            print(f"error: {error}", file=sys.stderr)
+            if first_to_say(str(error)):
+                print(f"error: {error}", file=sys.stderr)
         else:
             sys.__excepthook__(kind, error, trace)
 
@@ -168,21 +170,30 @@ def write_settings(folder: Path, settings: Any, device: str) -> None:
 
 
 class Logger:
-    """One run's metrics: `metrics.jsonl` in `folder`, and a W&B run of the same name."""
+    """One run's metrics: `metrics.jsonl` in `folder`, and a W&B run of the same name.
 
-    def __init__(self, name: str, folder: Path, config: Any) -> None:
+    `writes`: whether it is this process that logs the run; None: process 0 does (`parallel.py`).
+    """
+
+    def __init__(self, name: str, folder: Path, config: Any, *, writes: bool | None = None) -> None:
+        self.name, self.writes = name, world().leads if writes is None else writes
+        if not self.writes:
+            return
         folder.mkdir(parents=True, exist_ok=True)
-        self.name = name
         self._file = (folder / "metrics.jsonl").open("a")
         self._run = _start_wandb(name, config)
 
     def log(self, step: int, metrics: dict[str, float]) -> None:
+        if not self.writes:
+            return
         self._file.write(json.dumps({"step": step} | metrics) + "\n")
         self._file.flush()
         if self._run is not None:
             self._run.log(metrics, step=step)
 
     def close(self) -> None:
+        if not self.writes:
+            return
         self._file.close()
         if self._run is not None:
             self._run.finish()

@@ -25,6 +25,7 @@ from checkpoints import (
     TrainingRecord,
     check_target,
     coder_name,
+    forget_state,
     held,
     is_trained,
     load_checkpoint,
@@ -34,6 +35,7 @@ from coder_replacements import as_replacement, side_by_side
 from config import Mixed, Output, TrainConfig, to_json
 from logs import Logger, git_commit
 from output_objective import CoderSet, Frame, Run, TrainingPass, as_read, backward, frame_of, planned, unembedding
+from parallel import ALONE, DataRanks, check_dealt, decided, wait, world
 from target_models import TargetModel
 from token_stream import TokenStream
 from training import (
@@ -75,12 +77,16 @@ def train_on_output(
         sets = side_by_side(starts)
         return [own for own in sets if not all(_is_done(start, ends[start], folder) for start in own)]
 
-    with held(folder / ends[start].name for own in untrained() for start in own):
-        todo = untrained()  # now that no other process can be at them
+    with held([folder / ends[start].name for own in untrained() for start in own] if world().leads else []):
+        left_over = decided(  # now that no other process can be at them
+            lambda: [[ends[start].name for start in own] for own in untrained()]
+        )
+        todo = [own for own in side_by_side(starts) if [ends[start].name for start in own] in left_over]
         if (left := sum(map(len, todo))) < len(starts):
             print(f"{len(starts) - left} of {len(starts)} coders are already trained in {folder}")
         if todo:
             _train(OutputGroup(todo, ends, target, head, sequences=sequences, config=config, folder=folder))
+        wait()
     return [load_checkpoint(str(folder / name), str(target.device)) for name in names]
 
 
@@ -157,6 +163,7 @@ def start_set(
         coder.train()
         if is_fresh(own[0]):
             coder.initialise(stats)
+        coder.join(DataRanks() if world().deals("data") else ALONE)
         lr = peak_rate(coder, config)
         optimiser = adam(coder, config, lr=lr)
         name = order[coder.config.layers]
@@ -206,11 +213,17 @@ class OutputGroup:
         )
         self.layers = tuple(sorted({layer for start in sets[0] for layer in start.coder.config.layers}))
         stages = len(sets[0][0].record.objectives)
+        self.part, parts = (world().rank, world().size) if world().deals("data") else (0, 1)
+        if sequences % parts:
+            raise ValueError(
+                f"{sequences} sequences a batch cannot be dealt evenly to {parts} processes: choose --batch so"
+            )
         self.stream = TokenStream(
-            target.data, target.tokenizer, "train", sequences, target.context, config.seed + stages, target.vocab_size
+            target.data, target.tokenizer, "train", sequences // parts, target.context, config.seed + stages,
+            target.vocab_size, (self.part, parts),
         )  # fmt: skip
-        data = DataConfig(layers=self.layers, batch_tokens=1, buffer_tokens=STATISTICS_TOKENS, seed=config.seed)
-        store = ActivationsStore(target, data)
+        data = DataConfig(layers=self.layers, batch_tokens=parts, buffer_tokens=STATISTICS_TOKENS, seed=config.seed)
+        store = ActivationsStore(target, data, shared=True)
         self.sets = [
             start_set(own, [ends[start].name for start in own], store, config=config, folder=folder) for own in sets
         ]
@@ -257,11 +270,15 @@ class OutputGroup:
         return [member for own in self.sets for member in own.members]
 
     def state_dict(self) -> dict[str, Any]:
+        stream = {"stream": {self.part: self.stream.state_dict()}}
+        if not world().leads:
+            return stream if world().deals("data") else {}
         coders = {member.name: member.state_dict() for member in self.members}
-        return {"stream": self.stream.state_dict(), "generator": self.generator.get_state(), "coders": coders}
+        return stream | {"generator": self.generator.get_state(), "coders": coders}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.stream.load_state_dict(state["stream"])
+        check_dealt(len(state["stream"]))
+        self.stream.load_state_dict(state["stream"][self.part])
         self.generator.set_state(state["generator"])
         for member in self.members:
             member.load_state_dict(state["coders"][member.name], self.config.dead_after)
@@ -277,9 +294,10 @@ def _train(group: OutputGroup) -> None:
     for member in members:
         end = group.ends[member.name]
         record = dataclasses.replace(end, train_seconds=end.train_seconds + member.seconds + overhead)
-        save_checkpoint(group.folder / member.name, member.coder, record)
+        if world().leads:
+            save_checkpoint(group.folder / member.name, member.coder, record)
         member.logger.close()
-    file.unlink(missing_ok=True)
+    forget_state(file)
 
 
 # ----------------------------------------------------------------------------------------------------- calibration

@@ -43,6 +43,7 @@ from config import (
 from devices import bf16_is_fast
 from logs import git_commit
 from output_training import train_on_output
+from parallel import decided, wait, world
 from spd_model import ComponentModel
 from spd_training import train_spd
 from target_models import TargetModel, mlp_matrices
@@ -147,11 +148,13 @@ class SPDRecipe:
 
 
 class _OnDevice:
-    """A token stream whose batches lie on the target's device."""
+    """A token stream whose batches lie on the target's device, and this process' part of it where data are shared out."""
 
     def __init__(self, target: TargetModel, batch: int, seed: int) -> None:
+        part = (world().rank, world().size) if world().deals("data") else (0, 1)
+        require(batch % part[1] == 0, f"{batch} sequences a step cannot be dealt evenly to {part[1]} processes")
         self.stream = TokenStream(
-            target.data, target.tokenizer, "train", batch, target.context, seed, target.vocab_size
+            target.data, target.tokenizer, "train", batch // part[1], target.context, seed, target.vocab_size, part
         )
         self.state_dict, self.load_state_dict, self.device = (
             self.stream.state_dict,
@@ -199,11 +202,11 @@ def train_decomposition(
         print(f"{name} is already trained in {folder}")
         return found
 
-    if found := finished():
-        return found
-    with held([folder / name]):
-        if found := finished():  # by the process that held it until now
-            return found
+    if decided(lambda: finished() is not None):
+        return finished()  # type: ignore[return-value]
+    with held([folder / name] if world().leads else []):
+        if decided(lambda: finished() is not None):  # by the process that held it until now
+            return finished()  # type: ignore[return-value]
         model = ComponentModel(target.model, config, torch.Generator().manual_seed(r.seed)).to(target.device)
         stream = _OnDevice(target, r.batch, r.seed)
         seconds = train_spd(model, stream, train, folder / name, name, autocast=bf16_is_fast(target.device))
@@ -212,5 +215,7 @@ def train_decomposition(
             train_tokens=r.steps * r.batch * target.context, train_seconds=seconds, seed=r.seed, commit=git_commit(),
             recipe=in_words,
         )  # fmt: skip
-        save_checkpoint(folder / name, model, record)
+        if world().leads:
+            save_checkpoint(folder / name, model, record)
+        wait()
         return Decomposition(model, record)

@@ -43,7 +43,7 @@ class BaseAutoencoder(LayerCoder):
     def aux_reconstruction(self, x: Float[Tensor, "batch d_in"], dead_after: int) -> Float[Tensor, "batch d_in"]:
         """AuxK's ê, through which b_dec gets no gradient although the encoder reads it."""
         a, dead = self.encoder.aux_activations(x * self.x_scale - self.b_dec.detach(), dead_after)
-        return a @ self.W_dec[dead] / self.x_scale
+        return self.ranks.sum(a @ self.W_dec[dead]) / self.x_scale
 
     @torch.no_grad()
     def initialise(self, stats: ActivationStats) -> None:

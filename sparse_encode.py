@@ -35,6 +35,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from devices import bf16_is_fast, in_threads
+from parallel import ALONE, Ranks
 from sparse_ops import Codes, Layout, layout_of, nonzero_positions
 
 # k / d_dict by token, and in the batch, from which on all pre-activations are written down and partitioned in float32
@@ -68,10 +69,14 @@ class _Encode(torch.autograd.Function):
 
 
 def encode_topk(
-    x: Float[Tensor, "batch d_in"], W_enc: Float[Tensor, "d_dict d_in"], b_enc: Float[Tensor, "d_dict"], k: int
-) -> Codes:
-    """relu(pre) at the k largest pre-activations of each token; k·B entries. Ties go to the lowest latent."""
-    return _encode_largest(x, W_enc, b_enc, k, None)
+    x: Float[Tensor, "batch d_in"], W_enc: Float[Tensor, "d_dict d_in"], b_enc: Float[Tensor, "d_dict"], k: int,
+    ranks: Ranks = ALONE,
+) -> Codes:  # fmt: skip
+    """relu(pre) at the k largest pre-activations of each token; k·B entries. Ties go to the lowest latent.
+
+    Where `ranks` hold other latents the k are the largest of all, and these codes are those of the latents here.
+    """
+    return _encode_largest(x, W_enc, b_enc, k, None, ranks)
 
 
 def encode_batch_topk(
@@ -80,13 +85,14 @@ def encode_batch_topk(
     b_enc: Float[Tensor, "d_dict"],
     k: int,
     bound: Float[Tensor, ""],
+    ranks: Ranks = ALONE,
 ) -> Codes:
     """relu(pre) at the k·B largest pre-activations of the batch; ties go to the lowest (token, latent).
 
     `bound` is a guess of the smallest winner (that of the batch before, −inf if unknown). It decides how fast the
-    winners are found, never who they are. On CUDA it is not read.
+    winners are found, never who they are. On CUDA it is not read. `ranks`: as in `encode_topk`.
     """
-    return _encode_largest(x, W_enc, b_enc, k, bound)
+    return _encode_largest(x, W_enc, b_enc, k, bound, ranks)
 
 
 def encode_threshold(
@@ -137,8 +143,12 @@ def _encode(x: Tensor, W_enc: Tensor, b_enc: Tensor, selected: _Selected) -> Cod
     return Codes(values, layout)
 
 
-def _encode_largest(x: Tensor, W_enc: Tensor, b_enc: Tensor, k: int, bound: Tensor | None) -> Codes:
+def _encode_largest(x: Tensor, W_enc: Tensor, b_enc: Tensor, k: int, bound: Tensor | None, ranks: Ranks) -> Codes:
     """Codes at the k largest of each token (`bound` None), or at the k·B largest of the batch."""
+    if ranks.selects:
+        selected = _select(x, W_enc, b_enc, min(k, len(W_enc)), bound)
+        won = ranks.largest(*selected, n_rows=len(x), k=k, batch=bound is not None)
+        return _encode(x, W_enc, b_enc, _selected(*selected, won))
     assert 1 <= k <= len(W_enc), f"{k=} must lie between 1 and {len(W_enc)} latents"
     if not _bounds_pay(x, W_enc, k):
         return _encode(x, W_enc, b_enc, _select(x, W_enc, b_enc, k, bound))

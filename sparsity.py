@@ -29,6 +29,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from config import BatchTopK, Gated, JumpReLU, Relu, Rule, TopK
+from parallel import ALONE, Ranks
 from sparse_encode import encode_batch_topk, encode_threshold, encode_topk
 from sparse_ops import Codes, fire_counts, from_dense
 
@@ -53,6 +54,7 @@ class SparseEncoder[R](nn.Module, ABC):
     """
 
     k: int | None = None  # active latents per token that the rule asks for; None where it has no such number
+    ranks: Ranks = ALONE  # the processes that train it together
 
     def __init__(self, W_enc: Float[Tensor, "d_dict d_in"], rule: R) -> None:
         super().__init__()
@@ -137,8 +139,8 @@ class SparseEncoder[R](nn.Module, ABC):
     @torch.no_grad()
     def update_statistics(self, codes: Codes) -> None:
         """Advance the counters by one training batch."""
-        fired = fire_counts(codes) > 0
-        self.tokens_since_fired += codes.n_rows
+        fired, n_tokens = self.ranks.fired(fire_counts(codes) > 0, codes.n_rows)
+        self.tokens_since_fired += n_tokens
         self.tokens_since_fired.masked_fill_(fired, 0)
         if codes.layout.unproven is not None:
             self.unproven += codes.layout.unproven
@@ -201,9 +203,10 @@ class _Counted[R: TopK | BatchTopK](SparseEncoder[R]):
         super().__init__(W_enc, rule)
         check_k(rule.k, self.d_dict)
         self.k = self.k_now = rule.k
+        self.most = self.d_dict
 
     def set_k(self, k: int) -> None:
-        self.k_now = min(k, self.d_dict)
+        self.k_now = min(k, self.most)
 
     @property
     def step_shape(self) -> tuple[int, ...]:
@@ -214,7 +217,7 @@ class TopKEncoder(_Counted[TopK]):
     """a = relu(pre) at the k largest of each token."""
 
     def encode(self, x: Float[Tensor, "batch d_in"]) -> Codes:
-        return encode_topk(x, self.W_enc, self.b_enc, self.k_now if self.training else self.rule.k)
+        return encode_topk(x, self.W_enc, self.b_enc, self.k_now if self.training else self.rule.k, self.ranks)
 
 
 class BatchTopKEncoder(_Counted[BatchTopK]):
@@ -227,7 +230,7 @@ class BatchTopKEncoder(_Counted[BatchTopK]):
 
     def encode(self, x: Float[Tensor, "batch d_in"]) -> Codes:
         if self.training:
-            return encode_batch_topk(x, self.W_enc, self.b_enc, self.k_now, self.smallest_winner)
+            return encode_batch_topk(x, self.W_enc, self.b_enc, self.k_now, self.smallest_winner, self.ranks)
         return encode_threshold(x, self.W_enc, self.b_enc, self.threshold)
 
     @property
@@ -241,7 +244,7 @@ class BatchTopKEncoder(_Counted[BatchTopK]):
     def update_statistics(self, codes: Codes) -> None:
         """Advance the counters by one training batch, and the running threshold."""
         super().update_statistics(codes)
-        self.smallest_winner.copy_(smallest_positive(codes))
+        self.smallest_winner.copy_(self.ranks.smallest(smallest_positive(codes)))
         moved = self.threshold.lerp(self.smallest_winner, 1 - THRESHOLD_DECAY)
         self.threshold.copy_(torch.where(self.threshold.isfinite(), moved, self.smallest_winner))
 
@@ -255,7 +258,8 @@ class BatchTopKEncoder(_Counted[BatchTopK]):
             largest.append(codes.values)
             n_tokens += len(x)
         assert n_tokens > 0, "calibration needs at least one batch of held-out tokens"
-        self.threshold.copy_(torch.cat(largest).topk(k * n_tokens).values[-1].clamp_min(0))
+        found, n_tokens = self.ranks.pooled(torch.cat(largest), n_tokens)
+        self.threshold.copy_(found.topk(k * n_tokens).values[-1].clamp_min(0))
 
 
 def smallest_positive(codes: Codes) -> Float[Tensor, ""]:

@@ -19,6 +19,7 @@ from einops import rearrange
 from jaxtyping import Float
 from torch import Tensor
 
+from checkpoints import forget_state
 from config import Merged, Recon, SPDTrainConfig, to_json
 from logs import Logger
 from losses import (
@@ -31,11 +32,13 @@ from losses import (
     relative_faithfulness,
     squared_error,
 )
+from parallel import DataRanks, check_dealt, world
 from spd_masks import Mask, PersistentSources, pgd_sources, route_subset, routed, source_masks, stochastic_masks
 from spd_model import ComponentModel, first_output, weight_map
 from training import Progress, run_training
 
 AIM = 12.0  # the most that the logarithm of minimality's coefficient moves in a run
+DRAWS_APART = 1_000_003  # between the seeds of processes that share out data
 
 
 class Batches(Protocol):
@@ -66,7 +69,8 @@ class SPDTrainer:
 
     def __init__(self, model: ComponentModel, config: SPDTrainConfig, autocast: bool) -> None:
         self.model, self.config, self.autocast = model, config, autocast
-        self.generator = torch.Generator(next(model.parameters()).device).manual_seed(config.seed)
+        seed = config.seed + DRAWS_APART * (world().rank if world().deals("data") else 0)
+        self.generator = torch.Generator(next(model.parameters()).device).manual_seed(seed)
         weights = [p for part in model.components.values() for p in part.parameters()]
         self.weights = weights
         matrices, vectors = [], [weights, list(model.importances.parameters())]
@@ -89,6 +93,12 @@ class SPDTrainer:
             path: torch.zeros(part.U.shape[:-1], device=part.U.device)
             for path, part in model.components.items() if config.frequency is not None
         }  # fmt: skip
+        alone = [name for name, own in (("a persistent adversary", self.adversaries), ("the frequency term", self.rates),
+                                        ("an aim", config.aim)) if own]  # fmt: skip
+        if alone and world().deals("data"):
+            raise ValueError(
+                f"processes that share out data do not agree on {', '.join(alone)}: train it with one process"
+            )
         self.followed: list[dict[str, Tensor]] = []  # logits of gates that read a masked stream in this step
         self.pull = torch.ones((), device=weights[0].device)  # what minimality's coefficient is multiplied by
         self.steps_done = 0
@@ -186,6 +196,8 @@ class SPDTrainer:
         if c.faithfulness:
             loss = loss + c.faithfulness * self.faithfulness()
         loss.backward()
+        if world().deals("data"):
+            DataRanks().average(p for p in model.parameters() if p.requires_grad)
         for i, adversary in self.adversaries.items():
             if isinstance(term := c.recon[i], Merged):
                 adversary.follow(1 / term.coefficient)
@@ -344,11 +356,17 @@ class _SPDRun:
         return f"loss {loss:.3g}, recon {recon:.3g}, L0 {sum(l0) / len(l0):.2f}"
 
     def state_dict(self) -> dict[str, Any]:
-        return {"trainer": self.trainer.state_dict(), "batches": self.batches.state_dict()}
+        draws = {"batches": self.batches.state_dict(), "generator": self.trainer.generator.get_state().cpu()}
+        if not world().leads:
+            return {"draws": {world().rank: draws}} if world().deals("data") else {}
+        return {"trainer": self.trainer.state_dict(), "draws": {0: draws}}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
+        check_dealt(len(state["draws"]))
+        own = state["draws"][world().rank if world().deals("data") else 0]
         self.trainer.load_state_dict(state["trainer"])
-        self.batches.load_state_dict(state["batches"])
+        self.trainer.generator.set_state(own["generator"])
+        self.batches.load_state_dict(own["batches"])
 
 
 def train_spd(
@@ -364,5 +382,5 @@ def train_spd(
     every = {"metrics_every": config.metrics_every, "checkpoint_every": config.checkpoint_every}
     seconds = run_training(run, config.steps, file=state_file, **every)
     logger.close()
-    state_file.unlink(missing_ok=True)
+    forget_state(state_file)
     return seconds

@@ -1,15 +1,19 @@
 """The frame of every experiment: settings from the command line, and a report with table, figure and settings."""
 
 import argparse
+import contextlib
+import os
 import sys
+import tempfile
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
 from activation_store import check_layers
 from evaluation import Measurement
 from logs import errors_in_one_line, write_settings
+from parallel import Form, joined, world
 from pareto import ParetoPoint, markdown_table, read_points, write_layers, write_pairs, write_points
 from pareto_figure import draw
 from target_models import TargetModel
@@ -26,6 +30,7 @@ class StudySettings:
     eval_tokens: int = 131_072  # held-out tokens that are measured on
     device: str = "cuda"
     seed: int = 0
+    parallel: Form = "data"  # what the processes of torchrun share out
     output: Path
     replot: bool = False  # draw figure and README again from the tables in `output`, and stop
 
@@ -129,4 +134,10 @@ def run_study[S: StudySettings](
     errors_in_one_line()
     s = settings_for(presets, doc)
     check_counts(s)
-    return redraw(s.output) if s.replot else main(s)
+    if s.replot:
+        return redraw(s.output)
+    with joined(s.device, s.parallel) as device, contextlib.ExitStack() as stack:
+        if not world().leads:  # repeats what comes after training, for nobody
+            stack.enter_context(contextlib.redirect_stdout(stack.enter_context(open(os.devnull, "w"))))
+            s = replace(s, output=Path(stack.enter_context(tempfile.TemporaryDirectory())))
+        main(replace(s, device=device))

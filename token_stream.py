@@ -216,12 +216,14 @@ class TokenStream:
 
     Raises ValueError for a document of another kind than its DatasetSpec says, for ids outside the vocabulary (the
     model's `vocab_size`; None: the tokenizer's) and for a tokenizer that has no token to put between documents.
+    `part`: which of how many parts of the documents, or in training of their pieces; every n-th is of a part.
     """
 
     def __init__(
         self, spec: DatasetSpec, tokenizer: PreTrainedTokenizerBase, split: Split, batch: int, seq: int, seed: int = 0,
-        vocab_size: int | None = None,
+        vocab_size: int | None = None, part: tuple[int, int] = (0, 1),
     ) -> None:  # fmt: skip
+        self.part = part
         self.spec, self.tokenizer, self.split = spec, tokenizer, split
         self.batch, self.seq, self.seed, self.vocab_size = batch, seq, seed, vocab_size or len(tokenizer)
         self.separator, self.bos = separator(tokenizer), added_bos(tokenizer) if spec.bos else None
@@ -236,7 +238,8 @@ class TokenStream:
         everything: Iterator[Document] = itertools.chain(first, rest)
         if self.split == "train":
             everything = shuffled(self._pieces(everything), min(PIECES, PIECE_TOKENS // self.seq), self.seed)
-        self._documents = itertools.islice(everything, self.n_read, None)
+        own = itertools.islice(everything, self.part[0], None, self.part[1])
+        self._documents = itertools.islice(own, self.n_read, None)
 
     def _pieces(self, whole: Iterator[Document]) -> Iterator[Document]:
         """The documents in pieces that fill about a row; those of token ids fill one exactly."""

@@ -33,19 +33,25 @@ from activation_store import ActivationBatch, ActivationsStore, DataConfig, chec
 from checkpoints import (
     Checkpoint,
     TrainingRecord,
+    delete_parts,
+    forget_state,
     held,
     is_trained,
     load_checkpoint,
     load_tensors,
     run_name,
     save_checkpoint,
+    save_parts,
     save_tensors,
+    whole_coder,
+    with_parts,
 )
-from coder import Coder, codes_by_layer
+from coder import ActivationStats, Coder, codes_by_layer
 from config import LOCAL, CoderConfig, TrainConfig, full_kind, to_json
 from devices import in_threads, keep_freed_memory
 from logs import Logger, git_commit
 from losses import auxk, fvu
+from parallel import ALONE, averaged, check_dealt, dealt, decided, own_state, ranks_of, spread, wait, world
 from step_graphs import RecordedStep, records_graphs
 from target_models import TargetModel
 
@@ -141,7 +147,7 @@ class CoderRun:
     def count_dead(self, dead_after: int) -> float:
         """The share of latents that were silent for `dead_after` tokens, which AuxK works on from now on."""
         self.coder.count_dead(dead_after)
-        return self.coder.n_dead / sum(encoder.d_dict for encoder in self.coder.encoders)
+        return self.coder.n_dead / (self.coder.config.d_dict * len(self.coder.encoders))
 
     def state_dict(self) -> dict[str, Any]:
         return {"coder": self.coder.state_dict(), "optimiser": self.optimiser.state_dict(), "seconds": self.seconds}
@@ -170,15 +176,16 @@ def training_step(
     descend(run, config=config, lr=lr)
     coder.update_statistics(codes)
     layers = codes_by_layer(codes)
-    l0 = sum((own.values > 0).sum() / own.n_rows for own in layers) / len(layers)
+    l0 = coder.ranks.sum(sum((own.values > 0).sum() / own.n_rows for own in layers) / len(layers))
     return torch.stack([loss.detach(), error.detach(), l0])
 
 
 def descend(run: CoderRun, *, config: TrainConfig, lr: float | Float[Tensor, ""]) -> None:
     """The step that a coder's gradient asks for, which is used up."""
     coder, optimiser = run.coder, run.optimiser
+    coder.ranks.average(coder.parameters())
     coder.constrain_gradients()
-    torch.nn.utils.clip_grad_norm_(coder.parameters(), config.max_grad_norm)
+    coder.clip_gradients(config.max_grad_norm)
     for group in optimiser.param_groups:
         group["lr"] = lr
     optimiser.step()
@@ -188,7 +195,9 @@ def descend(run: CoderRun, *, config: TrainConfig, lr: float | Float[Tensor, ""]
 
 def _side_by_side[B](function: Callable[[CoderRun], B], runs: Sequence[CoderRun], device: torch.device) -> list[B]:
     """[function(run) for run in runs]; on a CPU at once, beginning with those that took longest so far."""
-    if device.type != "cpu":  # one queue
+    if device.type != "cpu" or any(
+        run.coder.ranks is not ALONE for run in runs
+    ):  # one queue, or one order for all ranks
         return [function(run) for run in runs]
     order = sorted(range(len(runs)), key=lambda i: -runs[i].seconds)
     results = dict(zip(order, in_threads(function, [runs[i] for i in order])))
@@ -199,7 +208,7 @@ def recorded_step(run: CoderRun, batch: ActivationBatch, *, config: TrainConfig,
     """`training_step`, recorded where launching kernels takes longer than running them."""
     device, n_tokens = batch.inputs.device, batch.inputs.shape[1]
     largest = n_tokens * max(encoder.d_dict for encoder in run.coder.encoders)
-    if not records_graphs(device) or largest > RECORDED_UP_TO:
+    if not records_graphs(device) or largest > RECORDED_UP_TO or run.coder.ranks is not ALONE:
         return training_step(run, batch, config=config, lr=lr)
 
     def step(x: Tensor, y: Tensor, lr: Tensor) -> Tensor:
@@ -252,12 +261,14 @@ def train_group(
             )
         ]  # fmt: skip
 
-    with held(folder / name for name, _ in untrained()):
-        todo = untrained()  # now that no other process can be at them
+    with held([folder / name for name, _ in untrained()] if world().leads else []):
+        left = decided(lambda: [name for name, _ in untrained()])  # now that no other process can be at them
+        todo = [(name, coder) for name, coder in zip(names, coders) if name in left]
         if len(todo) < len(coders):
             print(f"{len(coders) - len(todo)} of {len(coders)} coders are already trained in {folder}")
         if todo:
             _train(todo, target, data=data, config=config, folder=folder)
+        wait()
     return [load_checkpoint(str(folder / name), str(target.device)) for name in names]
 
 
@@ -291,8 +302,11 @@ class Trainee(Protocol):
     def read(self, readings: list[list[float]], progress: Progress) -> str:
         """Log the readings; returns what the progress bar shows of them."""
 
-    def state_dict(self) -> dict[str, Any]: ...
-    def load_state_dict(self, state: dict[str, Any]) -> None: ...
+    def state_dict(self) -> dict[str, Any]:
+        """What this process adds to the state; nothing where another one adds the same."""
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """From what all processes added, `united`."""
 
 
 def run_training(trainee: Trainee, steps: int, *, file: Path, metrics_every: int, checkpoint_every: int) -> float:
@@ -308,18 +322,19 @@ def run_training(trainee: Trainee, steps: int, *, file: Path, metrics_every: int
         state = load_tensors(file, "cpu")
         if state.get("settings") != repr(trainee.settings):
             raise ValueError(f"{file} is the state of a run with other settings: delete it or choose another folder")
-        trainee.load_state_dict(state["trainee"])
+        trainee.load_state_dict(with_parts(file, state))
         start, earlier = state["step"], state["seconds"]
     else:
         trainee.start()
     title = trainee.names[0] if len(trainee.names) == 1 else f"{len(trainee.names)} models"
-    bar = tqdm(range(start, steps), initial=start, total=steps, desc=title, unit="step", mininterval=1.0)
+    bar = tqdm(range(start, steps), initial=start, total=steps, desc=title, unit="step", mininterval=1.0,
+               disable=not world().leads)  # fmt: skip
     began, last_good = time.perf_counter(), start
     for step in bar:
         readings = trainee.step(step)
         reads, saves = (step + 1) % metrics_every == 0, (step + 1) % checkpoint_every == 0
         if reads or saves or step + 1 == steps:
-            rows, seconds = readings.tolist(), time.perf_counter() - began
+            rows, seconds = averaged(readings).tolist(), time.perf_counter() - began
             for name, (loss, *_) in zip(trainee.names, rows, strict=True):
                 if not math.isfinite(loss):
                     good = f"the last good state is step {last_good}"
@@ -329,7 +344,11 @@ def run_training(trainee: Trainee, steps: int, *, file: Path, metrics_every: int
         if saves:
             seconds, last_good = earlier + time.perf_counter() - began, step + 1
             state = {"settings": repr(trainee.settings), "step": last_good, "seconds": seconds}
-            save_tensors(file, state | {"trainee": trainee.state_dict()})
+            own = trainee.state_dict()
+            others = save_parts(file, last_good, own)
+            if world().leads:
+                save_tensors(file, state | {"others": others, "trainee": own})
+                delete_parts(file, but=last_good)
     return earlier + time.perf_counter() - began
 
 
@@ -343,13 +362,14 @@ def _train(
 ) -> None:
     if config.tokens < data.batch_tokens:
         raise ValueError(f"{config.tokens} training tokens are less than a batch of {data.batch_tokens}: ask for more")
-    store = ActivationsStore(target, data)
-    runs = [start_run(name, coder, store=store, config=config, folder=folder) for name, coder in todo]
-    group = _Group(runs, store, config)
-    state_file = group_file(folder, group.names)
+    store, names = ActivationsStore(target, data, shared=True), [name for name, _ in todo]
+    own = dealt(todo, lambda item: _work(item[1])) if world().deals("coders") else todo
+    runs = [start_run(name, coder, store=store, config=config, folder=folder) for name, coder in own]
+    group = _Group(names, runs, store, config)
+    state_file = group_file(folder, names)
     every = {"metrics_every": config.metrics_every, "checkpoint_every": config.checkpoint_every}
     spent = run_training(group, group.steps, file=state_file, **every)
-    overhead = (spent - sum(run.seconds for run in runs)) / len(runs)
+    overhead = (spent - sum(run.seconds for run in runs)) / max(1, len(runs))
     held_out = list(itertools.islice(store, max(1, config.calibration_tokens // data.batch_tokens)))
     if not held_out:
         raise ValueError(f"dataset {target.data.path!r} leaves no tokens to calibrate on: ask for fewer")
@@ -364,9 +384,16 @@ def _train(
             train_seconds=run.seconds + max(overhead, 0.0), seed=config.seed, commit=git_commit(),
             recipe=recipe(config, data.batch_tokens, lr=run.lr),
         )  # fmt: skip
-        save_checkpoint(folder / run.name, run.coder, record)
+        whole = whole_coder(run.coder)
+        if run.logger.writes:
+            save_checkpoint(folder / run.name, whole, record)
         run.logger.close()
-    state_file.unlink(missing_ok=True)
+    forget_state(state_file)
+
+
+def _work(coder: Coder) -> float:
+    """About what a step costs, where coders are dealt out: what is multiplied for every token."""
+    return float(coder.gate_parameters)
 
 
 def adam(coder: Coder, config: TrainConfig, *, lr: float) -> torch.optim.Adam:
@@ -385,22 +412,29 @@ def start_run(name: str, coder: Coder, *, store: ActivationsStore, config: Train
     rows = [store.config.layers.index(layer) for layer in coder.config.layers]
     stats = coder.stats_of(store.stats, rows)
     check_varies(store.target, coder.config.layers, stats)
-    coder.to(store.target.device).train()
-    coder.initialise(stats)
+    if world().deals("latents"):  # whole on the host alone
+        coder.initialise(ActivationStats(*(value.cpu() for value in stats[:-1]), stats.n_tokens))
+        spread(coder)
+        coder.to(store.target.device).train()
+    else:
+        coder.to(store.target.device).train()
+        coder.initialise(stats)
+    coder.join(ranks_of(coder.config.d_dict))
     lr = peak_rate(coder, config)
     optimiser = adam(coder, config, lr=lr)
-    logger = Logger(name, folder / name, {"coder": to_json(coder.config), "train": to_json(config)})
+    writes = world().leads or world().deals("coders")
+    logger = Logger(name, folder / name, {"coder": to_json(coder.config), "train": to_json(config)}, writes=writes)
     return CoderRun(name, coder, rows, coder.variance(stats), optimiser, logger, lr)
 
 
 class _Group:
     """Coders that train side by side on one stream of activations."""
 
-    def __init__(self, runs: list[CoderRun], store: ActivationsStore, config: TrainConfig) -> None:
+    def __init__(self, names: list[str], runs: list[CoderRun], store: ActivationsStore, config: TrainConfig) -> None:
         self.runs, self.store, self.config = runs, store, config
         self.steps = -(-config.tokens // store.config.batch_tokens)  # at least the tokens asked for
         self.names = [run.name for run in runs]
-        self.settings = [to_json(config), dataclasses.asdict(store.config), self.names, store.fingerprint()]
+        self.settings = [to_json(config), dataclasses.asdict(store.config), names, store.fingerprint()]
 
     def start(self) -> None:
         """`start_run` initialised each coder."""
@@ -413,6 +447,8 @@ class _Group:
         for run in self.runs:
             if run.coder.k is not None:
                 run.coder.set_k(annealed_k(run.coder.k, step, steps=self.steps, config=config))
+        if not self.runs:  # more processes than coders
+            return torch.zeros(0, 3)
         return group_step(self.runs, batch, config=config, factor=schedule(step, self.steps, config))
 
     def read(self, readings: list[list[float]], progress: Progress) -> str:
@@ -421,13 +457,23 @@ class _Group:
             dead = run.count_dead(self.config.dead_after)
             metrics = {"loss": loss, "fvu": error, "l0": l0, "dead": dead, "unproven": run.coder.unproven}
             run.logger.log(progress.step, metrics | {"tokens_per_second": speed})
+        if not readings:
+            return ""
         loss, error, l0 = (sum(column) / len(column) for column in zip(*readings))
         return f"{speed:,.0f} tokens/s, loss {loss:.3f}, FVU {error:.3f}, L0 {l0:.1f}, dead {dead:.1%}"
 
     def state_dict(self) -> dict[str, Any]:
-        return {"store": self.store.state_dict(), "coders": {run.name: run.state_dict() for run in self.runs}}
+        part, own = world().rank, {}
+        if world().leads or world().deals("data"):
+            own["store"] = {part: self.store.state_dict()}
+        if world().leads or not world().deals("data"):
+            own["coders"] = {run.name: {part: run.state_dict()} for run in self.runs}
+        return own
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.store.load_state_dict(state["store"])
+        check_dealt(len(state["store"]))
+        self.store.load_state_dict(state["store"][world().rank if world().deals("data") else 0])
         for run in self.runs:
-            run.load_state_dict(state["coders"][run.name], self.config.dead_after)
+            shards = [shard for _, shard in sorted(state["coders"][run.name].items())]
+            names = [name for name, _ in run.coder.named_parameters()]
+            run.load_state_dict(own_state(shards, names), self.config.dead_after)

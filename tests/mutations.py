@@ -140,8 +140,8 @@ CODERS = [
     ),
     Mutation(
         "SAE: clipped before projected", "training.py",
-        "    coder.constrain_gradients()\n    torch.nn.utils.clip_grad_norm_(coder.parameters(), config.max_grad_norm)\n",
-        "    torch.nn.utils.clip_grad_norm_(coder.parameters(), config.max_grad_norm)\n    coder.constrain_gradients()\n",
+        "    coder.constrain_gradients()\n    coder.clip_gradients(config.max_grad_norm)\n",
+        "    coder.clip_gradients(config.max_grad_norm)\n    coder.constrain_gradients()\n",
         f"{STEP}[sae-batchtopk]",
     ),
     Mutation(
@@ -150,7 +150,7 @@ CODERS = [
     ),
     Mutation(
         "gradient not clipped", "training.py",
-        "    torch.nn.utils.clip_grad_norm_(coder.parameters(), config.max_grad_norm)\n", "", f"{STEP}[clt-batchtopk]",
+        "    coder.clip_gradients(config.max_grad_norm)\n", "", f"{STEP}[clt-batchtopk]",
     ),
     Mutation("no step", "training.py", "    optimiser.step()\n", "", f"{STEP}[transcoder-relu]"),
     Mutation("Adam's betas not those asked for", "training.py", "betas=config.betas, ", "", f"{STEP}[transcoder-relu]"),
@@ -450,7 +450,7 @@ OUTPUT = [
     Mutation(
         "text not resumed",
         "output_training.py",
-        '        self.stream.load_state_dict(state["stream"])\n',
+        '        self.stream.load_state_dict(state["stream"][self.part])\n',
         "",
         f"{CUT}[free-False]",
     ),
