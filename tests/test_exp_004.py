@@ -50,7 +50,6 @@ def test_means_and_bins_are_those_of_the_gates() -> None:
 
 
 def test_table_figures_and_words_are_of_one_measurement(tmp_path: Path) -> None:
-    assert draw_importances(tmp_path) == [] and not list(tmp_path.iterdir()), "nothing was measured"
     counts = [900, *[1] * (BINS - 1), 81]
     found = [
         Importances("h.0.mlp.c_fc", [0.5, 2e-6, 1e-7, 0.0], counts),

@@ -71,8 +71,6 @@ def read_importances(folder: Path) -> list[Importances]:
 
 def draw_importances(folder: Path) -> list[str]:
     """mean_importances.png and importance_histograms.png from importances.csv, and what a README says of each."""
-    if not (folder / TABLE).exists():  # outputs of before it was measured
-        return []
     found = read_importances(folder)
     _draw_means(found, folder / "mean_importances.png")
     _draw_histograms(found, folder / "importance_histograms.png")
@@ -117,7 +115,7 @@ def _draw_histograms(found: Sequence[Importances], path: Path) -> None:
     for panel in grid[-1]:
         panel.set_xlabel("importance, where above 0")
     figure.get_layout_engine().set(wspace=0.06)
-    figure.supylabel("share of (token, component) pairs", fontsize=10)
+    figure.supylabel("share of all pairs", fontsize=10)
     _save(figure, list(grid.flat), path)
 
 
