@@ -13,6 +13,7 @@ Memory: 2 · L · (buffer_tokens + one forward's tokens) · d · 2 bytes, alloca
 
 import dataclasses
 import hashlib
+import itertools
 import json
 import math
 from collections.abc import Sequence
@@ -26,7 +27,7 @@ from torch import Tensor
 
 from coder import ActivationStats
 from devices import sent
-from parallel import gathered, world
+from parallel import from_process, gathered, world
 from patching import Captured, capture
 from python_corpus import Split
 from target_models import TargetModel
@@ -68,7 +69,8 @@ class ActivationsStore:
     """An iterator of `ActivationBatch`; ends (StopIteration) when the token stream does.
 
     `shared`: processes that share out the data (`parallel.py`) each take documents, a part of the buffer and a part of every
-    batch of their own, and agree on the statistics. Raises ValueError for a batch that cannot be dealt out evenly.
+    batch of their own, and agree on the statistics; those that share out coders or latents each make some of the forwards and
+    send them to all others, so that every one has the whole buffer. Raises ValueError for a batch that cannot be dealt evenly.
     """
 
     def __init__(
@@ -85,9 +87,18 @@ class ActivationsStore:
         self.stream = TokenStream(
             target.data, target.tokenizer, split, config.model_batch, target.context, config.seed, target.vocab_size, part
         )  # fmt: skip
+        self.harvesters = (
+            world().size if shared and part[1] == 1 else 1
+        )  # processes that make the forwards of one buffer
+        self.harvested = (
+            2,
+            len(config.layers),
+            config.model_batch * (target.context - 1),
+            target.d_model,
+        )  # a forward's
         self.forwards = 0  # batches of tokens whose activations were put into the buffer
         self.generator = torch.Generator().manual_seed(config.seed)
-        slots = self.buffer_tokens + config.model_batch * (target.context - 1)
+        slots = self.buffer_tokens + self.harvested[2]
         shape = (2, len(config.layers), slots, target.d_model)
         self.buffer = torch.zeros(shape, dtype=torch.float16, device=target.device)
         self.scales: Float[Tensor, "two layer"] | None = None  # what the buffer's activations were divided by
@@ -118,16 +129,25 @@ class ActivationsStore:
         settings = [t.name, t.site, t.fingerprint, data, c.layers, c.model_batch, t.context, c.seed, self.split]
         return hashlib.sha256(json.dumps(settings).encode()).hexdigest()[:16]
 
-    def _harvest(self) -> Float[Tensor, "two layer token d"] | None:
-        """Inputs and outputs of one forward's tokens; None where the text has ended."""
-        tokens = next(self.stream, None)
-        if tokens is None:
-            return None
-        self.forwards += 1
-        captured = capture(self.target, tokens, self.config.layers)
-        if self.scales is None:
+    def _harvest(self, n: int) -> list[Float[Tensor, "two layer token d"]]:
+        """Inputs and outputs of the tokens of n forwards, or fewer where the text ends; each is made by another process."""
+        batches = list(itertools.islice(self.stream, n))
+        self.forwards += len(batches)
+        if self.scales is None and batches:
+            captured = capture(self.target, batches[0], self.config.layers)
             self.scales = self._first_scales(captured)
             self.scaled = bool((self.scales != 1).any())
+            if n == 1:
+                return [stack_tokens(captured, self.scales if self.scaled else None)]
+        mine = world().rank if self.harvesters > 1 else 0
+        kept = [
+            self._activations(tokens) if i == mine else self.buffer.new_empty(self.harvested)
+            for i, tokens in enumerate(batches)
+        ]
+        return [from_process(i, made) for i, made in enumerate(kept)] if self.harvesters > 1 else kept
+
+    def _activations(self, tokens: Int[Tensor, "batch seq"]) -> Float[Tensor, "two layer token d"]:
+        captured = capture(self.target, tokens, self.config.layers)
         return stack_tokens(captured, self.scales if self.scaled else None)
 
     def _first_scales(self, captured: Captured) -> Float[Tensor, "two layer"]:
@@ -145,11 +165,15 @@ class ActivationsStore:
         """Put new tokens where the served ones were, mix all, and serve half; all of it once the text has ended."""
         self.free, self.order = torch.cat([self.free, self.order[: self.served]]), self.order[self.served :]
         whole = torch.ones(len(self.config.layers), dtype=torch.bool, device=self.buffer.device)
-        while len(self.order) < self.buffer_tokens and (kept := self._harvest()) is not None:
-            slots, self.free = self.free.tensor_split([kept.shape[2]])
-            self.buffer.index_copy_(2, sent(slots, self.buffer.device), kept)
-            self.order = torch.cat([self.order, slots])
-            whole &= kept.isfinite().flatten(2).all(2).all(0)
+        while (lacking := self.buffer_tokens - len(self.order)) > 0:
+            forwards = self._harvest(min(self.harvesters, -(-lacking // self.harvested[2])))
+            if not forwards:
+                break
+            for kept in forwards:
+                slots, self.free = self.free.tensor_split([kept.shape[2]])
+                self.buffer.index_copy_(2, sent(slots, self.buffer.device), kept)
+                self.order = torch.cat([self.order, slots])
+                whole &= kept.isfinite().flatten(2).all(2).all(0)
         for layer, finite in zip(self.config.layers, whole.tolist()):
             if not finite:
                 raise ValueError(

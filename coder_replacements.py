@@ -224,7 +224,7 @@ class CLTReplacement(CoderReplacement):
 
     def sizes(self, layer: int, weights: Mapping[int, float]) -> Float[Tensor, "part"]:
         coder, i = self.coder, self.layers.index(layer)
-        written = coder.W_dec[i].view(coder.config.d_dict, -1, coder.config.d_out) / coder.y_scale[i:, None]
+        written = coder.decoders[i].view(coder.config.d_dict, -1, coder.config.d_out) / coder.y_scale[i:, None]
         each = torch.tensor([weights[target] for target in self.layers[i:]], device=written.device)
         return (written.square().sum(-1) @ each).sqrt().detach()
 

@@ -4,7 +4,7 @@
 """
 
 import dataclasses
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from types import UnionType
 from typing import Any, ClassVar, Literal, Union, get_args, get_origin, get_type_hints
 
@@ -152,8 +152,10 @@ class CLTConfig:
     d_out: int
     d_dict: int  # latents per layer
     rule: Rule  # per layer: k counts one layer's latents
+    rank: int | None = field(default=None, repr=False)  # of what a latent writes to later layers alone; None: any
 
     def __post_init__(self) -> None:
+        require(self.rank is None or self.rank >= 1, f"a decoder of rank {self.rank}: ask for 1 or more")
         if not self.layers or tuple(sorted(set(self.layers))) != tuple(self.layers):
             raise ValueError(f"layers {self.layers} of a cross-layer transcoder must ascend, each named once")
 
@@ -163,7 +165,8 @@ class CLTConfig:
 
     @property
     def variant(self) -> str:
-        return ""
+        """What tells it from the plain one: decoders of low rank."""
+        return "" if self.rank is None else f"rank{self.rank}"
 
     @property
     def family(self) -> "CLTConfig":

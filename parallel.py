@@ -144,6 +144,13 @@ def stacked(tensor: Tensor) -> Tensor:
 
 
 @_told
+def from_process(rank: int, tensor: Tensor) -> Tensor:
+    """That process' tensor, written into those of the others, which have its shape."""
+    dist.broadcast(tensor, rank)
+    return tensor
+
+
+@_told
 def summed(tensors: Sequence[Tensor]) -> None:
     """The sums over processes, in place; all are on their way at once."""
     for work in [dist.all_reduce(tensor, async_op=True) for tensor in tensors]:

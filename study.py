@@ -138,6 +138,8 @@ def run_study[S: StudySettings](
         return redraw(s.output)
     with joined(s.device, s.parallel) as device, contextlib.ExitStack() as stack:
         if not world().leads:  # repeats what comes after training, for nobody
-            stack.enter_context(contextlib.redirect_stdout(stack.enter_context(open(os.devnull, "w"))))
+            nowhere = stack.enter_context(open(os.devnull, "w"))
+            stack.enter_context(contextlib.redirect_stdout(nowhere))
+            stack.enter_context(contextlib.redirect_stderr(nowhere))  # progress bars; an error is said outside
             s = replace(s, output=Path(stack.enter_context(tempfile.TemporaryDirectory())))
         main(replace(s, device=device))
