@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from config import CoderConfig
 from losses import fvu
+from pinned import Cone
 from sparse_ops import Codes, decode
 from sparsity import SparseEncoder
 
@@ -47,6 +48,7 @@ class Coder[C: (Codes, tuple[Codes, ...])](nn.Module, ABC):
 
     config: CoderConfig
     encoders: Sequence[SparseEncoder[Any]]  # one per layer spanned
+    cones: Sequence[Cone]  # one per layer spanned where the decoders are pinned, else none
     b_dec: nn.Parameter
     x_scale: Float[Tensor, "layer"]
     y_scale: Float[Tensor, "layer"]
@@ -172,10 +174,14 @@ class Coder[C: (Codes, tuple[Codes, ...])](nn.Module, ABC):
         return sum(silent) / len(silent)
 
     def constrain_gradients(self) -> None:
-        """Before the optimiser's step; only SAEs constrain anything."""
+        """Before the optimiser's step; only SAEs and pinned decoders constrain anything."""
+        for cone, W_dec in zip(self.cones, self.decoders):
+            cone.constrain_gradient(W_dec.grad)
 
     def constrain_weights(self) -> None:
-        """After the optimiser's step; only SAEs constrain anything."""
+        """After the optimiser's step; only SAEs and pinned decoders constrain anything."""
+        for cone, W_dec in zip(self.cones, self.decoders):
+            cone.constrain(W_dec)
 
 
 class LayerCoder(Coder[Codes]):
