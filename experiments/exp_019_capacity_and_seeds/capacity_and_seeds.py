@@ -67,7 +67,9 @@ class Settings(CoderStudySettings):
 
 PRESETS = (
     Settings(d_dict=3072),
-    Settings(target="tiny", d_dict=768, tokens=204_800, batch=2048, eval_tokens=15_360, device="cpu"),
+    Settings(
+        target="tiny", d_dict=768, tokens=102_400, batch=1024, eval_tokens=10_240, count_tokens=262_144, device="cpu"
+    ),
 )
 
 
