@@ -1,9 +1,7 @@
 """Does a larger dictionary find more or split what a smaller one has, and do two seeds find the same?
 
-Transcoders (`--kinds sae clt` for others) of half to eight times as many latents as a layer has neurons, at equal tokens and k,
-five seeds; beside them
-SPD of the same layers' matrices, of half to eight times 64 components each, after as many tokens, and the target's own
-decomposition, which had more of them.
+Transcoders (`--kinds sae clt` for others) of half to eight times as many latents as a layer has neurons, at equal tokens and k;
+beside them SPD of the same matrices, of half to eight times 64 components each, after as many tokens, and the shipped SPD.
 
 alive      firing, i.e. being in the deployed code, on more than a share ρ of the counted training tokens; SPD at several gate
            thresholds τ, and by the published rule for components, mean importance above ρ, side by side
