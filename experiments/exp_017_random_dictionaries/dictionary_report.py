@@ -17,8 +17,9 @@ from interval_report import dots, means, table  # noqa: E402
 KINDS = {"sae": "SAE", "transcoder": "transcoder", "clt": "CLT"}
 COLOURS = {"trained": "#333333", "soft": "#0072B2", "frozen-decoder": "#D55E00", "frozen-encoder": "#009E73"}
 MARKERS = {"trained": "o", "soft": "^", "frozen-decoder": "s", "frozen-encoder": "D"}
+LEVELS = (0.1, 0.2, 0.5, 1, 2, 5, 10)  # ticks, nats
 SCORES = {"intruder": (0.2, "intruder found (chance 1/5)"), "predictability": (0.0, "held-out Matthews correlation")}
-HEAD = "| | pinned | k | seeds | FVU | Σ single | frozen | free | kept: Σ single | kept: frozen | kept: free |"
+HEAD = "| | pinned | k | seeds | FVU | Σ single | frozen | free | kept: Σ single | kept: frozen | kept: free | over affine, free |"
 
 
 class Share(NamedTuple):
@@ -33,12 +34,15 @@ class Share(NamedTuple):
     ce: float  # ΔCE, mean over seeds
     ce_least: float  # of the seeds
     ce_largest: float
-    floor: float  # ΔCE of the affine map, of an SAE mean ablation
     fvu: float  # mean over layers and seeds
     l0: float
-    share: float  # (ce − floor) / (trained − floor)
-    low: float  # its 95 % interval over documents
-    high: float
+    floor: str  # mean (ablation) or affine
+    floor_ce: float
+    share: (
+        float | None
+    )  # (ce − floor) / (trained − floor); None where `trained` does not surely cost less than the floor
+    low: float | None  # its 95 % interval over documents
+    high: float | None
 
 
 def look(pin: str) -> dict[str, str]:
@@ -48,16 +52,22 @@ def look(pin: str) -> dict[str, str]:
 
 
 def share_table(rows: Sequence[dict[str, str]]) -> str:
-    """A line per dictionary; `kept` is 1 where the pinned part need not have been learnt, and 0 at the floor."""
-    lines = [HEAD, "|---" * 11 + "|"]
+    """A line per dictionary; `kept` is 1 where the pinned part need not have been learnt, and 0 at mean ablation."""
+    lines = [HEAD, "|---" * 12 + "|"]
     for method, k in dict.fromkeys((row["method"], row["k"]) for row in rows):
-        own = {row["protocol"]: row for row in rows if (row["method"], row["k"]) == (method, k)}
-        first, by = own["single"], [own[protocol] for protocol in ("single", "frozen", "free")]
-        kept = ["{:.2f} [{:.2f}, {:.2f}]".format(*(float(r[c]) for c in ("share", "low", "high"))) for r in by]
-        cells = [KINDS[first["kind"]], first["pin"], k, first["seeds"], f"{float(first['fvu']):.3f}"]
-        cells += [f"{float(row['ce']):.3f}" for row in by] + (["1"] * 3 if first["pin"] == "trained" else kept)
+        own = {(row["protocol"], row["floor"]): row for row in rows if (row["method"], row["k"]) == (method, k)}
+        by = [own[protocol, "mean"] for protocol in ("single", "frozen", "free")]
+        cells = [KINDS[by[0]["kind"]], by[0]["pin"], k, by[0]["seeds"], f"{float(by[0]['fvu']):.3f}"]
+        cells += [f"{float(row['ce']):.3f}" for row in by]
+        cells += [kept(row) for row in by] + [kept(own["free", "affine"]) if ("free", "affine") in own else ""]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
+
+
+def kept(row: dict[str, str]) -> str:
+    if row["pin"] == "trained" or not row["share"]:
+        return "1" if row["share"] else "–"
+    return "{:.2f} [{:.2f}, {:.2f}]".format(*(float(row[c]) for c in ("share", "low", "high")))
 
 
 def draw(rows: Sequence[dict[str, str]], points: Sequence[ParetoPoint], path: Path) -> None:
@@ -73,15 +83,19 @@ def draw(rows: Sequence[dict[str, str]], points: Sequence[ParetoPoint], path: Pa
     )
     for kind, panels in zip(kinds, grid):
         for protocol, panel in zip(protocols, panels):
-            own = [row for row in rows if (row["kind"], row["protocol"]) == (kind, protocol)]
+            of_panel = [row for row in rows if (row["kind"], row["protocol"]) == (kind, protocol)]
+            own = [row for row in of_panel if row["floor"] == "mean"]
             for pin in dict.fromkeys(row["pin"] for row in own):
                 marks = [row for row in own if row["pin"] == pin]
                 x, y = [int(row["k"]) for row in marks], [float(row["ce"]) for row in marks]
                 panel.plot(x, y, label=pin, markersize=5, **look(pin))
                 spans = [[float(row[c]) for row in marks] for c in ("ce_least", "ce_largest")]
                 panel.vlines(x, *spans, color=look(pin)["color"], alpha=0.5)
-            floor = "mean" if kind == "sae" else "affine"
-            panel.axhline(float(own[0]["floor"]), color="#8a8a8a", linestyle=":", label=floor)
+            for floor, line in (("mean", "-."), ("affine", ":")):
+                for level in {float(row["floor_ce"]) for row in of_panel if row["floor"] == floor}:
+                    panel.axhline(
+                        level, color="#8a8a8a", linestyle=line, label={"mean": "mean ablation"}.get(floor, floor)
+                    )
             neurons: dict[int, float] = {}
             for p in points:
                 if p.method == "neurons-joint" and p.protocol == protocol and p.k is not None:
@@ -91,17 +105,16 @@ def draw(rows: Sequence[dict[str, str]], points: Sequence[ParetoPoint], path: Pa
             panel.set(xscale="log", yscale="log", title=f"{KINDS[kind]}: {sum_of}{ROWS[protocol].partition(':')[0]}")
             ticks = sorted({int(row["k"]) for row in rows})
             panel.set_xticks(ticks, map(str, ticks))
+            panel.set_yticks(LEVELS, map(str, LEVELS))
             panel.minorticks_off()
+            panel.set_ylim(0.8 * min(float(row["ce"]) for row in own), 1.2 * float(own[0]["floor_ce"]))
             panel.grid(True, color="#e4e4e4", linewidth=0.7)
         panels[0].set_ylabel("ΔCE (nats per token)")
     for panel in grid[-1]:
         panel.set_xlabel("k: active latents (neurons) per token and layer")
-    handles, labels = grid[-1][0].get_legend_handles_labels()
-    mean = [h for h, name in zip(*grid[0][0].get_legend_handles_labels()) if name == "mean"]
     figure.legend(
-        [*handles, *mean], [*labels, *["mean ablation"] * len(mean)], loc="outside lower center", ncols=7, fontsize=8,
-        frameon=False,
-    )  # fmt: skip
+        *grid[-1][0].get_legend_handles_labels(), loc="outside lower center", ncols=7, fontsize=8, frameon=False
+    )
     with atomic_path(path) as temporary:
         figure.savefig(temporary, format="png", dpi=110)
     plt.close(figure)

@@ -5,8 +5,8 @@ directions (soft); along random directions (frozen decoder; of a CLT one directi
 scale ≥ 0 for each); encoder rows as drawn (frozen encoder). Directions are even on the sphere. pinned.py has the definitions,
 arXiv 2602.14111 the question. The share that is kept of what training recovers,
 
-    (ΔCE − floor) / (ΔCE trained − floor),   floor: the affine map of each MLP; of SAEs, which read what they rebuild, its mean
-
+    (ΔCE − floor) / (ΔCE trained − floor),   floor: the mean of each MLP; but for SAEs, which read what they rebuild, its affine
+                                             map too, where the trained dictionary surely beats that
 is 1 where nothing had to be learnt and 0 at the floor. Latents of one layer are scored as in exp_008, beside its nulls.
 
     python experiments/exp_017_random_dictionaries/random_dictionaries.py --target tiny  # offline
@@ -35,7 +35,6 @@ from config import BatchTopK, CoderConfig, Pinned
 from evaluation import RESAMPLES, Measurement, Protocol, evaluate, held_out
 from logs import write_csv
 from metrics import Draws, average, document_draws, percentiles, resampled_means
-from pareto import ParetoPoint
 from recipes import clt_configs, sae_configs, train_coders, transcoder_configs
 from study import CoderStudySettings, check_fits, run_study
 from target_models import TargetModel, load_target
@@ -109,22 +108,21 @@ def shares(measured: Measurement, draws: Draws) -> list[Share]:
         if kind not in BUILD:
             continue
         own, learnt = means[method, k, protocol], means[kind, k, protocol]
-        floor = means["mean" if kind == "sae" else "affine", None, protocol]
-        above, whole = floor - own, floor - learnt
-        interval = percentiles(resampled_means(above, draws) / resampled_means(whole, draws))
-        each = [seed.mean().item() for seed in seeds]
-        found.append(
-            Share(
-                method, kind, pin or "trained", k, protocol, len(seeds), own.mean().item(), min(each), max(each),
-                floor.mean().item(), average([p.fvu for p in points[method, k, protocol]]), mean_l0(points[method, k, protocol]),
-                (above.mean() / whole.mean()).item(), *interval,
+        each, of = [seed.mean().item() for seed in seeds], points[method, k, protocol]
+        fvu, l0 = (
+            average([value for value in column if value is not None]) for column in zip(*((p.fvu, p.l0) for p in of))
+        )
+        for name in ("mean",) if kind == "sae" else ("mean", "affine"):
+            floor = means[name, None, protocol]
+            above, whole = (resampled_means(floor - cost, draws) for cost in (own, learnt))
+            beaten = percentiles(whole)[0] > 0
+            kept = ((floor - own).mean() / (floor - learnt).mean()).item(), *percentiles(above / whole)
+            costs_of = len(seeds), own.mean().item(), min(each), max(each), fvu, l0
+            share = kept if beaten else (None, None, None)
+            found.append(
+                Share(method, kind, pin or "trained", k, protocol, *costs_of, name, floor.mean().item(), *share)
             )
-        )  # fmt: skip
     return found
-
-
-def mean_l0(points: list[ParetoPoint]) -> float:
-    return average([p.l0 for p in points if p.l0 is not None])
 
 
 def main(s: Settings) -> None:
