@@ -42,7 +42,8 @@ def test_it_runs_from_its_command_line(tmp_path: Path, monkeypatch: pytest.Monke
     assert methods <= {p.method for p in points} and {p.train_tokens for p in points if p.method in methods} == {2048}
     rows = read_csv(output / "shares.csv")
     assert {(row["method"], row["k"]) for row in rows} == {(method, k) for method in methods for k in ("4", "6")}
-    assert all(float(row["share"]) == 1 for row in rows if row["pin"] == "trained")
+    assert all(row["share"] in ("", "1.0") for row in rows if row["pin"] == "trained")
+    assert {row["floor"] for row in rows if row["kind"] == "sae"} == {"mean"}
     scored = {row["method"] for row in read_csv(output / "scores.csv")}
     assert scored <= methods | {"transcoder-shuffled", "transcoder-random-target"} and "transcoder-shuffled" in scored
     readme = (output / "README.md").read_text()
@@ -55,8 +56,8 @@ def test_it_runs_from_its_command_line(tmp_path: Path, monkeypatch: pytest.Monke
     assert {file.stem for file in output.glob("*.png")} == {"dictionaries", "intruder", "predictability"}
 
 
-def test_what_is_kept_is_counted_from_the_floor_of_the_kind() -> None:
-    """Of several seeds the mean, of single layers the sum; an SAE's floor is the mean, a transcoder's the affine map."""
+def test_what_is_kept_is_counted_from_floors_that_training_beats() -> None:
+    """Of several seeds the mean, of single layers the sum; the affine map is no floor for a CLT that costs more."""
 
     def row(method: str, k: int | None, seed: int | None, layer: int) -> ParetoPoint:
         return ParetoPoint(
@@ -73,15 +74,22 @@ def test_what_is_kept_is_counted_from_the_floor_of_the_kind() -> None:
         ("sae-frozen-encoder", 8, 0, 5.0),
     ]
     said += [("transcoder", 8, 0, 1.0), ("transcoder", 8, 1, 3.0), ("transcoder-frozen-decoder", 8, 0, 3.0)]
+    said += [("clt", 8, 0, 5.0), ("clt-frozen-decoder", 8, 0, 7.0)]
     rows, costs = [], []
     for method, k, seed, cost in said:
         for layer in (0, 1):
             rows.append(row(method, k, seed, layer))
             costs.append(torch.full((3,), cost / 2))
     found = {
-        own.method: own for own in shares(Measurement(rows, [], [], costs), document_draws(torch.arange(3), 50, 0))
+        (own.method, own.floor): own
+        for own in shares(Measurement(rows, [], [], costs), document_draws(torch.arange(3), 50, 0))
     }
-    assert found["sae-frozen-encoder"].share == pytest.approx(0.5) and found["sae"].share == 1
-    assert found["transcoder"].ce == 2 and (found["transcoder"].ce_least, found["transcoder"].ce_largest) == (1, 3)
-    assert found["transcoder-frozen-decoder"].share == pytest.approx(0.5)
-    assert found["transcoder-frozen-decoder"].low == pytest.approx(0.5)
+    assert found["sae-frozen-encoder", "mean"].share == pytest.approx(0.5) and found["sae", "mean"].share == 1
+    assert ("sae", "affine") not in found
+    trained = found["transcoder", "mean"]
+    assert trained.ce == 2 and (trained.ce_least, trained.ce_largest) == (1, 3)
+    assert found["transcoder-frozen-decoder", "mean"].share == pytest.approx(6 / 7)
+    assert found["transcoder-frozen-decoder", "affine"].share == pytest.approx(0.5)
+    assert found["transcoder-frozen-decoder", "affine"].low == pytest.approx(0.5)
+    assert found["clt-frozen-decoder", "mean"].share == pytest.approx(0.5)
+    assert found["clt-frozen-decoder", "affine"].share is None and found["clt", "affine"].share is None

@@ -19,7 +19,7 @@ COLOURS = {"trained": "#333333", "soft": "#0072B2", "frozen-decoder": "#D55E00",
 MARKERS = {"trained": "o", "soft": "^", "frozen-decoder": "s", "frozen-encoder": "D"}
 LEVELS = (0.1, 0.2, 0.5, 1, 2, 5, 10)  # ticks, nats
 SCORES = {"intruder": (0.2, "intruder found (chance 1/5)"), "predictability": (0.0, "held-out Matthews correlation")}
-HEAD = "| | pinned | k | seeds | FVU | Σ single | frozen | free | kept: Σ single | kept: frozen | kept: free | over affine, free |"
+HEAD = "| | pinned | k | seeds | FVU | Σ single | frozen | free | kept: Σ single | frozen | free | above affine, free |"
 
 
 class Share(NamedTuple):
