@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from coder import ActivationStats, Coder, unscaled
 from config import CLTConfig, require
 from parallel import Ranks
+from pinned import pin
 from sparse_ops import Codes, decode
 from sparsity import new_encoder
 
@@ -49,6 +50,7 @@ class CrossLayerTranscoder(Coder[tuple[Codes, ...]]):
         self.b_dec = nn.Parameter(torch.zeros(n, config.d_out))
         self.register_buffer("x_scale", torch.ones(n))
         self.register_buffer("y_scale", torch.ones(n))
+        self.cones = pin(config.pinned, self.encoders, config.d_out, generator)
 
     def _columns(self, i: int) -> int:
         """Of W_dec[i]."""

@@ -7,7 +7,7 @@ defines the abstract methods of `Coder`, or of `LayerCoder` where it has one enc
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
@@ -15,9 +15,10 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from config import CoderConfig
+from config import CoderConfig, require
 from losses import fvu
 from parallel import ALONE, Ranks, is_spread
+from pinned import Cone
 from sparse_ops import Codes, decode
 from sparsity import SparseEncoder
 
@@ -48,6 +49,7 @@ class Coder[C: (Codes, tuple[Codes, ...])](nn.Module, ABC):
 
     config: CoderConfig
     encoders: Sequence[SparseEncoder[Any]]  # one per layer spanned
+    cones: Sequence[Cone]  # one per layer spanned where the decoders are pinned, else none
     b_dec: nn.Parameter
     x_scale: Float[Tensor, "layer"]
     y_scale: Float[Tensor, "layer"]
@@ -158,6 +160,7 @@ class Coder[C: (Codes, tuple[Codes, ...])](nn.Module, ABC):
 
     def join(self, ranks: Ranks) -> None:
         """Train together with other processes from now on."""
+        require(self.config.pinned is None or not ranks.selects, "latents of pinned coders are not spread: use data")
         self.ranks = ranks
         for encoder in self.encoders:
             encoder.ranks = ranks
@@ -178,7 +181,9 @@ class Coder[C: (Codes, tuple[Codes, ...])](nn.Module, ABC):
         return sum(silent) / len(silent)
 
     def constrain_gradients(self) -> None:
-        """Before the optimiser's step; only SAEs constrain anything."""
+        """Before the optimiser's step; only SAEs and pinned decoders constrain anything."""
+        for cone, W_dec in self._pinned():
+            cone.constrain_gradient(W_dec.grad)
 
     def clip_gradients(self, longest: float) -> None:
         """Shorten the gradient of all parameters together to this norm, where it is longer."""
@@ -191,7 +196,12 @@ class Coder[C: (Codes, tuple[Codes, ...])](nn.Module, ABC):
             torch.nn.utils.clip_grads_with_norm_(self.parameters(), longest, norm)
 
     def constrain_weights(self) -> None:
-        """After the optimiser's step; only SAEs constrain anything."""
+        """After the optimiser's step; only SAEs and pinned decoders constrain anything."""
+        for cone, W_dec in self._pinned():
+            cone.constrain(W_dec)
+
+    def _pinned(self) -> Iterable[tuple[Cone, Tensor]]:
+        return zip(self.cones, self.decoders) if self.cones else ()
 
 
 class LayerCoder(Coder[Codes]):

@@ -81,6 +81,31 @@ class Gated:
 Rule = Relu | TopK | BatchTopK | JumpReLU | Gated
 
 
+@dataclass(frozen=True)
+class Pinned:
+    """A part of a coder stays at random directions or near them, so that little of it is learnt. arXiv 2602.14111.
+
+    Configurations leave it out of their `repr`, from which a start is drawn: whatever is pinned, the encoder begins alike.
+    """
+
+    part: Literal["encoder", "decoder"]
+    cosine: float = 1.0  # least cosine of a decoder's rows with the directions they were given; 1: they keep these
+
+    def __post_init__(self) -> None:
+        require(self.part in ("encoder", "decoder"), f"no part {self.part!r} of a coder: use encoder or decoder")
+        require(0 < self.cosine <= 1, f"the cosine must be above 0 and at most 1, but is {self.cosine}")
+        require(self.part == "decoder" or self.cosine == 1, f"an encoder is frozen or free, not within {self.cosine}")
+
+    def __str__(self) -> str:
+        """As rows and names of checkpoints say it, e.g. `soft0.8-decoder`."""
+        return f"{'frozen' if self.cosine == 1 else f'soft{self.cosine:g}'}-{self.part}"
+
+
+def variant_name(*words: object | None) -> str:
+    """What tells a coder from the plain one of its kind, of several words that may be void."""
+    return "-".join(str(word) for word in words if word)
+
+
 @dataclass(frozen=True, kw_only=True)
 class SAEConfig:
     """A sparse autoencoder of one site of one layer."""
@@ -91,6 +116,7 @@ class SAEConfig:
     d_in: int  # width of the activation it reads and rebuilds
     d_dict: int  # latents
     rule: Rule
+    pinned: Pinned | None = field(default=None, repr=False)  # None: all is learnt
 
     @property
     def layers(self) -> tuple[int, ...]:
@@ -102,8 +128,8 @@ class SAEConfig:
 
     @property
     def variant(self) -> str:
-        """What tells it from the plain SAE, of MLP outputs: another site."""
-        return "" if self.site == "mlp_out" else self.site
+        """What tells it from the plain SAE, of MLP outputs: another site, what is pinned."""
+        return variant_name("" if self.site == "mlp_out" else self.site, self.pinned)
 
     @property
     def family(self) -> "SAEConfig":
@@ -122,6 +148,7 @@ class EncoderConfig:
     d_dict: int  # latents
     rule: Rule
     skip: bool = False  # an affine skip y += W_skip x, initialised at zero (arXiv 2501.18823)
+    pinned: Pinned | None = field(default=None, repr=False)  # None: all is learnt
 
     @property
     def layers(self) -> tuple[int, ...]:
@@ -133,8 +160,8 @@ class EncoderConfig:
 
     @property
     def variant(self) -> str:
-        """What tells it from the plain transcoder: its skip."""
-        return "skip" if self.skip else ""
+        """What tells it from the plain transcoder: its skip, what is pinned."""
+        return variant_name("skip" if self.skip else "", self.pinned)
 
     @property
     def family(self) -> "EncoderConfig":
@@ -153,9 +180,11 @@ class CLTConfig:
     d_dict: int  # latents per layer
     rule: Rule  # per layer: k counts one layer's latents
     rank: int | None = field(default=None, repr=False)  # of what a latent writes to later layers alone; None: any
+    pinned: Pinned | None = field(default=None, repr=False)  # None: all is learnt
 
     def __post_init__(self) -> None:
         require(self.rank is None or self.rank >= 1, f"a decoder of rank {self.rank}: ask for 1 or more")
+        require(self.rank is None or self.pinned is None, "decoders of low rank are made anew in every step: pin none")
         if not self.layers or tuple(sorted(set(self.layers))) != tuple(self.layers):
             raise ValueError(f"layers {self.layers} of a cross-layer transcoder must ascend, each named once")
 
@@ -165,8 +194,8 @@ class CLTConfig:
 
     @property
     def variant(self) -> str:
-        """What tells it from the plain one: decoders of low rank."""
-        return "" if self.rank is None else f"rank{self.rank}"
+        """What tells it from the plain CLT: decoders of low rank, what is pinned."""
+        return variant_name(None if self.rank is None else f"rank{self.rank}", self.pinned)
 
     @property
     def family(self) -> "CLTConfig":

@@ -2,8 +2,9 @@
 
     a = rule((x̃ − b_dec) W_encᵀ + b_enc),   x̃_hat = a W_dec + b_dec,   ‖W_dec[i]‖ = 1,   x̃ = x · x_scale
 
-W_enc starts as W_dec, b_dec as E[x̃]. The unit norm is kept by: remove the gradient's part along each row → clip →
-step → renormalise, in that order (Bricken et al. 2023; the order matters, since Adam's step leaves the sphere).
+W_enc starts as W_dec (apart from it where one of them is pinned), b_dec as E[x̃]. The unit norm is kept by: remove the
+gradient's part along each row → clip → step → renormalise, in that order (Bricken et al. 2023; the order matters, since
+Adam's step leaves the sphere).
 """
 
 from collections.abc import Sequence
@@ -14,7 +15,8 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from coder import ActivationStats, LayerCoder
-from config import BatchTopK, Gated, JumpReLU, Relu, Rule, SAEConfig, TopK
+from config import BatchTopK, Gated, JumpReLU, Pinned, Relu, Rule, SAEConfig, TopK
+from pinned import pin, random_directions
 from sparsity import new_encoder
 
 
@@ -29,7 +31,11 @@ class BaseAutoencoder(LayerCoder):
         assert isinstance(config.rule, self.rule_type), f"{type(self).__name__} is no coder of {config.rule}"
         self.config = config
         self.encoder = new_encoder(config.d_in, config.d_dict, rule=config.rule, generator=generator)
-        self.W_dec = nn.Parameter(self.encoder.W_enc.detach().clone())
+        self.cones = pin(config.pinned, self.encoders, config.d_in, generator)
+        start = self.encoder.W_enc.detach()
+        if config.pinned is not None:
+            start = self.cones[0].directions if self.cones else random_directions(*start.shape, generator)
+        self.W_dec = nn.Parameter(start.clone(), requires_grad=config.pinned != Pinned("decoder"))
         self.b_dec = nn.Parameter(torch.zeros(config.d_in))
         self.register_buffer("x_scale", torch.ones(1))
 
@@ -63,13 +69,17 @@ class BaseAutoencoder(LayerCoder):
 
     @torch.no_grad()
     def constrain_gradients(self) -> None:
+        if not self.W_dec.requires_grad:
+            return
         assert self.W_dec.grad is not None, "constrain_gradients comes after the backward pass"
         along = (self.W_dec.grad * self.W_dec).sum(1, keepdim=True)
         self.W_dec.grad -= along * self.W_dec
 
     @torch.no_grad()
     def constrain_weights(self) -> None:
-        self.W_dec /= self.W_dec.norm(dim=1, keepdim=True)
+        if self.W_dec.requires_grad:
+            super().constrain_weights()
+            self.W_dec /= self.W_dec.norm(dim=1, keepdim=True)
 
 
 class VanillaSAE(BaseAutoencoder):

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from coder import ActivationStats, LayerCoder
 from config import BatchTopK, EncoderConfig, Gated, JumpReLU, Relu, Rule, TopK
+from pinned import pin
 from sparse_ops import Codes
 from sparsity import new_encoder
 
@@ -35,6 +36,7 @@ class BaseTranscoder(LayerCoder):
             self.W_skip = nn.Parameter(torch.zeros(config.d_out, config.d_in))
         self.register_buffer("x_scale", torch.ones(1))
         self.register_buffer("y_scale", torch.ones(1))
+        self.cones = pin(config.pinned, self.encoders, config.d_out, generator)
 
     @property
     def skip(self) -> nn.Parameter | None:
