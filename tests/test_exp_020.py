@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from edit_costs import Cost, general_kl, matched, summary, text_of
+from control_edits import Means, gradient_vectors, planted_ablation
+from edit_costs import Cost, cost, general_kl, matched, summary, text_of
 from edits import ablation, steering
 from small import (
     D,
@@ -21,7 +22,8 @@ from small import (
     some_tokens,
     write_corpus,
 )
-from topics import TOPICS, Labelled, Windows, halves, windows_of
+from topics import TOPICS, Labelled, Windows, halves, vocabularies, windows_of
+from torch import Tensor
 from unit_scores import auroc, of_like_effect
 from units import CodedUnits, SPDUnits, Units
 
@@ -165,12 +167,45 @@ def test_the_strength_is_that_whose_kl_was_asked_for(target: TargetModel) -> Non
     assert general_kl(text, edit(strength)) == pytest.approx(0.05, rel=0.1)
 
 
+@torch.no_grad()
+def test_the_controls_win_on_the_text_that_they_were_made_from(target: TargetModel) -> None:
+    labels = (torch.full((2, 8, 1), on) for on in (True, False))
+    windows = Windows(*(OfOneSpan(some_tokens(8, 3 + i), torch.arange(8), own) for i, own in enumerate(labels)))
+    text, words = text_of(target, windows), torch.tensor([[1, 2, 3], [4, 5, 6]])
+    g = torch.Generator().manual_seed(0)
+    vectors = [
+        gradient_vectors(target, windows.neutral, words, 0),
+        *({target.mlps[-1].write: torch.randn(D, generator=g)} for _ in range(5)),
+    ]
+    found = []
+    for vector in vectors:
+        edit = steering(target, vector)
+        found.append(cost(text, edit(matched(edit, text, 0.01)), 0, words).mass.sum().item())
+    assert found[0] > 1.2 * max(found[1:]) > 0
+    means = Means({layer: torch.ones(D) for layer in LAYERS}, {layer: torch.zeros(D) for layer in LAYERS})
+    knows = cost(text, planted_ablation(target, means)(1.0), 0, words)
+    assert knows.kl == 0 and not knows.general.any() and not knows.mass.any() and knows.topic.abs().sum() > 0.1
+
+
+def test_a_vocabulary_is_what_its_spans_hold_and_others_do_not() -> None:
+    tokens = torch.tensor([[7] * 6 + [1] * 26, [7, 7] + [9] * 4 + [2] * 26])
+    half = Labelled(tokens, torch.tensor([0, 1]), torch.tensor([[[1], [0]], [[0], [1]]]).bool())
+    assert vocabularies(half, 12, words=2).tolist() == [[1, 7], [2, 9]]
+
+
+class OfOneSpan(Labelled):
+    """Windows of one span each, however short."""
+
+    @property
+    def on(self) -> Tensor:
+        return self.spans.expand(-1, -1, self.tokens.shape[1])
+
+
 def test_intervals_are_of_sums_not_of_ratios() -> None:
     def of(topic: list[float], general: list[float]) -> Cost:
         one, two = torch.tensor([10.0, 10.0]), torch.tensor([20.0, 20.0])
-        return Cost(
-            torch.tensor(topic), one, torch.tensor([0, 1]), torch.tensor(general), two, torch.tensor([2, 3]), 0.0
-        )
+        numbers = torch.tensor([0, 1])
+        return Cost(torch.tensor(topic), one, numbers, torch.tensor(general), two, numbers + 2, one, 0.0)
 
     draws = document_draws(torch.arange(4), 200, 0)
     both = summary([of([1.0, 3.0], [2.0, 2.0]), of([4.0, 0.0], [0.4, 0.0])], draws)

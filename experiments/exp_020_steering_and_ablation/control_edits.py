@@ -1,18 +1,19 @@
 """Edits that no unit of a method makes: along the difference of class means, by labels, by the gradient of what is measured."""
 
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
-from edits import Edit, Forward, steering
-from jaxtyping import Float
-from topics import Labelled, Windows
+from edit_costs import log_mass
+from edits import Edit, Forward
+from jaxtyping import Float, Int
+from topics import Labelled
 from torch import Tensor
 from units import Vectors
 
 from evaluation import clean_pass
 from losses import cross_entropy
-from patching import patched
+from patching import after, patched
 from target_models import TargetModel
 
 
@@ -74,13 +75,26 @@ def planted_ablation(target: TargetModel, means: Means) -> Edit:
     return of
 
 
-def gradient_vectors(target: TargetModel, windows: Windows, topic: int) -> Vectors:
-    """The direction at all MLP outputs that lowers CE on the topic's tokens fastest against that on text without it."""
-    vectors = {paths.write: torch.zeros(target.d_model, requires_grad=True) for paths in target.mlps}
-    with torch.enable_grad():
-        tokens = torch.cat([windows.own.tokens, windows.neutral.tokens]).clone()
-        ce = cross_entropy(steering(target, vectors)(1.0)(tokens, tokens), tokens)
-        n, on = len(windows.own.tokens), windows.own.on[topic][:, 1:]
-        contrast = ce[:n][on].mean() - ce[n:].mean()
-        gradients = torch.autograd.grad(contrast, list(vectors.values()))
-    return {path: -gradient for path, gradient in zip(vectors, gradients)}
+def gradient_vectors(target: TargetModel, text: Labelled, words: Int[Tensor, "topic word"], topic: int) -> Vectors:
+    """The direction at the last MLP's output that steers to a topic most at a small KL: (F + λ)⁻¹ g.
+
+    g is the mean gradient, in what that MLP writes at a token, of log P(the topic's vocabulary) less the mean of other topics'
+    there, F the second moment of the CE's gradient, λ its mean eigenvalue: the natural gradient of what is measured.
+    """
+    last, wrote = target.mlps[-1].write, []
+
+    def keep(_args: tuple[Any, ...], y: Tensor) -> Tensor:
+        wrote.append(y.detach().requires_grad_())
+        return wrote[-1]
+
+    with torch.enable_grad(), after(target.model.get_submodule(last), keep):
+        logits = target.logits(text.tokens)
+        mass = log_mass(logits, words)[:, :, :-1].sum((1, 2))
+        gain = mass[topic] - (mass.sum() - mass[topic]) / max(1, len(mass) - 1)
+        g, of_ce = (
+            torch.autograd.grad(of, wrote[-1], retain_graph=True)[0][:, :-1].flatten(0, 1)
+            for of in (gain, cross_entropy(logits, text.tokens).sum())
+        )
+    fisher = of_ce.T @ of_ce / len(of_ce)
+    ridge = fisher.diagonal().mean() * torch.eye(len(fisher))
+    return {last: torch.linalg.solve(fisher + ridge, g.mean(0))}

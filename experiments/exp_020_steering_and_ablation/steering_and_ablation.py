@@ -2,17 +2,19 @@
 
 Topics of Python code, labelled by patterns in spans of 32 tokens (topics.py). On one half of the documents every unit of every
 method is ranked by AUROC (ties ½), live units of all layers as candidates; on the other half the best are ablated, and the best
-five added to all tokens, always in the original model (units.py). Strengths are matched by KL on neutral text (edits.py): as many
-units are ablated, or as much is added, as cost it. Beside them random units of like mean effect; the difference of the topic's
+five added to all tokens, always in the original model (units.py). Strengths are matched by KL on neutral text (edit_costs.py):
+as many units are ablated, or as much is added, as cost it. Ablation is told by ΔCE of the topic and of text without it, steering
+also by how much likelier the topic's vocabulary becomes on text without the topic, against other topics' vocabularies: a model
+that reads a topic's text knows the topic already. Beside them random units of like mean effect; the difference of the topic's
 mean MLP outputs from the others', taken away along its direction or added; and positive controls: a unit that knows the labels
-(ablation), the gradient of the contrast itself (steering).
+(ablation), the natural gradient of what is measured, at the last MLP (steering).
 
     python experiments/exp_020_steering_and_ablation/steering_and_ablation.py --target tiny  # offline
     python experiments/exp_020_steering_and_ablation/steering_and_ablation.py                # pile: GPU, network
     … --replot draws figure and README again from points.csv
 
 Expected: every method's units beat random ones of like effect; latents and neurons are alike at equal KL, SPD's components the
-least selective; none comes near the controls; steering by latents is weaker than by the difference of means.
+least selective; none comes near the positive controls; steering by latents is weaker than by the difference of means.
 """
 
 from collections.abc import Iterator
@@ -25,10 +27,10 @@ from control_edits import Means, class_means, directional_ablation, gradient_vec
 from edit_costs import Cost, cost, matched, summary, text_of
 from edits import Edit, ablation, steering, typical_vectors
 from steering_figure import Row, redraw
-from topics import TOPICS, Windows, halves, labelled, topics, windows_of
+from topics import TOPICS, halves, labelled, topics, vocabularies, windows_of
 from tqdm import tqdm
 from unit_scores import Scored, of_like_effect, ranking, scored
-from units import CodedUnits, SPDUnits, Units
+from units import CodedUnits, SPDUnits, Units, Vectors
 
 from baselines import NeuronsReplacement
 from checkpoints import checkpoint_folder
@@ -52,14 +54,14 @@ class Settings(CoderStudySettings):
     topics: tuple[str, ...] = tuple(TOPICS)
     kl: float = 0.05  # nats per token on neutral text, that every edit costs
     steered: int = 5  # units that are added together
-    own_windows: int = 24  # of each topic and half, at most; as many neutral ones of the test half
-    neutral_windows: int = 6  # of the selection half, that strengths are matched on
+    own_windows: int = 12  # of each topic and half, at most; as many neutral ones of the test half
+    neutral_windows: int = 4  # of the selection half, that strengths are matched on
     output: Path = Path(__file__).parent / "output"
 
 
 PRESETS = (
     Settings(),
-    Settings(target="tiny", d_dict=1536, tokens=300_000, batch=2048, eval_tokens=131_072, device="cpu"),
+    Settings(target="tiny", d_dict=1536, tokens=300_000, batch=2048, eval_tokens=98_304, device="cpu"),
 )
 
 
@@ -93,12 +95,12 @@ def unit_edits(s: Settings, units: Units, own: Scored, topic: int) -> Iterator[N
         yield Named(units.name, name, "steering", steering(units.target, vectors), None, *best)
 
 
-def control_edits(target: TargetModel, means: Means, windows: Windows, topic: int) -> Iterator[Named]:
+def control_edits(target: TargetModel, means: Means, gradient: Vectors) -> Iterator[Named]:
     vectors = {target.mlps[layer].write: v for layer, v in means.difference.items()}
     yield Named("means", "control", "ablation", directional_ablation(target, means))
     yield Named("means", "control", "steering", steering(target, vectors))
     yield Named("planted", "control", "ablation", planted_ablation(target, means), 1.0)
-    yield Named("gradient", "control", "steering", steering(target, gradient_vectors(target, windows, topic)))
+    yield Named("gradient", "control", "steering", steering(target, gradient))
 
 
 @torch.no_grad()
@@ -108,15 +110,17 @@ def measured(s: Settings, target: TargetModel, methods: list[Units]) -> Iterator
     selection, test = halves(labelled(target, held_out(target, s.eval_tokens), asked))
     draws = document_draws(torch.arange(int(test.documents.max()) + 1), 1000, s.seed)
     by_method = [(units, scored(units, selection, s.seed)) for units in methods]
-    means, commit = class_means(target, selection, s.layers), git_commit() or ""
+    means, words = class_means(target, selection, s.layers), vocabularies(selection, target.vocab_size)
+    commit = git_commit() or ""
     costs: dict[tuple[str, ...], list[Cost]] = {}
     for t, topic in enumerate(tqdm(asked, unit="topic")):
         chosen = windows_of(selection, t, s.own_windows, s.neutral_windows)
         here, there = text_of(target, chosen), text_of(target, windows_of(test, t, s.own_windows, s.own_windows))
         edits = [named for units, own in by_method for named in unit_edits(s, units, own, t)]
-        for named in [*edits, *control_edits(target, means[t], chosen, t)]:
+        gradient = gradient_vectors(target, chosen.neutral, words, t)
+        for named in [*edits, *control_edits(target, means[t], gradient)]:
             strength = named.strength or matched(named.edit, here, s.kl)
-            found = cost(there, named.edit(strength), t)
+            found = cost(there, named.edit(strength), t, words)
             costs.setdefault(named[:3], []).append(found)
             told = (found.kl, strength, named.auroc, named.null, commit)
             yield Row(*named[:3], topic.name, *summary([found], draws), *told)

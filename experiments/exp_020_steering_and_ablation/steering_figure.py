@@ -1,5 +1,6 @@
 """Rows, figure and table of exp_020: what ablation and steering do to a topic and to other text, by method."""
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -29,6 +30,9 @@ class Row(NamedTuple):
     quotient: float
     quotient_low: float
     quotient_high: float
+    mass: float  # rise of log P(the topic's vocabulary) on general text less that of other topics', nats
+    mass_low: float
+    mass_high: float
     kl: float  # on text without the topic, test half
     strength: float | None
     auroc: float | None  # of the method's best unit, selection half
@@ -45,24 +49,35 @@ def label(row: dict[str, str]) -> str:
 
 
 def spread(row: dict[str, str], name: str, digits: int = 3) -> str:
+    """With its interval; void where it is infinite: a quotient by nothing."""
     middle, low, high = (float(row[f"{name}{end}"]) for end in ("", "_low", "_high"))
+    if not math.isfinite(middle):
+        return "–"
     return f"{middle:.{digits}f} [{low:.{digits}f}, {high:.{digits}f}]"
+
+
+TOLD = {"ablation": "difference", "steering": "mass"}  # by which an edit is judged
+HEADS = {
+    "ablation": ["units", "ΔCE topic", "ΔCE general", "Σ topic / Σ general", "difference", "KL general"],
+    "steering": ["units", "log P of the vocabulary", "ΔCE topic", "ΔCE general", "KL general"],
+}
+SHOWN = {
+    "ablation": {"ce_topic": 3, "ce_general": 3, "quotient": 2, "difference": 3},
+    "steering": {"mass": 3, "ce_topic": 3, "ce_general": 3},
+}  # columns, and their digits
 
 
 def table(rows: Sequence[dict[str, str]], mode: str) -> str:
     """Means over topics."""
-    head = ["units", "ΔCE topic", "ΔCE general", "difference", "KL general"]
-    head = [*head[:3], "Σ topic / Σ general", *head[3:]] if mode == "ablation" else head
-    lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
+    lines = [f"| {mode}: {' | '.join(HEADS[mode])} |", "|---" * len(HEADS[mode]) + "|"]
     for row in chosen(rows, mode, "all"):
-        quotient = [spread(row, "quotient", 2)] if mode == "ablation" else []
-        cells = [label(row), spread(row, "ce_topic"), spread(row, "ce_general"), *quotient, spread(row, "difference")]
+        cells = [label(row), *(spread(row, name, digits) for name, digits in SHOWN[mode].items())]
         lines.append(f"| {' | '.join([*cells, f'{float(row["kl"]):.3f}'])} |")
     return "\n".join(lines)
 
 
 def by_topic(rows: Sequence[dict[str, str]]) -> str:
-    """ΔCE of topic less general of each topic, own units and controls; the best unit's AUROC in brackets (labels dealt: null)."""
+    """Each topic: difference of ΔCE (ablation; the best unit's AUROC, and with labels dealt at random), log P (steering)."""
     lines = []
     for mode in ("ablation", "steering"):
         own = [row for row in rows if row["mode"] == mode and row["units"] != "random" and row["topic"] != "all"]
@@ -72,14 +87,14 @@ def by_topic(rows: Sequence[dict[str, str]]) -> str:
             cells = []
             for row in [row for row in own if row["topic"] == topic]:
                 told = f" ({float(row['auroc']):.2f}; {float(row['null']):.2f})" if row["auroc"] else ""
-                cells.append(f"{float(row['difference']):+.3f}{told if mode == 'ablation' else ''}")
+                cells.append(f"{float(row[TOLD[mode]]):+.3f}{told if mode == 'ablation' else ''}")
             lines.append(f"| {topic} | {' | '.join(cells)} |")
         lines.append("")
     return "\n".join(lines).strip()
 
 
 def draw(rows: Sequence[dict[str, str]], path: Path) -> None:
-    """Difference of ΔCE between topic and general text, mean over topics: bars of 95 %; a grey dot for each topic."""
+    """What an edit is judged by, mean over topics: bars of 95 %; a grey dot for each topic; hollow: random units."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -102,12 +117,12 @@ def draw(rows: Sequence[dict[str, str]], path: Path) -> None:
                 if (r["method"], r["units"], r["mode"]) == key and r["topic"] != "all"
             ]
             panel.plot(each, [height] * len(each), ".", color="#b5b5b5", markersize=4)
-            middle, low, high = (float(row[f"difference{end}"]) for end in ("", "_low", "_high"))
+            middle, low, high = (float(row[f"{TOLD[mode]}{end}"]) for end in ("", "_low", "_high"))
             panel.hlines(height, low, high, color=colour, linewidth=1.8)
             panel.plot(middle, height, "o", color=colour, fillstyle=fill, markersize=7)
         panel.set_yticks(range(len(marks)), [label(row) for row in reversed(marks)])
         panel.axvline(0, color="#8a8a8a", linewidth=0.8)
-        panel.set(title=title, xlabel="ΔCE topic − ΔCE general (nats per token) at equal KL on neutral text")
+        panel.set(title=title, xlabel="nats per token, at equal KL on neutral text")
         panel.set_xscale("symlog", linthresh=0.05)
         panel.grid(True, axis="x", color="#e4e4e4", linewidth=0.7)
     with atomic_path(path) as temporary:

@@ -98,3 +98,16 @@ def _spread(documents: Int[Tensor, "window"], where: Bool[Tensor, "window"], n: 
         turn = turns[int(documents[window])] = turns.get(int(documents[window]), -1) + 1
         candidates.append((turn, window))
     return torch.tensor([window for _, window in sorted(candidates)[:n]], dtype=torch.int64)
+
+
+def vocabularies(half: Labelled, vocab_size: int, words: int = 20) -> Int[Tensor, "topic word"]:
+    """The tokens that tell each topic best: the largest (c − e) / √(e + 1), c how often its spans hold a token, e how often
+    they would if it were as frequent there as in all text.
+    """
+    every = torch.bincount(half.tokens.flatten(), minlength=vocab_size)
+    chosen = []
+    for on in half.on:
+        inside = torch.bincount(half.tokens[on], minlength=vocab_size)
+        expected = every * (inside.sum() / every.sum())
+        chosen.append(((inside - expected) / (expected + 1).sqrt()).topk(words).indices)
+    return torch.stack(chosen)
