@@ -99,8 +99,6 @@ def draw(rows: Sequence[dict[str, str]], path: Path) -> None:
                     full = average(column(own, "fvu")) <= BEHAVES
                     panel.plot(where, height, shape, color=colour, fillstyle="full" if full else "none", markersize=6)
         panel.set(title=title, xscale="log")
-        if name == "mediation":
-            panel.set_ylim(-0.55, 1.06)  # untrained encoders fall far below
         panel.grid(True, color="#e4e4e4", linewidth=0.7)
     for panel in grid[-1]:
         panel.set_xlabel("active parts per layer and token")
