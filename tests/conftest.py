@@ -9,7 +9,7 @@ from shapes import check_shapes
 
 os.environ.setdefault("WANDB_MODE", "disabled")
 modules = [file.stem for file in Path(__file__).parents[1].glob("*.py") if file.stem != "sparse_triton"]
-check_shapes([*modules, "folded", "recovered", "probes"])
+check_shapes([*modules, "folded", "recovered", "probes", "path_methods", "path_scores", "planted_circuit"])
 
 from small import make_small_target, write_corpus  # noqa: E402
 
