@@ -18,7 +18,12 @@ from pareto import ParetoPoint, markdown_table, read_points, write_layers, write
 from pareto_figure import draw
 from target_models import TargetModel
 
-FROM_ZERO = ("layer", "layers", "gate_steps")  # whole numbers that may be 0; all others but a seed count something
+FROM_ZERO = (
+    "layer",
+    "layers",
+    "gate_steps",
+    "tune_tokens",
+)  # whole numbers that may be 0; all others but a seed count something
 SUMMARY = ("method", "k", "l0", "ce_degradation", "active_params")
 
 
