@@ -9,6 +9,7 @@ import pytest
 import torch
 from control_edits import Means, gradient_vectors, planted_ablation
 from edit_costs import Cost, cost, general_kl, matched, summary, text_of
+from edited_units import CodedUnits, SPDUnits, Units
 from edits import ablation, steering
 from small import (
     D,
@@ -25,7 +26,6 @@ from small import (
 from topics import TOPICS, Labelled, Windows, halves, vocabularies, windows_of
 from torch import Tensor
 from unit_scores import auroc, of_like_effect
-from units import CodedUnits, SPDUnits, Units
 
 import baselines
 import checkpoints

@@ -5,11 +5,11 @@ from typing import Any, NamedTuple
 
 import torch
 from edit_costs import log_mass
+from edited_units import Vectors
 from edits import Edit, Forward
 from jaxtyping import Float, Int
 from topics import Labelled
 from torch import Tensor
-from units import Vectors
 
 from evaluation import clean_pass
 from losses import cross_entropy

@@ -4,10 +4,10 @@ from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 
 import torch
+from edited_units import Units, Vectors
 from jaxtyping import Bool, Int
 from torch import Tensor
 from unit_scores import Scored
-from units import Units, Vectors
 
 from evaluation import ignore
 from patching import after

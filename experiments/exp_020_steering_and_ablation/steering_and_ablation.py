@@ -25,12 +25,12 @@ from typing import NamedTuple
 import torch
 from control_edits import Means, class_means, directional_ablation, gradient_vectors, planted_ablation
 from edit_costs import Cost, cost, matched, summary, text_of
+from edited_units import CodedUnits, SPDUnits, Units, Vectors
 from edits import Edit, ablation, steering, typical_vectors
 from steering_figure import Row, redraw
 from topics import TOPICS, halves, labelled, topics, vocabularies, windows_of
 from tqdm import tqdm
 from unit_scores import Scored, of_like_effect, ranking, scored
-from units import CodedUnits, SPDUnits, Units, Vectors
 
 from baselines import NeuronsReplacement
 from checkpoints import checkpoint_folder

@@ -7,12 +7,12 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
+from edited_units import Units
 from einops import rearrange, reduce
 from jaxtyping import Float
 from scipy.stats import rankdata
 from topics import SPAN, Labelled
 from torch import Tensor
-from units import Units
 
 from evaluation import clean_pass
 
