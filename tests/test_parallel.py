@@ -3,12 +3,15 @@
 torchrun starts the processes, twice two and once four; what they leave is compared here with one process.
 """
 
+import contextlib
+import fcntl
 import itertools
 import json
 import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -40,17 +43,28 @@ def together(n: int, job: str, corpus: Path, folder: Path) -> subprocess.Complet
     return subprocess.run([*command, *script], env=environment, capture_output=True, text=True, timeout=300)
 
 
+@contextlib.contextmanager
+def once(mark: Path) -> Iterator[bool]:
+    """Whether it is for us to do what is marked: of several test processes one does it, and the others wait."""
+    with mark.with_suffix(".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield not mark.exists()
+        mark.touch()
+
+
 class Left:
     """What two processes left, and what one does."""
 
     def __init__(self, folder: Path) -> None:
-        self.folder, self.corpus = folder, write_corpus(folder / "corpus")
+        self.folder, self.corpus = folder, folder / "corpus"
+        with once(folder / "checks") as first:
+            if first:
+                self.corpus.mkdir()
+                done = together(2, "checks", write_corpus(self.corpus), folder)
+                assert done.returncode == 0, done.stderr
+                train_group(group(), make_small_target(self.corpus), data=DATA, config=TRAIN, folder=folder / "alone")
         self.target: TargetModel = make_small_target(self.corpus)
-        done = together(2, "checks", self.corpus, folder)
-        assert done.returncode == 0, done.stderr
-        self.said = done.stderr
         self.ranks: list[dict[str, Any]] = [torch.load(folder / f"rank{i}.pt") for i in range(2)]
-        train_group(group(), self.target, data=DATA, config=TRAIN, folder=folder / "alone")
 
     def coders(self, name: str) -> dict[str, dict[str, torch.Tensor]]:
         files = sorted((self.folder / name).glob("*/encoder.pt"))
@@ -68,22 +82,24 @@ class Left:
 
 @pytest.fixture(scope="module")
 def left(tmp_path_factory: pytest.TempPathFactory) -> Left:
-    folder = tmp_path_factory.mktemp("parallel")
-    (folder / "corpus").mkdir()
+    own = tmp_path_factory.getbasetemp()
+    folder = (own.parent if "PYTEST_XDIST_WORKER" in os.environ else own) / "parallel"
+    folder.mkdir(exist_ok=True)
     return Left(folder)
 
 
 @pytest.fixture(scope="module")
 def resumed(left: Left) -> Left:
     """After four processes went on with trainings of two, one of which was killed."""
-    done = together(2, "killed", left.corpus, left.folder)
-    assert done.returncode != 0
-    ours = done.stderr.partition("Traceback")[0].replace("\r", "\n").splitlines()
-    left.said = "\n".join(line for line in ours if "error:" in line)
-    for name in ("coders-cut", "latents-cut", "data-cut"):
-        shutil.copytree(left.folder / name, left.folder / f"{name}-alone")
-    done = together(4, "resume", left.corpus, left.folder)
-    assert done.returncode == 0, done.stderr
+    with once(left.folder / "resumed") as first:
+        if first:
+            done = together(2, "killed", left.corpus, left.folder)
+            assert done.returncode != 0
+            (left.folder / "said.txt").write_text(done.stderr.replace("\r", "\n"))
+            for name in ("coders-cut", "latents-cut", "data-cut"):
+                shutil.copytree(left.folder / name, left.folder / f"{name}-alone")
+            done = together(4, "resume", left.corpus, left.folder)
+            assert done.returncode == 0, done.stderr
     return left
 
 
@@ -305,5 +321,6 @@ def test_states_unite_to_the_last_level() -> None:
 
 def test_a_killed_process_ends_the_training_in_one_line(resumed: Left) -> None:
     """What torchrun itself reports comes after it."""
-    (line,) = resumed.said.splitlines()
+    before_its = (resumed.folder / "said.txt").read_text().partition("Traceback")[0]
+    (line,) = [line for line in before_its.splitlines() if "error:" in line]
     assert line.endswith("start the same command again, it goes on from the last saved state")
