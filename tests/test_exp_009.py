@@ -15,7 +15,7 @@ from pareto import read_points
 from token_stream import DatasetSpec
 
 SCRIPT = Path(__file__).parent.parent / "experiments" / "exp_009_diagnose_tail" / "diagnose_tail.py"
-SMALL = "--target tiny --kept 8 768 --rank-tokens 512 --eval-tokens 512".split()
+SMALL = "--target tiny --kept 8 2000 --rank-tokens 512 --eval-tokens 512".split()
 
 
 def test_it_runs_from_its_command_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
