@@ -8,6 +8,7 @@ from logs import atomic_path, read_csv
 from metrics import average
 from pareto_figure import STYLES, base
 
+LEVELS = (0.1, 0.2, 0.3, 0.5, 1, 2, 5)  # ticks, nats
 RHO_STYLE = {"1e-06": "-", "1e-05": "--", "0.0001": "-.", "0.001": ":"}
 
 
@@ -93,6 +94,8 @@ def draw(costs: Rows, alive: Rows, neighbours: Rows, children: Rows, path: Path)
                     [float(c) for c in rungs], y, style.marker + line, color=style.colour, fillstyle=fill, label=label
                 )
         panel.set(title=f"children of a unit of 1×, {rule}", ylabel="children per unit", ylim=(0, None))
+    cost.set_yticks(LEVELS, map(str, LEVELS))
+    cost.set_ylim(0.8 * min(float(row["free"]) for row in costs), 1.2 * max(float(row["free"]) for row in costs))
     every = sorted({float(row["capacity"]) for row in costs})
     for panel in grid.flat:
         panel.set_xscale("log", base=2)
@@ -103,7 +106,7 @@ def draw(costs: Rows, alive: Rows, neighbours: Rows, children: Rows, path: Path)
         if panel.get_legend_handles_labels()[0]:
             panel.legend(fontsize=7, frameon=False)
     for panel in grid[-1]:
-        panel.set_xlabel("capacity, times the layer's neurons (of SPD: see README)")
+        panel.set_xlabel("capacity")
     with atomic_path(path) as temporary:
         figure.savefig(temporary, format="png", dpi=110)
     plt.close(figure)
