@@ -38,7 +38,7 @@ def records(output: Path) -> list[dict[str, Any]]:
 def seconds(output: Path, settings: list[dict[str, Any]]) -> float:
     """Of all parts together. exp_012's toys ran one by one: points.csv has the seconds of each, settings.json of the last."""
     rows = read_csv(output / "points.csv") if (output / "points.csv").exists() else []
-    if rows and "seconds" in rows[0]:
+    if rows and "toy" in rows[0]:
         return sum({row["toy"]: float(row["seconds"]) for row in rows}.values())
     return sum(part["seconds"] for part in settings)
 

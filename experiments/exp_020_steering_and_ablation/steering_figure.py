@@ -102,8 +102,8 @@ def draw(rows: Sequence[dict[str, str]], path: Path) -> None:
 
     figure, panels = plt.subplots(1, 2, figsize=(12, 5), layout="constrained")
     titles = {
-        "ablation": "ablation: topic hurt more than other text →",
-        "steering": "← steering: topic helped more than other text",
+        "ablation": "ablation: ΔCE of the topic less that of other text",
+        "steering": "steering: rise of log P of the topic's vocabulary",
     }
     for panel, (mode, title) in zip(panels, titles.items()):
         marks = chosen(rows, mode, "all")
@@ -112,7 +112,7 @@ def draw(rows: Sequence[dict[str, str]], path: Path) -> None:
             colour, fill = style.colour if style else "#8a8a8a", UNITS[row["units"]]
             key = (row["method"], row["units"], mode)
             each = [
-                float(r["difference"])
+                float(r[TOLD[mode]])
                 for r in rows
                 if (r["method"], r["units"], r["mode"]) == key and r["topic"] != "all"
             ]
@@ -123,7 +123,6 @@ def draw(rows: Sequence[dict[str, str]], path: Path) -> None:
         panel.set_yticks(range(len(marks)), [label(row) for row in reversed(marks)])
         panel.axvline(0, color="#8a8a8a", linewidth=0.8)
         panel.set(title=title, xlabel="nats per token, at equal KL on neutral text")
-        panel.set_xscale("symlog", linthresh=0.05)
         panel.grid(True, axis="x", color="#e4e4e4", linewidth=0.7)
     with atomic_path(path) as temporary:
         figure.savefig(temporary, format="png", dpi=100)
