@@ -11,6 +11,7 @@ Torch divides single operations among processors. Comparing, sorting, small sums
 calls side by side (`in_threads`) can fill the others.
 """
 
+import atexit
 import ctypes
 import functools
 import gc
@@ -87,8 +88,17 @@ def keep_freed_memory() -> None:
         libc.mallopt(ARENA_MAX, 1)
 
 
+@functools.cache
+def _look_no_further() -> None:
+    """What lives now, modules and models, is no garbage: later collections don't look through it, 0.15 s each time."""
+    gc.collect()
+    gc.freeze()
+    atexit.register(gc.unfreeze)
+
+
 def give_back_memory() -> None:
     """For evaluation: memory would grow by the batch, since hooks and passes refer to each other and pages are kept."""
+    _look_no_further()
     gc.collect()
     if hasattr(libc := ctypes.CDLL(None), "malloc_trim"):
         libc.malloc_trim(0)

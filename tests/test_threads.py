@@ -1,11 +1,12 @@
-"""Theorems about independent calls side by side."""
+"""Theorems about independent calls side by side, and about memory that is given back."""
 
 import threading
+import weakref
 
 import pytest
 import torch
 
-from devices import in_threads
+from devices import give_back_memory, in_threads
 
 
 @pytest.fixture(params=[1, 2, 4])
@@ -53,3 +54,16 @@ def test_what_fails_in_a_call_fails_here(threads: int) -> None:
     with pytest.raises(ZeroDivisionError):
         in_threads(lambda i: 1 // i, range(3))
     assert torch.get_num_threads() == threads
+
+
+def test_what_refers_to_itself_is_given_back_at_every_call() -> None:
+    class Node:
+        own: "Node"
+
+    for _ in range(2):
+        node = Node()
+        node.own, alive = node, weakref.ref(node)
+        del node
+        assert alive() is not None
+        give_back_memory()
+        assert alive() is None
