@@ -2,7 +2,7 @@
 
 Topics of Python code, labelled by patterns in spans of 32 tokens (topics.py). On one half of the documents every unit of every
 method is ranked by AUROC (ties ½), live units of all layers as candidates; on the other half the best are ablated, and the best
-five added to all tokens, always in the original model (edited_units.py). Strengths are matched by KL on neutral text (edit_costs.py):
+five added to all tokens, always in the original model (edited_units.py). Strengths match in KL on neutral text (edit_costs.py):
 as many units are ablated, or as much is added, as cost it. Ablation is told by ΔCE of the topic and of text without it, steering
 also by how much likelier the topic's vocabulary becomes on text without the topic, against other topics' vocabularies: a model
 that reads a topic's text knows the topic already. Beside them random units of like mean effect; the difference of the topic's
