@@ -44,15 +44,18 @@ def redraw(folder: Path, text: str) -> None:
 
 
 def table(rows: Sequence[dict[str, str]]) -> str:
-    """ΔCE of each rung, and of the last one elsewhere."""
+    """ΔCE of each rung that was climbed to, and of the last one elsewhere."""
     steps = sorted({int(row["steps"]) for row in rows})
-    head = ["method", "L0", "gates", "Δ", *(f"{n} steps" for n in steps), f"{steps[-1]}, elsewhere"]
+    head = ["method", "L0", "gates", "Δ", *(f"{n} steps" for n in steps), "the last, elsewhere"]
     lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
     for key in dict.fromkeys((row["method"], row["gates"], row["delta"]) for row in rows):
         own = {int(row["steps"]): row for row in rows if (row["method"], row["gates"], row["delta"]) == key}
-        last = own[steps[-1]]
+        last = own[max(own)]
         cells = [
-            f"{float(own[n]['ce']):.3f} [{float(own[n]['ce_low']):.3f}, {float(own[n]['ce_high']):.3f}]" for n in steps
+            f"{float(own[n]['ce']):.3f} [{float(own[n]['ce_low']):.3f}, {float(own[n]['ce_high']):.3f}]"
+            if n in own
+            else ""
+            for n in steps
         ]
         elsewhere = "{:.3f} [{:.3f}, {:.3f}]".format(
             *(float(last[f"ce_elsewhere{end}"]) for end in ("", "_low", "_high"))
@@ -69,6 +72,7 @@ def draw(rows: Sequence[dict[str, str]], path: Path) -> None:
     import matplotlib.pyplot as plt
 
     figure, panels = plt.subplots(1, 2, figsize=(11, 4.6), sharey=True, layout="constrained")
+    steps = sorted({int(row["steps"]) for row in rows})
     for panel, delta, title in zip(panels, ("attacked", "closed"), ("parts and Δ attacked", "parts alone, Δ closed")):
         for method in dict.fromkeys(row["method"] for row in rows):
             for gates, line in (("own", "-"), ("dealt", ":")):
@@ -77,13 +81,12 @@ def draw(rows: Sequence[dict[str, str]], path: Path) -> None:
                     continue
                 style = STYLES.get(base(method))
                 colour, marker = (style.colour, style.marker) if style else ("#8a8a8a", "x")
-                x = range(len(own))
+                x = [steps.index(int(row["steps"])) for row in own]
                 y, low, high = ([max(float(row[key]), 1e-3) for row in own] for key in ("ce", "ce_low", "ce_high"))
                 panel.plot(
                     x, y, line, color=colour, marker=marker, markersize=4, label=method if gates == "own" else None
                 )
                 panel.fill_between(x, low, high, color=colour, alpha=0.12, linewidth=0)
-        steps = sorted({int(row["steps"]) for row in rows})
         panel.set(yscale="log", title=title, xlabel="steps of ascent (0: deployed)", xticks=range(len(steps)))
         panel.set_xticklabels(map(str, steps))
         panel.grid(True, color="#e4e4e4", linewidth=0.7)
