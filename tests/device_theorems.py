@@ -9,11 +9,13 @@ Both import these tests and give them three fixtures:
 On every device the values are the CPU's: the same target, text and seeds, compared at float32's precision.
 """
 
+import base64
 import contextlib
 import copy
 import dataclasses
 import itertools
 import json
+import re
 from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -28,6 +30,7 @@ from torch.utils._pytree import tree_map_only
 
 import baselines
 import evaluation
+import features
 import interop
 import main
 import measure
@@ -467,9 +470,9 @@ def test_the_ruler_on_the_device_reads_what_it_reads_on_the_cpu(cpu: TargetModel
 def test_a_foreign_dictionary_is_measured_on_the_device_as_on_the_cpu(
     cpu: TargetModel, device: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """`measure.main`: an imported transcoder beside all baselines."""
+    """`measure.main`: an imported transcoder beside all baselines; `features.main`: its latents fire as often."""
     monkeypatch.setattr(baselines, "BASELINE_TOKENS", 8192)
-    for module in (measure, interop):
+    for module in (measure, interop, features):
         monkeypatch.setattr(module, "load_target", lambda name, place: on(cpu, place))
     record = TrainingRecord(
         name="n",
@@ -488,7 +491,18 @@ def test_a_foreign_dictionary_is_measured_on_the_device_as_on_the_cpu(
             (str(tmp_path / "foreign"),), tokens=320, top_k=(2,), neurons=(4,), format="saelens", device=place,
             points=tmp_path / place / "points.csv",
         )  # fmt: skip
+        features.main(
+            (str(tmp_path / "foreign"),), tokens=320, format="saelens", device=place, output=tmp_path / f"{place}.html"
+        )
     assert_rows_agree(*(read_points(tmp_path / place / "points.csv") for place in (device, "cpu")))
+    theirs, ours = (fire_counts_of_page((tmp_path / f"{place}.html").read_text()) for place in (device, "cpu"))
+    assert ours.sum() > 0 and np.abs(theirs - ours).max() <= 2, "rounding may move a latent over its threshold"
+
+
+def fire_counts_of_page(html: str) -> np.ndarray:
+    packed = re.search(r'"count":\{"type":"[^"]*","base64":"([^"]*)"\}', html)
+    assert packed is not None
+    return np.frombuffer(base64.b64decode(packed[1]), "<u4").astype(np.int64)
 
 
 def test_the_main_job_on_the_device_gives_the_cpus_table(

@@ -27,6 +27,7 @@ INTERP_PARTS = ("autointerp", "intruder", "predictability", "faithfulness")
 SMALL = "--target tiny --d-dict 64 --tokens 4096 --batch 2048 --eval-tokens 1024".split()
 BASELINES = {"neurons", "neurons-joint", "affine", "identity", "zero", "mean"}
 MORE = {
+    "../main.py": {"features.html"},
     "exp_004_train_spd_gpt2/train_spd_gpt2.py": {
         "importances.csv",
         "mean_importances.png",
@@ -198,7 +199,7 @@ def test_a_number_that_cannot_be_meant_is_refused_before_anything_is_loaded(
     ]
     assert "--eval-tokens" in options
     for option in options:
-        for value, least in (("0", 1), ("-5", 1)) if option != "--layers" else (("-1", 0),):
+        for value, least in (("0", 1), ("-5", 1)) if option not in ("--layers", "--tune-tokens") else (("-1", 0),):
             with pytest.raises(ValueError, match=f"^{option} {value} cannot be meant: ask for {least} or more$"):
                 call(script, [*arguments, option, value, "--output", str(tmp_path)])
     assert not list(tmp_path.iterdir())

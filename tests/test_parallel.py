@@ -17,6 +17,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from parallel_jobs import DATA, KINDS, RULES, STEPS, TRAIN, built, decompose, group, steps, tune
 from small import make_small_target, write_corpus
 
@@ -24,7 +25,7 @@ import token_stream
 from activation_store import ActivationBatch, ActivationsStore, measure, pooled
 from coder import ActivationStats, codes_by_layer
 from losses import fvu
-from parallel import bounds, dealt, united
+from parallel import World, bounds, dealt, joined, united, world
 from sparse_encode import _largest
 from sparse_ops import fire_counts
 from sparsity import BatchTopKEncoder, smallest_positive
@@ -324,3 +325,23 @@ def test_a_killed_process_ends_the_training_in_one_line(resumed: Left) -> None:
     before_its = (resumed.folder / "said.txt").read_text().partition("Traceback")[0]
     (line,) = [line for line in before_its.splitlines() if "error:" in line]
     assert line.endswith("start the same command again, it goes on from the last saved state")
+
+
+def test_processes_on_gpus_have_one_each(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As torchrun starts the second of two on one machine; NCCL between GPUs, gloo between what stays on the CPU."""
+    asked: dict[str, Any] = {}
+    for name, value in (("WORLD_SIZE", "2"), ("LOCAL_RANK", "1")):
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda own: asked.update(device=own))
+    monkeypatch.setattr(dist, "init_process_group", lambda backend: asked.update(backend=backend))
+    monkeypatch.setattr(dist, "get_rank", lambda: 1)
+    monkeypatch.setattr(dist, "destroy_process_group", lambda: None)
+    with joined("cuda", "coders") as own:
+        assert own == asked["device"] == "cuda:1" and asked["backend"] == "cpu:gloo,cuda:nccl"
+        assert world() == World(1, 2, "coders") and not world().leads
+    assert world() == World()
+    with joined("cpu", "data") as own:
+        assert own == "cpu" and asked["backend"] == "gloo"
+    with pytest.raises(ValueError, match="^2 processes were started on cuda:0: use --device cuda, which gives each"):
+        with joined("cuda:0", "data"):
+            pass
