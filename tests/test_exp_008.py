@@ -287,6 +287,7 @@ def outputs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         yield root
 
 
+@pytest.mark.slow
 def test_scripts_run_from_the_command_line(outputs: Path) -> None:
     for script in SCRIPTS:
         names = {path.name for path in (outputs / script).iterdir()}

@@ -18,6 +18,7 @@ SCRIPT = Path(__file__).parent.parent / "experiments" / "exp_009_diagnose_tail" 
 SMALL = "--target tiny --kept 8 2000 --rank-tokens 512 --eval-tokens 512".split()
 
 
+@pytest.mark.slow
 def test_it_runs_from_its_command_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for split, package in (("train", asyncio), ("val", email)):
         files = sorted(Path(package.__file__).parent.glob("*.py"))

@@ -17,6 +17,7 @@ SCRIPT = Path(__file__).parents[1] / "experiments" / "exp_013_spd_mask_leak" / "
 SMALL = "--eval-tokens 1600 --classes 32 --probe-rounds 60 --gate-steps 1".split()
 
 
+@pytest.mark.slow
 def test_it_runs_from_its_command_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(checkpoints, "CHECKPOINTS", tmp_path / "checkpoints")
     (tmp_path / "corpus").mkdir()

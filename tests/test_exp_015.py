@@ -38,6 +38,7 @@ def rerun(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     return run
 
 
+@pytest.mark.slow
 def test_it_runs_from_its_command_line(rerun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     output = tmp_path / "output"
     rerun(*SMALL, "--kinds", "transcoder", "clt", "--tuned", "free", "mixed", "--output", str(output))

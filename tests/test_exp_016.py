@@ -21,6 +21,7 @@ SMALL = "--target tiny --layers 0 1 --k 4 --d-dict 48 --tokens 2048 --batch 512 
 METHODS = ("--methods", "transcoder", "spd", "neurons-joint", "affine")
 
 
+@pytest.mark.slow
 def test_it_runs_from_its_command_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(checkpoints, "CHECKPOINTS", tmp_path / "checkpoints")
     monkeypatch.setattr(baselines, "BASELINE_TOKENS", 8192)

@@ -25,6 +25,7 @@ SMALL = (
 PINS = ("", "-soft0.8-decoder", "-frozen-decoder", "-frozen-encoder")
 
 
+@pytest.mark.slow
 def test_it_runs_from_its_command_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(checkpoints, "CHECKPOINTS", tmp_path / "checkpoints")
     monkeypatch.setattr(baselines, "BASELINE_TOKENS", 8192)

@@ -120,6 +120,7 @@ SMALL = "--method exact lookup transcoder clt-own_layer spd --seeds 2 --steps 12
 ASKED = "--l0-penalty 0.1 --top-k 4 --minimality 1e-4".split()
 
 
+@pytest.mark.slow
 def test_it_runs_from_its_command_line_and_measures_what_the_table_lacks(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -24,6 +24,7 @@ SMALL = (
 ).split()
 
 
+@pytest.mark.slow
 def test_it_runs_from_its_command_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(checkpoints, "CHECKPOINTS", tmp_path / "checkpoints")
     (tmp_path / "corpus").mkdir()

@@ -214,6 +214,7 @@ def test_intervals_are_of_sums_not_of_ratios() -> None:
     assert both.topic_low <= both.topic <= both.topic_high
 
 
+@pytest.mark.slow
 def test_it_runs_from_its_command_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(checkpoints, "CHECKPOINTS", tmp_path / "checkpoints")
     monkeypatch.setattr(baselines, "BASELINE_TOKENS", 8192)

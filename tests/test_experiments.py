@@ -111,7 +111,9 @@ def call(target: TargetModel, checkpoints: Path, monkeypatch: pytest.MonkeyPatch
     return run
 
 
-@pytest.mark.parametrize("script", SCRIPTS)
+@pytest.mark.parametrize(
+    "script", [script if "main" in script else pytest.param(script, marks=pytest.mark.slow) for script in SCRIPTS]
+)
 def test_it_runs_from_its_command_line(
     script: str,
     call: Callable[[str, list[str]], None],

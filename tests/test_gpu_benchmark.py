@@ -54,6 +54,7 @@ def small_text(folder: Path) -> tuple[DatasetSpec, PreTrainedTokenizerFast]:
     return text, load_tokenizer(ASSETS / "tiny" / "tokenizer.json")
 
 
+@pytest.mark.slow
 def test_every_part_runs_in_miniature_and_the_next_call_goes_on(tmp_path: Path) -> None:
     output, tokens = tmp_path / "output", tmp_path / "tokens"
     gpu.prepare(tokens, 20_000, *small_text(tmp_path))

@@ -32,6 +32,7 @@ from sparsity import BatchTopKEncoder, smallest_positive
 from target_models import TargetModel
 from training import descend, start_run, train_group
 
+pytestmark = pytest.mark.slow
 REPOSITORY = Path(__file__).parent.parent
 CASES = [f"{kind} {type(rule).__name__}" for kind in KINDS for rule in RULES]
 
