@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import numpy as np
+import pytest
 
 REPOSITORY = Path(__file__).parents[1]
 SCRIPT = """
@@ -56,6 +57,7 @@ print(len(measured.points), "rows measured without", len(ABSENT), "packages")
 """
 
 
+@pytest.mark.slow
 def test_coders_and_decompositions_are_trained_and_measured_on_a_bare_machine(tmp_path: Path) -> None:
     """Every module is imported; text comes from a token folder; nothing asks for a package that is absent."""
     generator = np.random.default_rng(0)

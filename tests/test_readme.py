@@ -25,6 +25,7 @@ def test_the_example_trains_and_measures(tmp_path: Path) -> None:
     assert re.fullmatch(r"transcoder \(2,\) L0 1\d\.\d, ΔCE 0\.\d{3}\n", run(["-c", example], tmp_path))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("command", COMMANDS)
 def test_every_command_names_a_file_and_options_that_it_has(command: str) -> None:
     file, *words = command.split()

@@ -49,6 +49,7 @@ def test_every_variant_steps_from_its_start_in_bf16(name: str, args: argparse.Na
     assert sum(term.coefficient for term in variant.train.recon) == pytest.approx(1)
 
 
+@pytest.mark.slow
 def test_variants_are_measured_one_row_each(args: argparse.Namespace) -> None:
     spd_recipes.compare(args, ["base", "causal"])
     spd_recipes.compare(args, ["all"])
@@ -61,6 +62,7 @@ def test_variants_are_measured_one_row_each(args: argparse.Namespace) -> None:
         assert abs(int(row["gate_parameters"]) / 1.5e6 - 1) < 0.2, "variants' gates are of like size"
 
 
+@pytest.mark.slow
 def test_what_is_shipped_fits_its_file_and_is_trained_as_planned(
     args: argparse.Namespace, target: TargetModel, capsys: pytest.CaptureFixture[str]
 ) -> None:
