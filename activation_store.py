@@ -77,7 +77,7 @@ class ActivationsStore:
         self, target: TargetModel, config: DataConfig, split: Split = "train", *, shared: bool = False
     ) -> None:
         check_layers(target, config.layers)
-        part = (world().rank, world().size) if shared and world().deals("data") else (0, 1)
+        part = world().part if shared else (0, 1)
         if config.batch_tokens % part[1]:
             raise ValueError(
                 f"a batch of {config.batch_tokens} tokens cannot be dealt evenly to {part[1]} processes: choose --batch so"
@@ -87,15 +87,9 @@ class ActivationsStore:
         self.stream = TokenStream(
             target.data, target.tokenizer, split, config.model_batch, target.context, config.seed, target.vocab_size, part
         )  # fmt: skip
-        self.harvesters = (
-            world().size if shared and part[1] == 1 else 1
-        )  # processes that make the forwards of one buffer
-        self.harvested = (
-            2,
-            len(config.layers),
-            config.model_batch * (target.context - 1),
-            target.d_model,
-        )  # a forward's
+        # processes that make the forwards of one buffer, and what one forward puts into it
+        self.harvesters = world().size if shared and part[1] == 1 else 1
+        self.harvested = (2, len(config.layers), config.model_batch * (target.context - 1), target.d_model)
         self.forwards = 0  # batches of tokens whose activations were put into the buffer
         self.generator = torch.Generator().manual_seed(config.seed)
         slots = self.buffer_tokens + self.harvested[2]

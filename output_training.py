@@ -213,7 +213,7 @@ class OutputGroup:
         )
         self.layers = tuple(sorted({layer for start in sets[0] for layer in start.coder.config.layers}))
         stages = len(sets[0][0].record.objectives)
-        self.part, parts = (world().rank, world().size) if world().deals("data") else (0, 1)
+        self.part, parts = world().part
         if sequences % parts:
             raise ValueError(
                 f"{sequences} sequences a batch cannot be dealt evenly to {parts} processes: choose --batch so"

@@ -49,6 +49,11 @@ class World:
         """Whether several processes share this out."""
         return self.size > 1 and self.form == form
 
+    @property
+    def part(self) -> tuple[int, int]:
+        """Which of how many parts of the data is this process' own."""
+        return (self.rank, self.size) if self.deals("data") else (0, 1)
+
 
 _joined = [World()]
 
@@ -178,7 +183,7 @@ def united(parts: Sequence[dict[Any, Any]]) -> dict[Any, Any]:
 
 def check_dealt(parts: int) -> None:
     """Raises ValueError where a text that was dealt to so many processes is to be gone on with by another number."""
-    here = world().size if world().deals("data") else 1
+    here = world().part[1]
     if parts != here:
         raise ValueError(
             f"the text of this interrupted training is dealt to {parts} process(es), not to {here}: start it again with "

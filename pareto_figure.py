@@ -160,9 +160,16 @@ def draw(
         for i in range(len(rows)):
             _label(grid[i][-1], labels[i])
         figure.suptitle(title, x=margins[0] / size[0], ha="left", fontsize=13)
-        with atomic_path(Path(path)) as temporary:
-            figure.savefig(temporary, format="png", dpi=110)
-        plt.close(figure)
+        save_figure(figure, Path(path))
+
+
+def save_figure(figure: Any, path: Path, dpi: int = 110) -> None:
+    """A matplotlib figure as a PNG, whole or not at all, and closed."""
+    import matplotlib.pyplot as plt
+
+    with atomic_path(path) as temporary:
+        figure.savefig(temporary, format="png", dpi=dpi)
+    plt.close(figure)
 
 
 def _tick(value: float, _position: int) -> str:

@@ -151,7 +151,7 @@ class _OnDevice:
     """A token stream whose batches lie on the target's device, and this process' part of it where data are shared out."""
 
     def __init__(self, target: TargetModel, batch: int, seed: int) -> None:
-        part = (world().rank, world().size) if world().deals("data") else (0, 1)
+        part = world().part
         require(batch % part[1] == 0, f"{batch} sequences a step cannot be dealt evenly to {part[1]} processes")
         self.stream = TokenStream(
             target.data, target.tokenizer, "train", batch // part[1], target.context, seed, target.vocab_size, part

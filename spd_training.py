@@ -69,7 +69,7 @@ class SPDTrainer:
 
     def __init__(self, model: ComponentModel, config: SPDTrainConfig, autocast: bool) -> None:
         self.model, self.config, self.autocast = model, config, autocast
-        seed = config.seed + DRAWS_APART * (world().rank if world().deals("data") else 0)
+        seed = config.seed + DRAWS_APART * world().part[0]
         self.generator = torch.Generator(next(model.parameters()).device).manual_seed(seed)
         weights = [p for part in model.components.values() for p in part.parameters()]
         self.weights = weights
@@ -363,7 +363,7 @@ class _SPDRun:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         check_dealt(len(state["draws"]))
-        own = state["draws"][world().rank if world().deals("data") else 0]
+        own = state["draws"][world().part[0]]
         self.trainer.load_state_dict(state["trainer"])
         self.trainer.generator.set_state(own["generator"])
         self.batches.load_state_dict(own["batches"])

@@ -18,12 +18,8 @@ from pareto import ParetoPoint, markdown_table, read_points, write_layers, write
 from pareto_figure import draw
 from target_models import TargetModel
 
-FROM_ZERO = (
-    "layer",
-    "layers",
-    "gate_steps",
-    "tune_tokens",
-)  # whole numbers that may be 0; all others but a seed count something
+# whole numbers that may be 0; all others but a seed count something
+FROM_ZERO = ("layer", "layers", "gate_steps", "tune_tokens")
 SUMMARY = ("method", "k", "l0", "ce_degradation", "active_params")
 
 
@@ -54,6 +50,13 @@ def nothing_more(folder: Path) -> list[str]:
     return []
 
 
+def write_readme(folder: Path, title: str, text: str, *below: str) -> None:
+    """README.md of title and text, what a notes.md there says of the run, and the paragraphs below."""
+    notes = folder / "notes.md"
+    said = [notes.read_text().strip()] if notes.exists() else []
+    (folder / "README.md").write_text("\n\n".join([f"# {title}", text.strip(), *said, *below]) + "\n")
+
+
 @dataclass(frozen=True)
 class Report:
     """What an experiment leaves in its output folder: tables, settings, and a README of title, text, figure and table."""
@@ -73,12 +76,10 @@ class Report:
 
     def redraw(self, folder: Path) -> None:
         """pareto.png and README.md from the tables alone; what a notes.md there says of the run stands below the text."""
-        points, notes = read_points(folder / "points.csv"), folder / "notes.md"
+        points = read_points(folder / "points.csv")
         draw(points, folder / "pareto.png")
-        said = [notes.read_text().strip()] if notes.exists() else []
-        parts = [f"# {self.title}", self.text.strip(), *said, "![Pareto curves](pareto.png)", *self.more(folder)]
-        parts.append(markdown_table(points))
-        (folder / "README.md").write_text("\n\n".join(parts) + "\n")
+        below = ["![Pareto curves](pareto.png)", *self.more(folder), markdown_table(points)]
+        write_readme(folder, self.title, self.text, *below)
         print(f"{summary(points)}\n\nAll {len(points)} rows, and the figure: {folder / 'README.md'}")
 
 

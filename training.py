@@ -195,9 +195,8 @@ def descend(run: CoderRun, *, config: TrainConfig, lr: float | Float[Tensor, ""]
 
 def _side_by_side[B](function: Callable[[CoderRun], B], runs: Sequence[CoderRun], device: torch.device) -> list[B]:
     """[function(run) for run in runs]; on a CPU at once, beginning with those that took longest so far."""
-    if device.type != "cpu" or any(
-        run.coder.ranks is not ALONE for run in runs
-    ):  # one queue, or one order for all ranks
+    together = any(run.coder.ranks is not ALONE for run in runs)
+    if device.type != "cpu" or together:  # one queue, or one order for all processes
         return [function(run) for run in runs]
     order = sorted(range(len(runs)), key=lambda i: -runs[i].seconds)
     results = dict(zip(order, in_threads(function, [runs[i] for i in order])))
@@ -472,7 +471,7 @@ class _Group:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         check_dealt(len(state["store"]))
-        self.store.load_state_dict(state["store"][world().rank if world().deals("data") else 0])
+        self.store.load_state_dict(state["store"][world().part[0]])
         for run in self.runs:
             shards = [shard for _, shard in sorted(state["coders"][run.name].items())]
             names = [name for name, _ in run.coder.named_parameters()]

@@ -15,7 +15,8 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from evaluation import clean_pass
-from logs import atomic_path, read_csv, write_csv
+from logs import read_csv, write_csv
+from pareto_figure import save_figure
 from spd_replacement import SPDReplacement
 
 TABLE = "importances.csv"
@@ -124,6 +125,4 @@ def _save(figure: Figure, panels: Sequence[Any], path: Path) -> None:
         panel.spines[["top", "right"]].set_visible(False)
         panel.grid(color="#e4e4e4", linewidth=0.7)
         panel.set_axisbelow(True)
-    with atomic_path(path) as temporary:
-        figure.savefig(temporary, dpi=110, format="png")
-    plt.close(figure)
+    save_figure(figure, path)

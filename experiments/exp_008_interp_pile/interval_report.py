@@ -9,7 +9,7 @@ import torch
 
 from logs import atomic_path, write_csv
 from metrics import bootstrap_interval, document_draws
-from pareto_figure import STYLES
+from pareto_figure import STYLES, save_figure
 
 Rows = Sequence[dict[str, str]]
 
@@ -64,9 +64,7 @@ def dots(found: dict[tuple[str, str], Interval], path: Path, *, null: float, lab
         panel.spines[["top", "right"]].set_visible(False)
         panel.grid(axis="x", color="#e4e4e4", linewidth=0.7)
     panels[0][0].set_ylim(len(methods) - 0.5, -0.5)
-    with atomic_path(path) as temporary:
-        figure.savefig(temporary, dpi=130, format="png")
-    plt.close(figure)
+    save_figure(figure, path, dpi=130)
 
 
 def table(found: dict[tuple[str, str], Interval]) -> str:

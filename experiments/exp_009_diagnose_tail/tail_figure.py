@@ -7,9 +7,9 @@ from typing import NamedTuple
 import matplotlib.pyplot as plt
 from matplotlib.ticker import NullFormatter
 
-from logs import atomic_path, read_csv, write_csv
+from logs import read_csv, write_csv
 from pareto import ParetoPoint, markdown_table, read_points
-from pareto_figure import STYLES
+from pareto_figure import STYLES, save_figure
 
 COLUMNS = ("method", "k", "l0", "ce_degradation", "kl", "fvu")
 PARTS = (("importance", 1), ("firing", 1), ("norm", 2))
@@ -80,9 +80,7 @@ def draw(folder: Path, doc: str) -> None:
     for panel in panels.flat:
         panel.spines[["top", "right"]].set_visible(False)
         panel.grid(color="#e4e4e4", linewidth=0.7)
-    with atomic_path(folder / "tail.png") as temporary:
-        figure.savefig(temporary, dpi=110, format="png")
-    plt.close(figure)
+    save_figure(figure, folder / "tail.png")
     said = conclusion(rows, points)
     parts = ["# The tail of SPD", said, "![importance, firing, norm and ΔCE by rank](tail.png)", TABLE,
              markdown_table(points, COLUMNS), "```\n" + doc.strip() + "\n```"]  # fmt: skip

@@ -8,7 +8,7 @@ from jaxtyping import Float
 from recovered import permute_to_identity
 from torch import Tensor
 
-from logs import atomic_path
+from pareto_figure import save_figure
 from spd_model import ComponentModel, weight_map
 
 
@@ -48,6 +48,4 @@ def draw_directions(model: ComponentModel, path: Path) -> None:
 
 def _save(figure: plt.Figure, path: Path) -> None:
     figure.tight_layout()
-    with atomic_path(path) as temporary:
-        figure.savefig(temporary, dpi=130, format="png")
-    plt.close(figure)
+    save_figure(figure, path, dpi=130)

@@ -5,11 +5,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
-from logs import atomic_path
 from metrics import average
 from pareto import ParetoPoint, markdown_table, read_points
-from pareto_figure import ROWS
-from study import Report, summary
+from pareto_figure import ROWS, save_figure
+from study import Report, summary, write_readme
 
 COLOURS = {
     "local": "#333333", "single": "#0072B2", "frozen": "#009E73", "free": "#D55E00", "mixed": "#CC79A7",
@@ -114,9 +113,7 @@ def draw(points: Sequence[ParetoPoint], path: Path) -> None:
         grid[row][2].legend(fontsize=8, frameon=False)
     for panel in grid[-1]:
         panel.set_xlabel("active parts per module (free)")
-    with atomic_path(path) as temporary:
-        figure.savefig(temporary, format="png", dpi=110)
-    plt.close(figure)
+    save_figure(figure, path)
 
 
 @dataclass(frozen=True)
@@ -124,10 +121,8 @@ class ObjectiveReport(Report):
     """Its README shows the figure, what is additive, and all rows."""
 
     def redraw(self, folder: Path) -> None:
-        points, notes = read_points(folder / "points.csv"), folder / "notes.md"
+        points = read_points(folder / "points.csv")
         draw(points, folder / "objectives.png")
-        said = [notes.read_text().strip()] if notes.exists() else []
-        parts = [f"# {self.title}", self.text.strip(), *said, "![Cost by objective and protocol](objectives.png)"]
-        parts += [additivity_table(points), markdown_table(points)]
-        (folder / "README.md").write_text("\n\n".join(parts) + "\n")
+        below = ["![Cost by objective and protocol](objectives.png)", additivity_table(points), markdown_table(points)]
+        write_readme(folder, self.title, self.text, *below)
         print(f"{summary(points)}\n\nAll {len(points)} rows, and the figure: {folder / 'README.md'}")

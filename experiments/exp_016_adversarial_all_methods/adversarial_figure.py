@@ -4,8 +4,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from logs import atomic_path, read_csv
-from pareto_figure import STYLES, base
+from logs import read_csv
+from pareto_figure import STYLES, base, save_figure
+from study import write_readme
 
 
 class Row(NamedTuple):
@@ -30,17 +31,9 @@ class Row(NamedTuple):
 
 def redraw(folder: Path, text: str) -> None:
     """Figure and README from adversarial.csv alone; `text` says what it is about, a notes.md there what was found."""
-    rows, notes = read_csv(folder / "adversarial.csv"), folder / "notes.md"
+    rows = read_csv(folder / "adversarial.csv")
     draw(rows, folder / "adversarial.png")
-    said = [notes.read_text().strip()] if notes.exists() else []
-    parts = [
-        "# One adversary for every method",
-        text.strip(),
-        *said,
-        "![Cost by steps](adversarial.png)",
-        table(rows),
-    ]
-    (folder / "README.md").write_text("\n\n".join(parts) + "\n")
+    write_readme(folder, "One adversary for every method", text, "![Cost by steps](adversarial.png)", table(rows))
 
 
 def table(rows: Sequence[dict[str, str]]) -> str:
@@ -92,6 +85,4 @@ def draw(rows: Sequence[dict[str, str]], path: Path) -> None:
         panel.grid(True, color="#e4e4e4", linewidth=0.7)
     panels[0].set_ylabel("ΔCE on the attacked text (nats per token)")
     panels[0].legend(fontsize=8, frameon=False, title="own gates; dotted: dealt at random", title_fontsize=8)
-    with atomic_path(path) as temporary:
-        figure.savefig(temporary, format="png", dpi=110)
-    plt.close(figure)
+    save_figure(figure, path)

@@ -6,10 +6,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
-from logs import atomic_path, read_csv
+from logs import read_csv
 from pareto import ParetoPoint, markdown_table, read_points
-from pareto_figure import ROWS
-from study import Report, summary
+from pareto_figure import ROWS, save_figure
+from study import Report, summary, write_readme
 
 sys.path.append(str(Path(__file__).parents[1] / "exp_008_interp_pile"))
 from interval_report import dots, means, table  # noqa: E402
@@ -115,9 +115,7 @@ def draw(rows: Sequence[dict[str, str]], points: Sequence[ParetoPoint], path: Pa
     figure.legend(
         *grid[-1][0].get_legend_handles_labels(), loc="outside lower center", ncols=7, fontsize=8, frameon=False
     )
-    with atomic_path(path) as temporary:
-        figure.savefig(temporary, format="png", dpi=110)
-    plt.close(figure)
+    save_figure(figure, path)
 
 
 @dataclass(frozen=True)
@@ -125,17 +123,14 @@ class DictionaryReport(Report):
     """Its README shows what is kept, how latents score, and all rows."""
 
     def redraw(self, folder: Path) -> None:
-        points, rows, notes = read_points(folder / "points.csv"), read_csv(folder / "shares.csv"), folder / "notes.md"
+        points, rows = read_points(folder / "points.csv"), read_csv(folder / "shares.csv")
         draw(rows, points, folder / "dictionaries.png")
-        said = [notes.read_text().strip()] if notes.exists() else []
-        parts = [f"# {self.title}", self.text.strip(), *said, "![Cost by what is learnt](dictionaries.png)"]
-        parts.append(share_table(rows))
+        below = ["![Cost by what is learnt](dictionaries.png)", share_table(rows)]
         found = read_csv(folder / "scores.csv")
         for score, (null, label) in SCORES.items():
             own = [row | {"group": score} for row in found if row["score"] == score]
             by_method = means(own, "group", "value")
             dots(by_method, folder / f"{score}.png", null=null, label=label)
-            parts += [f"![{score}]({score}.png)", table(by_method)]
-        parts.append(markdown_table(points))
-        (folder / "README.md").write_text("\n\n".join(parts) + "\n")
+            below += [f"![{score}]({score}.png)", table(by_method)]
+        write_readme(folder, self.title, self.text, *below, markdown_table(points))
         print(f"{summary(points)}\n\nAll {len(points)} rows, and the figures: {folder / 'README.md'}")

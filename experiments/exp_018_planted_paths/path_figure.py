@@ -4,8 +4,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from logs import atomic_path, read_csv
+from logs import read_csv
 from metrics import average
+from pareto_figure import save_figure
+from study import write_readme
 
 COLOURS = {
     "exact": "#000000", "lookup": "#8a8a8a", "transcoder": "#0072B2", "transcoder-skip": "#56B4E9", "clt": "#D55E00",
@@ -104,15 +106,11 @@ def draw(rows: Sequence[dict[str, str]], path: Path) -> None:
         panel.set_xlabel("active parts per layer and token")
     handles, labels = grid[0][0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=5, frameon=False, fontsize=9)
-    with atomic_path(path) as temporary:
-        figure.savefig(temporary, format="png", dpi=100)
-    plt.close(figure)
+    save_figure(figure, path, dpi=100)
 
 
 def redraw(folder: Path, text: str) -> None:
     """Figure and README from points.csv alone; `text` says what it is about, a notes.md there what was found."""
-    rows, notes = read_csv(folder / "points.csv"), folder / "notes.md"
+    rows = read_csv(folder / "points.csv")
     draw(rows, folder / "paths.png")
-    said = [notes.read_text().strip()] if notes.exists() else []
-    parts = ["# Planted paths", text.strip(), *said, "![Scores by sparsity](paths.png)", table(rows)]
-    (folder / "README.md").write_text("\n\n".join(parts) + "\n")
+    write_readme(folder, "Planted paths", text, "![Scores by sparsity](paths.png)", table(rows))

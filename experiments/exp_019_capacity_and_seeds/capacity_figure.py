@@ -4,9 +4,10 @@ from pathlib import Path
 
 from unit_tables import Rows, alive_table, children_table, cost_table, distinct, ladder, mean_of, neighbour_table
 
-from logs import atomic_path, read_csv
+from logs import read_csv
 from metrics import average
-from pareto_figure import STYLES, base
+from pareto_figure import STYLES, base, save_figure
+from study import write_readme
 
 LEVELS = (0.1, 0.2, 0.3, 0.5, 1, 2, 5)  # ticks, nats
 RHO_STYLE = {"1e-06": "-", "1e-05": "--", "0.0001": "-.", "0.001": ":"}
@@ -18,12 +19,10 @@ def redraw(folder: Path, text: str) -> None:
         read_csv(folder / f"{name}.csv") for name in ("costs", "alive", "neighbours", "children")
     )
     draw(costs, alive, neighbours, children, folder / "capacity.png")
-    notes = folder / "notes.md"
-    said = [notes.read_text().strip()] if notes.exists() else []
-    parts = ["# Capacity and seeds", text.strip(), *said, "![By capacity](capacity.png)"]
-    parts += [cost_table(costs), alive_table(alive), neighbour_table(neighbours), children_table(children)]
-    (folder / "README.md").write_text("\n\n".join(parts) + "\n")
-    print(f"{parts[-4]}\n\nAll tables, and the figure: {folder / 'README.md'}")
+    first = cost_table(costs)
+    others = [alive_table(alive), neighbour_table(neighbours), children_table(children)]
+    write_readme(folder, "Capacity and seeds", text, "![By capacity](capacity.png)", first, *others)
+    print(f"{first}\n\nAll tables, and the figure: {folder / 'README.md'}")
 
 
 def draw(costs: Rows, alive: Rows, neighbours: Rows, children: Rows, path: Path) -> None:
@@ -107,6 +106,4 @@ def draw(costs: Rows, alive: Rows, neighbours: Rows, children: Rows, path: Path)
             panel.legend(fontsize=7, frameon=False)
     for panel in grid[-1]:
         panel.set_xlabel("capacity")
-    with atomic_path(path) as temporary:
-        figure.savefig(temporary, format="png", dpi=110)
-    plt.close(figure)
+    save_figure(figure, path)

@@ -5,8 +5,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from logs import atomic_path, read_csv
-from pareto_figure import STYLES, base
+from logs import read_csv
+from pareto_figure import STYLES, base, save_figure
+from study import write_readme
 
 UNITS = {"own": "full", "random": "none", "control": "full"}
 
@@ -124,17 +125,12 @@ def draw(rows: Sequence[dict[str, str]], path: Path) -> None:
         panel.axvline(0, color="#8a8a8a", linewidth=0.8)
         panel.set(title=title, xlabel="nats per token, at equal KL on neutral text")
         panel.grid(True, axis="x", color="#e4e4e4", linewidth=0.7)
-    with atomic_path(path) as temporary:
-        figure.savefig(temporary, format="png", dpi=100)
-    plt.close(figure)
+    save_figure(figure, path, dpi=100)
 
 
 def redraw(folder: Path, text: str) -> None:
     """Figure and README from points.csv alone; `text` says what it is about, a notes.md there what was found."""
-    rows, notes = read_csv(folder / "points.csv"), folder / "notes.md"
+    rows = read_csv(folder / "points.csv")
     draw(rows, folder / "selectivity.png")
-    said = [notes.read_text().strip()] if notes.exists() else []
-    parts = ["# Steering and ablation", text.strip(), *said, "![Selectivity by method](selectivity.png)"]
-    parts += [table(rows, "ablation"), table(rows, "steering")]
-    parts += [(by_topic.__doc__ or "").strip(), by_topic(rows)]
-    (folder / "README.md").write_text("\n\n".join(parts) + "\n")
+    below = ["![Selectivity by method](selectivity.png)", table(rows, "ablation"), table(rows, "steering")]
+    write_readme(folder, "Steering and ablation", text, *below, (by_topic.__doc__ or "").strip(), by_topic(rows))
