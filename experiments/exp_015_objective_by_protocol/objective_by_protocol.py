@@ -1,7 +1,8 @@
 """What does a coder gain from being trained on the model's output, and under which protocols does it keep the gain?
 
 SAEs, transcoders, skip transcoders and CLTs at every k, at equal training tokens: on what their layers write (N tokens), the
-same (N / 2) and then on the KL of the output under one protocol or a mixture of them (N / 2), or on that KL from scratch (N).
+same (N / 2, SmolLM2: 4 N / 5) and then on the KL of the output under one protocol or a mixture of them (the rest), or on that KL
+from scratch (N).
 Each is measured under every protocol; beside them SPD, whose objective is the KL, and the baselines. Additivity is the cost of
 all layers together over the sum of each alone: 1 where errors are independent, far below where layers repair each other.
 
@@ -42,7 +43,8 @@ class Settings(CoderStudySettings):
     kinds: tuple[Kind, ...] = ("sae", "transcoder", "transcoder-skip", "clt")
     layers: tuple[int, ...] = (0, 1, 2, 3)
     top_k: tuple[int, ...] = (8, 16, 32)  # active latents per token and layer
-    tuned: tuple[CoderObjective, ...] = ("single", "frozen", "free", "mixed")  # half of the tokens on the KL
+    tuned: tuple[CoderObjective, ...] = ("single", "frozen", "free", "mixed")  # trained locally, then on the KL
+    tuned_share: float = 0.5  # of the tokens, on the KL
     scratch: tuple[CoderObjective, ...] = ("free",)  # all of the tokens on the KL
     local: float = 0.0  # weight of the local loss beside the KL
     n_seeds: int = 3  # from `seed` on
@@ -56,9 +58,9 @@ PRESETS = (
         target="tiny", d_dict=1536, tokens=1_000_000, batch=2048, eval_tokens=102_400, n_seeds=1, device="cpu"
     ),
     Settings(
-        target="smollm2", layers=(8, 9, 10, 11), kinds=("transcoder", "transcoder-skip"), top_k=(16,), tuned=("free", "mixed"),
-        scratch=(), d_dict=2304, tokens=1_200_000, batch=2048, eval_tokens=32_768, n_seeds=1, spd=False, device="cpu",
-        output=Path(__file__).parent / "output" / "smollm2",
+        target="smollm2", layers=(8, 9, 10, 11), kinds=("transcoder", "transcoder-skip"), top_k=(16,), tuned=("free",),
+        tuned_share=0.2, scratch=(), d_dict=2304, tokens=750_000, batch=2048, eval_tokens=10_240, n_seeds=1, spd=False,
+        device="cpu", output=Path(__file__).parent / "output" / "smollm2",
     ),
 )  # fmt: skip
 REPORT = ObjectiveReport("Objective by protocol", __doc__)
@@ -83,14 +85,14 @@ def objective(s: Settings, name: CoderObjective) -> Output:
 def train(s: Settings, target: TargetModel, seed: int) -> list[Checkpoint]:
     """Coders of every kind, k and objective, all of an objective on one stream."""
     asked = [config for kind in s.kinds for config in configs(s, target, kind)]
-    half, folder = s.tokens // 2, checkpoint_folder(s.target)
+    on_output, folder = round(s.tuned_share * s.tokens), checkpoint_folder(s.target)
 
     def local(tokens: int) -> list[Checkpoint]:
         return train_coders(asked, target, tokens=tokens, batch=s.batch, seed=seed, folder=folder / f"n{tokens}")
 
     sizes = {"target": target, "batch": s.batch, "seed": seed, "folder": folder}
-    starts = local(half) if s.tuned else []
-    tuned = [tune_coders(starts, tokens=half, objective=objective(s, name), **sizes) for name in s.tuned]
+    starts = local(s.tokens - on_output) if s.tuned else []
+    tuned = [tune_coders(starts, tokens=on_output, objective=objective(s, name), **sizes) for name in s.tuned]
     scratch = [train_coders(asked, tokens=s.tokens, objective=objective(s, name), **sizes) for name in s.scratch]
     return [checkpoint for group in (local(s.tokens), *tuned, *scratch) for checkpoint in group]
 
