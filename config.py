@@ -415,7 +415,8 @@ class SPDTrainConfig:
     """How an SPD is trained. Defaults are those of the toys."""
 
     steps: int
-    lr: float  # peak learning rate (no weight decay)
+    lr: float  # peak learning rate of components, and of gates without one of their own (no weight decay)
+    gate_lr: float | None = None  # peak learning rate of gates; None: lr
     recon: tuple[Recon | Merged, ...]
     minimality: Lp | SmoothL0
     aim: Aim | None = None  # None: minimality's coefficient stays

@@ -49,12 +49,13 @@ class Batches(Protocol):
     def load_state_dict(self, state: dict[str, Any]) -> None: ...
 
 
-def scheduled_rate(config: SPDTrainConfig, step: int) -> float:
+def schedule(config: SPDTrainConfig, step: int) -> float:
+    """The fraction of their peak that learning rates have at a step."""
     rise = min(1.0, (step + 1) / max(1.0, config.warmup * config.steps))
     if config.schedule == "constant":
-        return config.lr * rise
+        return rise
     fall = config.final + (1 - config.final) * 0.5 * (1 + math.cos(math.pi * step / config.steps))
-    return config.lr * rise * fall
+    return rise * fall
 
 
 def on_or_off(g_lo: Float[Tensor, "*batch"], straight_through: bool) -> Float[Tensor, "*batch"]:
@@ -73,18 +74,17 @@ class SPDTrainer:
         self.generator = torch.Generator(next(model.parameters()).device).manual_seed(seed)
         weights = [p for part in model.components.values() for p in part.parameters()]
         self.weights = weights
-        matrices, vectors = [], [weights, list(model.importances.parameters())]
-        if config.optimiser == "muon":
-            matrices = [p for group in vectors for p in group if p.ndim == 2]
-            vectors = [[p for p in group if p.ndim != 2] for group in vectors]
-            assert model.stack is None, "Muon takes matrices one by one: it does not train stacked toys"
-        self.optimiser = torch.optim.AdamW(
-            [{"params": group} for group in vectors], lr=config.lr, weight_decay=0.0, fused=True
+        peaks = [(weights, config.lr), (list(model.importances.parameters()), config.gate_lr or config.lr)]
+        by_muon = config.optimiser == "muon"
+        assert not by_muon or model.stack is None, "Muon takes matrices one by one: it does not train stacked toys"
+        matrices, vectors = (
+            [{"params": [p for p in own if (by_muon and p.ndim == 2) == matrix], "peak": peak} for own, peak in peaks]
+            for matrix in (True, False)
         )
+        self.optimiser = torch.optim.AdamW(vectors, weight_decay=0.0, fused=True)
         self.optimisers: list[torch.optim.Optimizer] = [self.optimiser]
-        if matrices:  # its steps as long as AdamW's at an equal rate
-            muon = torch.optim.Muon(matrices, lr=config.lr, weight_decay=0.0, adjust_lr_fn="match_rms_adamw")
-            self.optimisers.append(muon)
+        if by_muon:  # its steps as long as AdamW's at an equal rate
+            self.optimisers.append(torch.optim.Muon(matrices, weight_decay=0.0, adjust_lr_fn="match_rms_adamw"))
         self.adversaries = {
             i: self._adversary(term).to(weights[0].device)
             for i, term in enumerate(config.recon) if isinstance(term, Merged) or term.source == "persistent"
@@ -205,7 +205,7 @@ class SPDTrainer:
             torch.nn.utils.clip_grad_norm_(self.weights, c.clip)
         for optimiser in self.optimisers:
             for group in optimiser.param_groups:
-                group["lr"] = scheduled_rate(c, self.steps_done)
+                group["lr"] = group["peak"] * schedule(c, self.steps_done)
             optimiser.step()
             optimiser.zero_grad(set_to_none=True)
         self.steps_done += 1

@@ -159,6 +159,28 @@ VARIANTS = {
     ),
     "all-merged": ALL.but(recon=recon(Merged(coefficient=1.0), DEPLOYED, RUNNING)),
 }
+# One thing of the shipped recipe changed, at the L0 that it aims at.
+SHIPPED = VARIANTS["aimed-deployed"]
+ADVERSARY, *_ = SHIPPED.train.recon
+VARIANTS |= {
+    "shipped-lr-5e-4": SHIPPED.but(lr=5e-4, gate_lr=1e-3),
+    "shipped-lr-2e-3": SHIPPED.but(lr=2e-3, gate_lr=1e-3),
+    "shipped-gates-5e-4": SHIPPED.but(gate_lr=5e-4),
+    "shipped-gates-2e-3": SHIPPED.but(gate_lr=2e-3),
+    "shipped-gates-4e-3": SHIPPED.but(gate_lr=4e-3),
+    "shipped-muon": SHIPPED.but(optimiser="muon"),
+    "shipped-lp": SHIPPED.but(minimality=lp(3e-4)),
+    "shipped-without-adversary": SHIPPED.but(recon=recon(DEPLOYED_THROUGH, RUNNING_THROUGH)),
+    "shipped-stochastic": SHIPPED.but(recon=(replace(SUBSETS, coefficient=0.1), *SHIPPED.train.recon[1:])),
+    "shipped-without-running": SHIPPED.but(recon=(ADVERSARY, replace(DEPLOYED_THROUGH, coefficient=0.9))),
+    "shipped-not-through": SHIPPED.but(
+        recon=(ADVERSARY, *(replace(term, coefficient=0.45) for term in (DEPLOYED, RUNNING)))
+    ),
+    "shipped-least-squares": SHIPPED.but(start="least_squares"),
+    "shipped-frequency": SHIPPED.but(frequency=Frequency(coefficient=1.6e-5, positions=1e6)),
+    "shipped-relative": SHIPPED.but(relative=True, faithfulness=200.0),
+    "shipped-causal": replace(SHIPPED, gate=CAUSAL),
+}
 
 
 # ---------------------------------------------------------------------------------------------------------- measuring
@@ -185,7 +207,7 @@ def measured(
         row |= {f"l0_{point.protocol}": point.l0, f"dce_{point.protocol}": point.ce_degradation}
         row[f"kl_{point.protocol}"] = point.kl
     attacked = SPDTrainer(model, replace(variant.train, recon=(PGD,), optimiser="adamw"), args.half)
-    row["kl_pgd20"] = pgd_kl(attacked, text.tokens[:64].to(target.device))
+    row["kl_pgd20"] = pgd_kl(attacked, text.tokens[: args.attacked].to(target.device))
     return {name: round(value, 4) for name, value in row.items()}
 
 
@@ -288,6 +310,7 @@ def settings() -> argparse.Namespace:
     add("--tokens", type=int, default=50_000_000, help="--train: at most")
     add("--minutes", type=float, default=20.0, help="--train: of the first call")
     add("--eval-tokens", type=int, default=32_768)
+    add("--attacked", type=int, default=64, help="sequences under PGD")
     add("--text", type=Path, default=HERE / "tokens", help="the token folder")
     add("--table", type=Path, default=HERE / "results" / "spd_recipes.csv")
     add("--output", type=Path, default=HERE / "results" / "spd_tiny", help="--train: folder of the checkpoint")

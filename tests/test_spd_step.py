@@ -329,14 +329,15 @@ assert [round(rate(step), 6) for step in STEPS] == [0.005, 0.011, 0.002111]
         CONFIG,
         OF_TODAY,
         dataclasses.replace(CONFIG, distance="mse", split=True, clip=None),
-        dataclasses.replace(CONFIG, recon=TERMS[:1], faithfulness=0.0, clip=1e3),
+        dataclasses.replace(CONFIG, recon=TERMS[:1], faithfulness=0.0, clip=1e3, gate_lr=5e-3),
     ],
     ids=["all", "today", "split", "one"],
 )
 def test_a_step_is_that_of_the_equations(config: SPDTrainConfig) -> None:
     """Readings, gradient, rate, parameters, persistent sources and firing rates, at the first step, in the middle and at the
     last."""
-    trainer, got, reference = SPDTrainer(component_model(), config, False), [], Adam((0.9, 0.999))
+    trainer, got = SPDTrainer(component_model(), config, False), []
+    references = [(True, config.lr, Adam((0.9, 0.999))), (False, config.gate_lr or config.lr, Adam((0.9, 0.999)))]
     ascend = {
         i: Adam((0.01, 0.99) if isinstance(config.recon[i], Merged) else (0.5, 0.99)) for i in trainer.adversaries
     }
@@ -359,11 +360,14 @@ def test_a_step_is_that_of_the_equations(config: SPDTrainConfig) -> None:
             weights = {name: own for name, own in g.items() if name.startswith("_components")}
             assert (norm(weights) > config.clip) == (config.clip == 1), f"{norm(weights)=}"
             g |= clipped(weights, config.clip)
-        after = reference(equations.p, g, rate(step))
+        after = {}
+        for of_components, peak, reference in references:
+            own = {name: part for name, part in g.items() if name.startswith("_components") == of_components}
+            after |= reference(equations.p, own, rate(step) * peak / config.lr)
         torch.testing.assert_close(trainer.step(x).double(), torch.stack(readings).detach(), rtol=1e-5, atol=1e-6)
         assert len(got) == t + 1, "the optimiser takes one step"
         gradients, rates = got[t]
-        assert rates == pytest.approx([rate(step)] * 2)
+        assert rates == pytest.approx([rate(step) * peak / config.lr for _, peak, _ in references])
         for name, own in trainer.model.named_parameters():
             size = g[name].abs().max().item()
             torch.testing.assert_close(gradients[name], g[name], rtol=1e-4, atol=1e-5 * size, msg=f"gradient {name}")
