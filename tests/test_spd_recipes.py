@@ -31,7 +31,7 @@ def args(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> argparse.Namespace:
     monkeypatch.setenv("WANDB_MODE", "disabled")
     return argparse.Namespace(
         device="cpu", half=False, text=tmp_path, table=tmp_path / "table.csv", output=tmp_path / "out", steps=1, batch=4,
-        eval_tokens=128, minutes=5.0, tokens=2 * 4 * 32,
+        eval_tokens=128, attacked=4, minutes=5.0, tokens=2 * 4 * 32,
     )  # fmt: skip
 
 
