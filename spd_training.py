@@ -49,7 +49,7 @@ class Batches(Protocol):
     def load_state_dict(self, state: dict[str, Any]) -> None: ...
 
 
-def schedule(config: SPDTrainConfig, step: int) -> float:
+def share_of_peak(config: SPDTrainConfig, step: int) -> float:
     """The fraction of their peak that learning rates have at a step."""
     rise = min(1.0, (step + 1) / max(1.0, config.warmup * config.steps))
     if config.schedule == "constant":
@@ -205,7 +205,7 @@ class SPDTrainer:
             torch.nn.utils.clip_grad_norm_(self.weights, c.clip)
         for optimiser in self.optimisers:
             for group in optimiser.param_groups:
-                group["lr"] = group["peak"] * schedule(c, self.steps_done)
+                group["lr"] = group["peak"] * share_of_peak(c, self.steps_done)
             optimiser.step()
             optimiser.zero_grad(set_to_none=True)
         self.steps_done += 1

@@ -53,7 +53,7 @@ from config import (
     SPDConfig,
     SPDTrainConfig,
 )
-from devices import check_device, device_name
+from devices import bf16_is_fast, check_device, device_name
 from evaluation import evaluate, held_out
 from logs import errors_in_one_line, git_commit, write_json
 from spd_model import ComponentModel
@@ -321,7 +321,7 @@ def main() -> None:
     errors_in_one_line()
     os.environ["WANDB_MODE"] = "disabled"
     args = settings()
-    args.half = args.device == "cuda"
+    args.half = bf16_is_fast(torch.device(args.device))
     if args.train:
         return train(args, args.train)
     compare(args, args.only)

@@ -253,7 +253,7 @@ DECOMPOSITIONS = [
     ),
     Mutation("weight decay", "spd_training.py", "weight_decay=0.0, fused", "weight_decay=0.1, fused", f"{SPD}[one]"),
     Mutation(
-        "rate not scheduled", "spd_training.py", 'group["peak"] * schedule(c, self.steps_done)', 'group["peak"]', SPD_RATES,
+        "rate not scheduled", "spd_training.py", 'group["peak"] * share_of_peak(c, self.steps_done)', 'group["peak"]', SPD_RATES,
     ),
     Mutation("gates at the components' rate", "spd_training.py", "config.gate_lr or config.lr", "config.lr", f"{SPD}[one]"),
     Mutation(

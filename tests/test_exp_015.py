@@ -5,13 +5,13 @@ import sys
 from pathlib import Path
 
 import pytest
-from objective_figure import Cost, costs, split
 from small import make_small_target, write_corpus
 
 import baselines
 import checkpoints
 import output_training
 import target_models
+from additivity import Cost, costs, split
 from pareto import read_points
 from recipes import SPDRecipe, train_decomposition
 

@@ -2,9 +2,10 @@
 
 Transcoders, CLTs and SAEs at the k they were trained for (exp_010, exp_003), SPD at its own thresholds, neurons, and the
 baselines, all MLPs replaced at once. Coders and neurons stand there with an equal k in every layer, and better: transcoders of
-a sweep recombined (`by_layer`), CLTs, SAEs and neurons by one threshold over all layers (`joint`; allocation.py). Panels by
-x-axis, rows by protocol; every method under every protocol; training tokens, gate parameters and training time stand in the
-table.
+a sweep recombined (`by_layer`), CLTs, SAEs and neurons by one threshold over all layers (`joint`; allocation.py). Sets of one k
+are also trained further on the KL of the model's output (`kl-free`), beside sets trained locally for about as many seconds more
+(`longer`). Panels by x-axis, rows by protocol; every method under every protocol; training tokens, gate parameters and training
+time stand in the table. Additivity is the cost of all layers together over the sum of each alone.
 
     python experiments/exp_011_pareto_trained_all_layers/pareto_trained_all_layers.py                # pile: GPU, network
     python experiments/exp_011_pareto_trained_all_layers/pareto_trained_all_layers.py --target tiny  # offline
@@ -12,16 +13,19 @@ table.
     … --replot draws the figure again from points.csv
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from additivity import additivity_table
 from allocation import by_layer, jointly
 from baselines import baselines
-from checkpoints import checkpoint_folder
+from checkpoints import Checkpoint, checkpoint_folder
 from coder_replacements import as_replacements
-from config import BatchTopK
-from evaluation import evaluate, held_out
-from recipes import clt_configs, sae_configs, train_coders, transcoder_configs
+from config import BatchTopK, Output
+from evaluation import PROTOCOLS, evaluate, held_out
+from pareto import read_points
+from recipes import clt_configs, sae_configs, train_coders, transcoder_configs, tune_coders
 from replacement import Replacement
 from spd_replacement import spd_replacements
 from spd_runs import find_spd
@@ -39,6 +43,9 @@ class Settings(CoderStudySettings):
     clt_top_k: tuple[int, ...] = (8, 16, 64)  # of the CLTs, per layer
     sae_top_k: tuple[int, ...] = (16, 64)  # of the SAEs of MLP outputs
     neurons: tuple[int, ...] = (8, 32, 128, 512)
+    tuned_k: int = 16  # of the transcoders, CLTs and SAEs that are trained further
+    tune_tokens: int = 60_000_000  # of that training, on the model's output under `free`; 0: none
+    longer: int = 160_000_000  # tokens of local training beyond `tokens` that take about as many seconds
     n_seeds: int = 1  # trainings of every coder, with seeds from `seed` on
     spd: bool = True  # the target's decomposition (exp_004's) beside them
     output: Path = HERE / "output"
@@ -48,29 +55,50 @@ PRESETS = (
     Settings(),
     Settings(
         target="tiny", clt_top_k=(8, 16), d_dict=1536, tokens=1_000_000, batch=2048, eval_tokens=30_720, device="cpu",
-        n_seeds=3,
+        tune_tokens=120_000, longer=330_000, n_seeds=3,
     ),
     Settings(
         target="smollm2", layers=(8, 9, 10), top_k=(16, 32, 64), clt_top_k=(32,), sae_top_k=(32,), neurons=(64, 256),
-        d_dict=2304, tokens=204_800, batch=2048, eval_tokens=10_240, spd=False, device="cpu",
+        d_dict=2304, tokens=204_800, tune_tokens=0, batch=2048, eval_tokens=10_240, spd=False, device="cpu",
         output=HERE / "output" / "smollm2",
     ),
 )  # fmt: skip
-REPORT = Report("Natively trained coders, all MLPs replaced", __doc__)
+
+
+def additive(folder: Path) -> list[str]:
+    """The table of it, where layers were measured alone."""
+    points = read_points(folder / "points.csv")
+    return [additivity_table(points)] if any(p.protocol == "single" for p in points) else []
+
+
+REPORT = Report("Natively trained coders, all MLPs replaced", __doc__, additive)
 
 
 def trained(s: Settings, target: TargetModel, seed: int) -> list[Replacement]:
-    """Coders of one seed at their own k's, and with their k's shared out over the layers."""
+    """Coders of one seed at their own k's, with their k's shared out over the layers, and trained further."""
     kinds = ((transcoder_configs, s.top_k), (clt_configs, s.clt_top_k), (sae_configs, s.sae_top_k))
-    configs = [
+    own = [
         config
         for build, ks in kinds
         for config in build(target, layers=s.layers, rules=[BatchTopK(k) for k in ks], d_dict=s.d_dict)
     ]
-    folder = checkpoint_folder(s.target)
-    coders = train_coders(configs, target, tokens=s.tokens, batch=s.batch, seed=seed, folder=folder)
+    sizes = {"batch": s.batch, "seed": seed, "folder": checkpoint_folder(s.target)}
+    coders = train_coders(own, target, tokens=s.tokens, **sizes)
     swept, others = ([c for c in coders if (c.coder.config.kind == "transcoder") == is_so] for is_so in (True, False))
-    return [*as_replacements(coders), *by_layer(target, swept), *jointly(target, as_replacements(others))]
+    allocated = [*by_layer(target, swept), *jointly(target, as_replacements(others))]
+    return [*as_replacements(coders), *allocated, *(further(s, target, seed, coders) if s.tune_tokens else [])]
+
+
+def further(s: Settings, target: TargetModel, seed: int, coders: Sequence[Checkpoint]) -> list[Replacement]:
+    """Sets of one k of every kind: on the model's output, and locally for about as long."""
+    sizes = {"batch": s.batch, "seed": seed, "folder": checkpoint_folder(s.target)}
+    starts = [c for c in coders if c.coder.k == s.tuned_k]
+    tuned = tune_coders(starts, target, tokens=s.tune_tokens, objective=Output("free"), **sizes)
+    again = [c.coder.config for c in starts]
+    longer = as_replacements(train_coders(again, target, tokens=s.tokens + s.longer, **sizes))
+    for replacement in longer:
+        replacement.method = f"{replacement.method}-longer"
+    return [*as_replacements(tuned), *longer]
 
 
 def main(s: Settings) -> None:
@@ -79,8 +107,7 @@ def main(s: Settings) -> None:
     spd = spd_replacements(target, find_spd(target, s.layers), s.layers) if s.spd else []  # there may be none
     coders = [replacement for seed in range(s.seed, s.seed + s.n_seeds) for replacement in trained(s, target, seed)]
     replacements = [*coders, *spd, *baselines(target, s.layers, s.neurons)]
-    measured = evaluate(target, replacements, held_out(target, s.eval_tokens), ("frozen", "gates", "free"))
-    REPORT.write(s, measured)
+    REPORT.write(s, evaluate(target, replacements, held_out(target, s.eval_tokens), PROTOCOLS))
 
 
 if __name__ == "__main__":

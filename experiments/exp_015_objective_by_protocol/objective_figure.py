@@ -3,8 +3,8 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
 
+from additivity import NO_CODERS, additivity_table, costs, split
 from metrics import average
 from pareto import ParetoPoint, markdown_table, read_points
 from pareto_figure import ROWS, save_figure
@@ -13,63 +13,6 @@ from study import Report, summary, write_readme
 COLOURS = {
     "local": "#333333", "single": "#0072B2", "frozen": "#009E73", "free": "#D55E00", "mixed": "#CC79A7",
 }  # fmt: skip
-BASELINES = ("identity", "affine", "mean", "zero", "neurons", "spd")
-HEAD = (
-    "| method | objective | k | seeds | L0 (free) | Σ single | frozen | free | A frozen | A free | training s |\n"
-    + "|---" * 11
-    + "|"
-)
-
-
-class Cost(NamedTuple):
-    """ΔCE of one set of coders, in nats, under every protocol."""
-
-    l0: float  # active parts per module, free
-    single: float  # Σ over layers
-    frozen: float
-    free: float
-    seconds: float
-
-    def additivity(self, protocol: str) -> str:
-        """Cost of all layers over the sum of each alone; void where layers alone cost nothing."""
-        return f"{getattr(self, protocol) / self.single:.2f}" if self.single > 0 else "–"
-
-
-def split(method: str) -> tuple[str, str]:
-    """(kind, objective): `transcoder-skip-kl-free-scratch` is a skip transcoder of `free-scratch`."""
-    kind, _, trained_for = method.partition("-kl-")
-    return kind, trained_for or "local"
-
-
-def costs(points: Sequence[ParetoPoint]) -> dict[tuple[str, int | None], list[Cost]]:
-    """(method, k) → one cost per seed."""
-    sets: dict[tuple[str, int | None, int | None], list[ParetoPoint]] = {}
-    for p in points:
-        sets.setdefault((p.method, p.k, p.seed), []).append(p)
-    found: dict[tuple[str, int | None], list[Cost]] = {}
-    for (method, k, _), own in sets.items():
-        alone = [p.ce_degradation for p in own if p.protocol == "single"]
-        (frozen,), (free,) = ([p for p in own if p.protocol == protocol] for protocol in ("frozen", "free"))
-        seconds = free.train_seconds or 0.0
-        cost = Cost(free.l0 or 0.0, sum(alone), frozen.ce_degradation, free.ce_degradation, seconds)
-        found.setdefault((method, k), []).append(cost)
-    return found
-
-
-def additivity_table(points: Sequence[ParetoPoint]) -> str:
-    """Means over seeds."""
-    rows = [HEAD]
-    for (method, k), own in costs(points).items():
-        mean = Cost(*map(average, zip(*own)))
-        kind, trained_for = split(method)
-        trained_for = trained_for if kind.split("-")[0] not in BASELINES else ""
-        cells = [
-            kind, trained_for, "" if k is None else k, len(own), f"{mean.l0:.1f}" if mean.l0 else "",
-            *(f"{value:.3f}" for value in (mean.single, mean.frozen, mean.free)), mean.additivity("frozen"),
-            mean.additivity("free"), f"{mean.seconds:,.0f}" if mean.seconds else "",
-        ]  # fmt: skip
-        rows.append(f"| {' | '.join(map(str, cells))} |")
-    return "\n".join(rows)
 
 
 def draw(points: Sequence[ParetoPoint], path: Path) -> None:
@@ -80,7 +23,7 @@ def draw(points: Sequence[ParetoPoint], path: Path) -> None:
     import matplotlib.pyplot as plt
 
     found = costs(points)
-    kinds = list(dict.fromkeys(split(method)[0] for method, _ in found if method.split("-")[0] not in BASELINES))
+    kinds = list(dict.fromkeys(split(method)[0] for method, _ in found if method.split("-")[0] not in NO_CODERS))
     layers = max(len(p.layers) for p in points)
     l0 = [cost.l0 for (method, _), own in found.items() if split(method)[0] in kinds for cost in own]
     wide = max(l0) > 2 * min(l0)  # one k alone needs no logarithm
