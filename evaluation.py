@@ -9,14 +9,14 @@
 
 The original model runs once per batch and serves every replacement; logits live no longer than their batch. On a CPU batches
 are shared out to copies of the process, and what they add up is put together in their order. A run begins
-with the first layer it replaces, on the stream that the original model gave it: nothing before it differs. Rows that
+before the first MLP it replaces, with what the original model computed until then: nothing before it differs. Rows that
 mean the same run (the mean's under every protocol; `single` of a one-layer replacement and its `frozen`) share it.
 CE is over predicted tokens and KL over positions; FVU, L0 and firing leave each sequence's first position out, which
 `replaced_logits` leaves to the model. Every row's bootstrap draws the same documents.
 """
 
 from collections.abc import Sequence
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 from jaxtyping import Float, Int
@@ -29,7 +29,7 @@ from logs import git_commit
 from losses import Original, sequence_losses
 from metrics import OriginalTally, Sums, Tally, document_draws, layer_points, pair_points, point
 from pareto import Identity, LayerPoint, PairPoint, ParetoPoint
-from patching import Captured, kept_inputs, kept_streams, resumed
+from patching import Begun, Captured, kept_inputs, kept_streams, resumed
 from python_corpus import Split
 from replacement import Observer, Pass, Replacement, replaced_logits
 from target_models import TargetModel, writer_parameters
@@ -168,10 +168,10 @@ class CleanPass(NamedTuple):
 
     logits: Float[Tensor, "batch seq vocab"]
     activations: Captured  # of all layers that are replaced or read
-    streams: dict[int, Any]  # what each layer was given by the block before it
+    streams: dict[int, Begun]  # what was computed before each layer's MLP
 
-    def stream(self, layers: Sequence[int]) -> tuple[int, Any]:
-        """The block with which a run that replaces `layers` may begin, and what it is given; block 0 needs nothing."""
+    def stream(self, layers: Sequence[int]) -> tuple[int, Begun | None]:
+        """The layer before whose MLP a run that replaces `layers` may begin, and what was computed until then."""
         first = min(layers) if min(layers) in self.streams else 0
         return first, self.streams.get(first)
 
