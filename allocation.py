@@ -25,9 +25,9 @@ from tqdm import tqdm
 
 from checkpoints import Checkpoint
 from coder_replacements import CoderReplacement, as_replacement, as_replacements
-from devices import give_back_memory
+from devices import give_back_memory, in_processes
 from losses import Original, sequence_losses
-from patching import Captured, MLPFunction, patched
+from patching import Captured, MLPFunction, kept_streams, patched, resumed
 from replacement import Coded, replaced_logits
 from sparse_ops import Codes
 from target_models import TargetModel
@@ -53,15 +53,19 @@ def jointly(
     """
     batches = tuning_batches(target) if batches is None else batches
     counted = [replacement for replacement in replacements if replacement.k is not None]
-    shown = tqdm(counted, desc="thresholds over layers", unit="method", mininterval=1.0)
-    return [_jointly(target, replacement, batches) for replacement in shown]
+    found = in_processes(lambda replacement: least(target, replacement, batches), counted, target.device)
+    shown = tqdm(found, total=len(counted), desc="thresholds over layers", unit="method", mininterval=1.0)
+    return [replacement.with_least(own) for replacement, own in zip(counted, shown, strict=True)]
 
 
-def _jointly(target: TargetModel, replacement: Coded, batches: Sequence[Int[Tensor, "batch seq"]]) -> Coded:
+def least(
+    target: TargetModel, replacement: Coded, batches: Sequence[Int[Tensor, "batch seq"]]
+) -> dict[int, Float[Tensor, "part"]]:
+    """θ / s_i of each part of each layer: what |a_i| has to exceed."""
     weights = {layer: own.weight for layer, own in alone(target, replacement, batches).items()}
     sizes = {layer: replacement.sizes(layer, weights) for layer in replacement.layers}
     theta = joint_threshold(target, replacement, sizes, batches)
-    return replacement.with_least({layer: theta / size for layer, size in sizes.items()})
+    return {layer: theta / size for layer, size in sizes.items()}
 
 
 def by_layer(
@@ -116,8 +120,10 @@ class Alone(NamedTuple):
 def alone(target: TargetModel, replacement: Coded, batches: Iterable[Int[Tensor, "batch seq"]]) -> dict[int, Alone]:
     """What each layer of a replacement costs alone; first positions, which are left to the model, are not counted."""
     kl, squared, n = dict.fromkeys(replacement.layers, 0.0), dict.fromkeys(replacement.layers, 0.0), 0
+    resumable = replacement.layers if target.site == "mlp_out" else []  # elsewhere a site is not inside its block
     for tokens in batches:
-        logits, captured = _original_pass(target, tokens, replacement.layers)
+        with kept_streams(target, resumable) as streams:
+            logits, captured = _original_pass(target, tokens, replacement.layers)
         original, pass_ = Original.of(logits, tokens), replacement.frozen(captured)
 
         def observe(layer: int, y_hat: Tensor, captured: Captured = captured) -> None:
@@ -125,7 +131,8 @@ def alone(target: TargetModel, replacement: Coded, batches: Iterable[Int[Tensor,
             squared[layer] += (y_hat - y)[:, 1:].float().square().sum(dtype=torch.float64).item()
 
         for layer in replacement.layers:
-            q = replaced_logits(target, tokens, pass_, [layer], observe)
+            with resumed(target, layer if layer in streams else 0, streams.get(layer)):
+                q = replaced_logits(target, tokens, pass_, [layer], observe)
             kl[layer] += sequence_losses(original, q, tokens)[1].sum().item() * tokens.shape[1]
         n += len(tokens) * (tokens.shape[1] - 1)
         give_back_memory()

@@ -7,19 +7,28 @@ so that both paths can be tested on any machine.
 glibc gives freed pages back to the system in mid-run, or never: `keep_freed_memory` and `give_back_memory` decide.
 They do nothing where the C library is another one.
 
+Float32 products of AMD's AVX512 processors go through oneDNN, in float32 (`onednn_is_exact`): MKL's are half as fast there.
+
 Torch divides single operations among processors. Comparing, sorting, small sums and Python use one of them; independent
-calls side by side (`in_threads`) can fill the others.
+calls side by side (`in_threads`) can fill the others, and where they run a model whose modules are patched, copies of the
+process (`in_processes`).
 """
 
 import atexit
 import ctypes
 import functools
 import gc
+import io
+import multiprocessing
 import os
+import pickle
 import platform
 import threading
-from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -65,6 +74,38 @@ def bf16_is_fast(device: torch.device) -> bool:
     if forced is not None:
         return forced == "on"
     return device.type == "cuda" or torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+
+
+def float32_through_onednn() -> bool:
+    """Let oneDNN multiply float32 matrices on a processor that MKL leaves half idle, AMD's with AVX512; returns whether it does.
+
+    Torch asks oneDNN only where float32 products may be rounded to bf16. None is on a processor without AMX: that is tried, on
+    products of every kind that transformers and coders make, and MKL goes on where one is further from float64 than float32 is.
+    """
+    processor = Path("/proc/cpuinfo")
+    amd = processor.exists() and "AuthenticAMD" in processor.read_text()
+    if not amd or torch.backends.cpu.get_cpu_capability() != "AVX512" or torch.cpu._is_amx_tile_supported():
+        return False
+    torch.backends.mkldnn.matmul.fp32_precision = "bf16"
+    if not onednn_is_exact():
+        torch.backends.mkldnn.matmul.fp32_precision = "ieee"
+        return False
+    return True
+
+
+def onednn_is_exact() -> bool:
+    """Whether float32 products are as near float64's as float32 can be: within 10⁻⁶ of their norm, bf16's are 10⁻³ away."""
+    generator = torch.Generator().manual_seed(0)
+    for n, d_in, d_out in ((64, 32, 16), (64, 192, 768), (64, 768, 192), (1024, 192, 192), (1, 768, 512)):
+        x, weight = torch.randn(n, d_in, generator=generator), torch.randn(d_out, d_in, generator=generator)
+        exact = x.double() @ weight.double().T
+        made = (x @ weight.T, torch.addmm(torch.zeros(d_out), x, weight.T), (x[None] @ weight.T[None])[0])
+        if max((product - exact).norm() / exact.norm() for product in made) > 1e-6:
+            return False
+    return True
+
+
+float32_through_onednn()  # before anything is computed, so that a process computes the same from its start to its end
 
 
 def sent(tensor: Tensor, device: torch.device) -> Tensor:
@@ -125,3 +166,40 @@ def in_threads[A, B](function: Callable[[A], B], items: Sequence[A]) -> list[B]:
         return list(_pool(threading.get_ident(), workers).map(call, items))
     finally:
         torch.set_num_threads(threads)  # for threads to come, too, which begin with what was set last
+
+
+_given: list[tuple[Callable[[Any], Any], Sequence[Any]]] = []  # what copies of this process find in it
+
+
+class _Packer(pickle.Pickler):
+    """Tensors as arrays: torch's own way takes a file, or a handle, for each."""
+
+    def reducer_override(self, value: object) -> Any:
+        return (torch.from_numpy, (value.numpy(),)) if isinstance(value, Tensor) else NotImplemented
+
+
+def _packed(i: int) -> bytes:
+    torch.set_num_threads(1)
+    function, items = _given[-1]
+    file = io.BytesIO()
+    _Packer(file, protocol=5).dump(function(items[i]))
+    return file.getvalue()
+
+
+def in_processes[A, B](function: Callable[[A], B], items: Sequence[A], device: torch.device) -> Iterator[B]:
+    """function(item) of each item in order; on a CPU by as many copies of this process as torch has threads.
+
+    For passes of a model, whose hooks no two threads can share. Copies are made when the first result is asked for and have one
+    thread each; what comes back are CPU tensors and plain values. Here, and on all threads, where items are fewer than those.
+    """
+    threads = torch.get_num_threads()
+    if device.type != "cpu" or threads == 1 or len(items) < threads or not hasattr(os, "fork"):
+        yield from map(function, items)
+        return
+    _given.append((function, items))
+    with warnings.catch_warnings(), ProcessPoolExecutor(threads, multiprocessing.get_context("fork")) as pool:
+        warnings.simplefilter(
+            "ignore", DeprecationWarning
+        )  # of threads that a copy lacks: it has torch's of one, and needs no other
+        yield from map(pickle.loads, pool.map(_packed, range(len(items))))
+    _given.pop()

@@ -7,15 +7,16 @@
 
     ΔCE = CE − CE_original,   KL = KL(original ‖ replaced);   what else a row says: metrics.py
 
-The original model runs once per batch and serves every replacement; logits live no longer than their batch. A run begins
-with the first layer it replaces, on the stream that the original model gave it: nothing before it differs. Rows that
+The original model runs once per batch and serves every replacement; logits live no longer than their batch. On a CPU batches
+are shared out to copies of the process, and what they add up is put together in their order. A run begins
+before the first MLP it replaces, with what the original model computed until then: nothing before it differs. Rows that
 mean the same run (the mean's under every protocol; `single` of a one-layer replacement and its `frozen`) share it.
 CE is over predicted tokens and KL over positions; FVU, L0 and firing leave each sequence's first position out, which
 `replaced_logits` leaves to the model. Every row's bootstrap draws the same documents.
 """
 
 from collections.abc import Sequence
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 from jaxtyping import Float, Int
@@ -23,12 +24,12 @@ from torch import Tensor
 from tqdm import tqdm
 
 from baselines import IdentityReplacement, MeanReplacement, ZeroReplacement
-from devices import give_back_memory
+from devices import give_back_memory, in_processes
 from logs import git_commit
 from losses import Original, sequence_losses
-from metrics import OriginalTally, Tally, document_draws, layer_points, pair_points, point
+from metrics import OriginalTally, Sums, Tally, document_draws, layer_points, pair_points, point
 from pareto import Identity, LayerPoint, PairPoint, ParetoPoint
-from patching import Captured, kept_inputs, kept_streams, resumed
+from patching import Begun, Captured, kept_inputs, kept_streams, resumed
 from python_corpus import Split
 from replacement import Observer, Pass, Replacement, replaced_logits
 from target_models import TargetModel, writer_parameters
@@ -103,9 +104,9 @@ def evaluate(
 ) -> Measurement:
     """Measure every replacement under every protocol on held-out `text`, in nats; nothing is mutated.
 
-    Its tokens are sequences without padding, `batch` of them (None: 16, or as few as keep a batch's logits within 256 MiB) a
-    forward pass; `seed` draws the bootstrap. Rows come by replacement, then protocol, then layer, of which `single` makes
-    one each. CE recovered against mean ablation needs a `MeanReplacement` of all the layers. Raises ValueError for no tokens.
+    Its tokens are sequences without padding, `batch` of them (None: those of `sequences_at_once`) a forward pass; `seed` draws
+    the bootstrap. Rows come by replacement, then protocol, then layer, of which `single` makes one each. CE recovered against
+    mean ablation needs a `MeanReplacement` of all the layers. Raises ValueError for no tokens.
     """
     tokens = text.tokens
     assert len(text.documents) == len(tokens), f"{len(text.documents)=} {len(tokens)=}"
@@ -119,13 +120,28 @@ def evaluate(
     rows = _rows(replacements, protocols)
     ablated = [_Run(r, "free", row.layers) for row in rows for r in (zero, mean) if r is not None]
     runs = dict.fromkeys([*(row.run for row in rows), *ablated])
-    tallies = {run: Tally(run.replacement, run.layers, target.device, _computing_y(target, run)) for run in runs}
-    original = OriginalTally(read)
-    batch = batch or sequences_at_once(target, tokens.shape[1])
+    batches = tokens.split(batch or sequences_at_once(target, tokens.shape[1]))
+
+    def nothing() -> tuple[OriginalTally, dict[_Run, Tally]]:
+        given = [_computing_y(target, run) for run in runs]
+        own = {run: Tally(run.replacement, run.layers, target.device, y) for run, y in zip(runs, given)}
+        return OriginalTally(read), own
+
+    def measure(sequences: Int[Tensor, "batch seq"]) -> tuple[OriginalTally, list[Sums]]:
+        original, tallies = nothing()
+        _measure_batch(target, sequences.to(target.device), read, tallies, original)
+        give_back_memory()
+        return original, [tally.sums for tally in tallies.values()]
+
+    original, tallies = nothing()
     with torch.inference_mode():
-        for sequences in tqdm(tokens.split(batch), desc=f"{len(runs)} passes", unit="batch", mininterval=1.0):
-            _measure_batch(target, sequences.to(target.device), read, tallies, original)
-            give_back_memory()
+        measured_batches = in_processes(measure, batches, target.device)
+        for of_original, of_runs in tqdm(
+            measured_batches, total=len(batches), desc=f"{len(runs)} passes", unit="batch", mininterval=1.0
+        ):
+            original.join(of_original)
+            for tally, sums in zip(tallies.values(), of_runs, strict=True):
+                tally.add(sums)
     draws, commit = document_draws(text.documents, RESAMPLES, seed), git_commit()
     pairs = pair_points([(row.identity(target), tallies[row.run]) for row in rows], draws)
     measured = Measurement([], [], pairs, [tallies[row.run].ce - original.ce for row in rows])
@@ -138,8 +154,8 @@ def evaluate(
 
 
 def sequences_at_once(target: TargetModel, seq: int) -> int:
-    """16, or as few as keep the logits of a forward pass within 256 MiB."""
-    return max(1, min(16, BATCH_LOGITS // (seq * target.vocab_size)))
+    """16, on a CPU 8, or as few as keep the logits of a forward pass within 256 MiB."""
+    return max(1, min(8 if target.device.type == "cpu" else 16, BATCH_LOGITS // (seq * target.vocab_size)))
 
 
 def _computing_y(target: TargetModel, run: _Run) -> int:
@@ -152,10 +168,10 @@ class CleanPass(NamedTuple):
 
     logits: Float[Tensor, "batch seq vocab"]
     activations: Captured  # of all layers that are replaced or read
-    streams: dict[int, Any]  # what each layer was given by the block before it
+    streams: dict[int, Begun]  # what was computed before each layer's MLP
 
-    def stream(self, layers: Sequence[int]) -> tuple[int, Any]:
-        """The block with which a run that replaces `layers` may begin, and what it is given; block 0 needs nothing."""
+    def stream(self, layers: Sequence[int]) -> tuple[int, Begun | None]:
+        """The layer before whose MLP a run that replaces `layers` may begin, and what was computed until then."""
         first = min(layers) if min(layers) in self.streams else 0
         return first, self.streams.get(first)
 

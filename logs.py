@@ -241,7 +241,7 @@ def _start_wandb(name: str, config: Any) -> Any:
         mode=mode,
         reinit="create_new",
         dir=str(REPOSITORY),
-        settings=wandb.Settings(silent=True, console="off", x_disable_stats=True),
+        settings=wandb.Settings(silent=True, console="off", x_disable_stats=True, x_save_requirements=False),
     )
 
 

@@ -79,24 +79,29 @@ def kl_divergence(
 class Original(NamedTuple):
     """The original model's prediction at every position: what a replaced model's is compared with, many times over."""
 
-    logits: Float[Tensor, "batch seq vocab"]
     p: Float[Tensor, "batch seq vocab"]  # softmax of the logits
-    log_z: Float[Tensor, "batch seq"]  # log Σ exp of the logits
+    negentropy: Float[Tensor, "batch seq"]  # Σ p log p
     ce: Float[Tensor, "batch"]  # each sequence's mean cross-entropy, in nats
 
     @staticmethod
     def of(logits: Float[Tensor, "batch seq vocab"], tokens: Int[Tensor, "batch seq"]) -> "Original":
-        logits = logits.float()
-        log_z = logits.logsumexp(-1)
-        return Original(logits, logits.softmax(-1), log_z, _sequence_ce(logits, log_z, tokens))
+        p, parts = torch.empty_like(logits, dtype=torch.float32), []
+        for part in _cached(logits):
+            log_p = logits[part].float().log_softmax(-1)
+            torch.exp(log_p, out=p[part])
+            parts.append((torch.linalg.vecdot(p[part], log_p), _sequence_ce(log_p, tokens[part])))
+        return Original(p, *(torch.cat(kept) for kept in zip(*parts)))
 
 
-def _sequence_ce(
-    logits: Float[Tensor, "batch seq vocab"], log_z: Float[Tensor, "batch seq"], tokens: Int[Tensor, "batch seq"]
-) -> Float[Tensor, "batch"]:
-    """log Z − the next token's logit, averaged over each sequence."""
-    correct = logits[:, :-1].gather(2, tokens[:, 1:, None])[..., 0]
-    return (log_z[:, :-1] - correct).double().mean(1)
+def _cached(logits: Float[Tensor, "batch seq vocab"]) -> list[slice]:
+    """Sequences at a time, whose logits stay in a CPU's cache."""
+    at_once = max(1, (2**20 if logits.device.type == "cpu" else 2**25) // logits[0].numel())
+    return [slice(i, i + at_once) for i in range(0, len(logits), at_once)]
+
+
+def _sequence_ce(log_p: Float[Tensor, "batch seq vocab"], tokens: Int[Tensor, "batch seq"]) -> Float[Tensor, "batch"]:
+    """− log p of the next token, averaged over each sequence."""
+    return -log_p[:, :-1].gather(2, tokens[:, 1:, None])[..., 0].double().mean(1)
 
 
 def sequence_losses(
@@ -104,17 +109,13 @@ def sequence_losses(
 ) -> tuple[Float[Tensor, "batch"], Float[Tensor, "batch"]]:
     """Each sequence's mean of `cross_entropy` and of `kl_divergence`, faster: one exponential per logit, KL 0 where q is p.
 
-    KL = Σ p (log p − log q) = log Z_q − log Z_p − Σ p (logit_q − logit_p). Few logits at a time stay in a CPU's cache.
+    KL = Σ p log p − Σ p log q.
     """
-    at_once = max(1, (2**20 if logits.device.type == "cpu" else 2**25) // logits[0].numel())
     ce, kl = [], []
-    for i in range(0, len(tokens), at_once):
-        part = slice(i, i + at_once)
-        q = logits[part].float()
-        log_z = q.logsumexp(-1)
-        ce.append(_sequence_ce(q, log_z, tokens[part]))
-        shift = torch.linalg.vecdot(original.p[part], q - original.logits[part])
-        kl.append((log_z - original.log_z[part] - shift).double().mean(1))
+    for part in _cached(logits):
+        log_q = logits[part].float().log_softmax(-1)
+        ce.append(_sequence_ce(log_q, tokens[part]))
+        kl.append((original.negentropy[part] - torch.linalg.vecdot(original.p[part], log_q)).double().mean(1))
     return torch.cat(ce), torch.cat(kl)
 
 

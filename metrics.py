@@ -37,6 +37,15 @@ class _Count(NamedTuple):
     fired: Int[Tensor, "part"]  # tokens on which each part was active
 
 
+class Sums(NamedTuple):
+    """What one run adds up over batches."""
+
+    ce: list[Float[Tensor, "sequence"]]
+    kl: list[Float[Tensor, "sequence"]]
+    errors: dict[int, _Error]
+    counts: dict[tuple[int, str], _Count]
+
+
 class Draws(NamedTuple):
     """Documents drawn with replacement, as many as there are, again and again."""
 
@@ -66,26 +75,35 @@ class Tally:
         """`given`: parameters that compute what the replacement reads, beside its own."""
         self.replacement, self.layers, self.given = replacement, tuple(layers), given
         self.part_groups = replacement.part_groups(layers)
-        self._ce: list[Float[Tensor, "sequence"]] = []
-        self._kl: list[Float[Tensor, "sequence"]] = []
-        self._errors = {layer: _Error([], []) for layer in layers}
-        self._counts = {
+        counts = {
             (g.layer, g.name): _Count(_zeros(g.n_parts + 1, device), _zeros(g.n_parts, device))
             for g in self.part_groups
         }
+        self.sums = Sums([], [], {layer: _Error([], []) for layer in layers}, counts)
+
+    def add(self, later: Sums) -> None:
+        """What the same run added up over the batches that come after these."""
+        self.sums.ce.extend(later.ce)
+        self.sums.kl.extend(later.kl)
+        for layer, error in later.errors.items():
+            self.sums.errors[layer].squared.extend(error.squared)
+            self.sums.errors[layer].ratio.extend(error.ratio)
+        for key, count in later.counts.items():
+            self.sums.counts[key].histogram.add_(count.histogram)
+            self.sums.counts[key].fired.add_(count.fired)
 
     def add_losses(self, ce: Float[Tensor, "batch"], kl: Float[Tensor, "batch"]) -> None:
-        self._ce.append(ce.cpu())
-        self._kl.append(kl.cpu())
+        self.sums.ce.append(ce.cpu())
+        self.sums.kl.append(kl.cpu())
 
     def add_error(self, layer: int, y: Float[Tensor, "batch seq d"], y_hat: Float[Tensor, "batch seq d"]) -> None:
         y = y[:, 1:].float()
         e = (y - y_hat[:, 1:].float()).square().sum(-1)
-        self._errors[layer].squared.append(e.sum(dtype=torch.float64))
-        self._errors[layer].ratio.append((e / y.square().sum(-1).clamp_min(1e-30)).sqrt().flatten().cpu())
+        self.sums.errors[layer].squared.append(e.sum(dtype=torch.float64))
+        self.sums.errors[layer].ratio.append((e / y.square().sum(-1).clamp_min(1e-30)).sqrt().flatten().cpu())
 
     def add_activity(self, active: dict[tuple[int, str], Active], batch: int, seq: int) -> None:
-        for key, count in self._counts.items():
+        for key, count in self.sums.counts.items():
             rows, cols = active[key]
             cols = cols[rows % seq != 0]
             by_token = rearrange(torch.bincount(rows, minlength=batch * seq), "(batch seq) -> batch seq", seq=seq)
@@ -95,15 +113,15 @@ class Tally:
 
     @property
     def ce(self) -> Float[Tensor, "sequence"]:
-        return torch.cat(self._ce)
+        return torch.cat(self.sums.ce)
 
     @property
     def kl(self) -> Float[Tensor, "sequence"]:
-        return torch.cat(self._kl)
+        return torch.cat(self.sums.kl)
 
     @cached_property
     def histograms(self) -> dict[tuple[int, str], Int[Tensor, "l0"]]:
-        return {key: count.histogram.cpu() for key, count in self._counts.items()}
+        return {key: count.histogram.cpu() for key, count in self.sums.counts.items()}
 
     def l0(self, n: int) -> dict[tuple[int, str], float]:
         """Active parts per token of each part group, over n tokens."""
@@ -111,13 +129,13 @@ class Tally:
 
     def firing(self, n: int) -> dict[tuple[int, str], Float[Tensor, "part"]]:
         """Each part's share of n tokens on which it was active."""
-        return {key: count.fired.cpu().double() / n for key, count in self._counts.items()}
+        return {key: count.fired.cpu().double() / n for key, count in self.sums.counts.items()}
 
     def squared_error(self, layer: int) -> float:
-        return torch.stack(self._errors[layer].squared).sum().item()
+        return torch.stack(self.sums.errors[layer].squared).sum().item()
 
     def error_ratios(self, layer: int) -> Float[Tensor, "token"]:
-        return torch.cat(self._errors[layer].ratio)
+        return torch.cat(self.sums.errors[layer].ratio)
 
 
 class OriginalTally:
@@ -137,6 +155,12 @@ class OriginalTally:
         self._total = self._total + reduce(kept, "layer batch seq d -> layer d", "sum")
         self._squared = self._squared + reduce(kept.square(), "layer batch seq d -> layer", "sum")
         self.d = y.shape[-1]
+
+    def join(self, later: "OriginalTally") -> None:
+        """What it added up over the batches that come after these."""
+        self._ce.extend(later._ce)
+        self.n, self.d = self.n + later.n, later.d
+        self._total, self._squared = self._total + later._total, self._squared + later._squared
 
     @property
     def ce(self) -> Float[Tensor, "sequence"]:

@@ -6,6 +6,7 @@ pass in the middle. All are contexts that leave the model as it was, also when s
 """
 
 import contextlib
+import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from types import MappingProxyType
@@ -14,6 +15,7 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map_only
 
 from devices import bf16_is_fast, sent
 
@@ -199,27 +201,70 @@ def kept_inputs(model: nn.Module, paths: Sequence[str]) -> Iterator[dict[str, Te
         yield inputs
 
 
+class Begun(NamedTuple):
+    """What a forward pass computes before the MLP of a layer has its input."""
+
+    stream: Any  # what the block before wrote; None before block 0
+    ran: dict[
+        nn.Module, Any
+    ]  # what the block's own modules wrote until then, those that run once: its attention, as a rule
+
+
 @contextlib.contextmanager
-def kept_streams(target: Patchable, layers: Sequence[int]) -> Iterator[dict[int, Any]]:
-    """Inside, a forward pass leaves in the dictionary what each of `layers` was given by the block before it."""
-    streams: dict[int, Any] = {}
+def kept_streams(target: Patchable, layers: Sequence[int]) -> Iterator[dict[int, Begun]]:
+    """Inside, a forward pass leaves in the dictionary what it computed before the MLP of each of `layers`."""
+    streams: dict[int, Any] = {0: None}
+    begun: dict[int, Begun] = {}
+    written: dict[int, dict[nn.Module, Any]] = {layer: {} for layer in layers}
+    called: set[nn.Module] = set()
 
     def keep(layer: int) -> Callable[..., None]:
         return lambda _args, output: streams.__setitem__(layer, output)
 
+    def note(layer: int, module: nn.Module) -> Callable[..., None]:
+        def write(_args: tuple[Any, ...], output: Any) -> None:
+            if module in called:  # a dropout, say: it writes another value each time
+                written[layer].pop(module, None)
+            elif layer not in begun:
+                written[layer][module] = _copied(output)
+            called.add(module)
+
+        return write
+
+    def begin(layer: int) -> Callable[..., None]:
+        return lambda _args: begun.__setitem__(layer, Begun(streams[layer], written[layer]))
+
     with contextlib.ExitStack() as stack:
-        for layer in set(layers) - {0}:
-            stack.enter_context(after(_block(target, layer - 1), keep(layer)))
-        yield streams
+        for layer in written:
+            if layer:
+                stack.enter_context(after(_block(target, layer - 1), keep(layer)))
+            read = target.model.get_submodule(target.mlps[layer].read)
+            for module in _block(target, layer).children():
+                if module is not read:
+                    stack.enter_context(after(module, note(layer, module)))
+            stack.enter_context(before(read, begin(layer)))
+        yield begun
+
+
+def _copied(output: Any) -> Any:
+    """What a module wrote, safe from what its block adds to it in place."""
+    return tree_map_only(Tensor, torch.clone, output)
 
 
 @contextlib.contextmanager
-def resumed(target: Patchable, layer: int, stream: Any) -> Iterator[None]:
-    """Inside, a forward pass begins with block `layer`, which is given `stream`; the blocks before it are not computed."""
+def resumed(target: Patchable, layer: int, begun: Begun | None) -> Iterator[None]:
+    """Inside, a forward pass begins before the MLP of `layer`; None: at the beginning. What is before is not computed again."""
+
+    def give(module: nn.Module, output: Any, stack: contextlib.ExitStack) -> None:
+        module.__dict__["forward"] = lambda *_args, **_kwargs: output()  # past what wrappers make of attributes
+        stack.callback(module.__dict__.pop, "forward")
+
     with contextlib.ExitStack() as stack:
-        for block in (_block(target, i) for i in range(layer)):
-            block.__dict__["forward"] = lambda *_args, **_kwargs: stream  # past what wrappers make of attributes
-            stack.callback(block.__dict__.pop, "forward")
+        if begun is not None:
+            for i in range(layer):
+                give(_block(target, i), lambda: begun.stream, stack)
+            for module, output in begun.ran.items():
+                give(module, functools.partial(_copied, output), stack)
         yield
 
 

@@ -48,7 +48,8 @@ if [ ! -e "$venv/.complete" ]; then
     export VIRTUAL_ENV=$venv
     if [ -n "${TORCH_INDEX_URL:-}" ]; then uv pip install -q torch --index-url "$TORCH_INDEX_URL"; fi
     uv pip install -q -r "$here/requirements.txt"
-    uv pip install -q --no-deps -e "$here"
+    uv pip install -q --no-deps --compile-bytecode -e "$here" # all packages': else every start compiles what it imports, where
+    # PYTHONDONTWRITEBYTECODE is set
     if [ -e "$spd/pyproject.toml" ]; then uv pip install -q --no-deps -e "$spd"; fi
     echo "$threads_sleep" >> "$venv/bin/activate"
     touch "$venv/.complete"

@@ -272,3 +272,17 @@ def test_the_detail_names_what_was_active() -> None:
     assert (detail.layer, detail.module) == (0, "latents")
     assert detail.fired is not None and 0 < detail.fired <= 1
     assert 0 < detail.l0_median <= detail.l0_p95 <= F
+
+
+def test_processes_that_share_the_batches_measure_what_one_does(small_target: TargetModel) -> None:
+    """Bit by bit: each batch is computed by one thread, and sums are taken in the order of the batches."""
+    layers = range(small_target.n_layers)
+    replacements = [NeuronsReplacement(small_target, layers, 3), ZeroReplacement(layers), IdentityReplacement(layers)]
+    tokens = torch.randint(small_target.vocab_size, (5, 16), generator=torch.Generator().manual_seed(0))
+    text = HeldOutText(tokens, torch.arange(5))
+    alone = evaluate(small_target, replacements, text, batch=1)
+    torch.set_num_threads(2)
+    together = evaluate(small_target, replacements, text, batch=1)
+    torch.set_num_threads(1)
+    assert alone[:3] == together[:3]
+    assert all(torch.equal(a, b) for a, b in zip(alone.differences, together.differences))

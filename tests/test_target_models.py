@@ -113,9 +113,30 @@ def test_a_pass_resumed_on_the_stream_of_another_gives_its_logits(target: Target
     handle = target.model.get_submodule(target.mlps[0].write).register_forward_hook(lambda *_: calls.append(0))
     with resumed(target, 1, streams[1]):
         assert torch.equal(target.logits(tokens), original)
-    assert not calls and list(streams) == [1], "block 0 was computed"
+    assert not calls, "block 0 was computed"
+    for layer, begun in streams.items():
+        with resumed(target, layer, begun), patched(target, {layer: lambda x, y: torch.ones_like(y)}):
+            changed = target.logits(tokens)
+        with patched(target, {layer: lambda x, y: torch.ones_like(y)}):
+            assert torch.equal(target.logits(tokens), changed)
+    calls.clear()
     assert torch.equal(target.logits(tokens), original) and calls
     handle.remove()
+
+
+def test_what_runs_twice_in_a_block_is_computed_again(small_target: TargetModel) -> None:
+    """As a dropout after attention and after the MLP, which gives another value each time."""
+    block, scale = small_target.model.h[0], torch.nn.Tanh()
+    block.scale = scale
+    block.forward = lambda h: (
+        (between := h + scale(block.attn(block.rms_1(h)))) + scale(block.mlp(block.rms_2(between)))
+    )
+    tokens = torch.arange(12).view(2, 6)
+    with torch.inference_mode(), kept_streams(small_target, [0]) as streams:
+        original = small_target.logits(tokens)
+        assert scale not in streams[0].ran and block.attn in streams[0].ran
+        with resumed(small_target, 0, streams[0]):
+            assert torch.equal(small_target.logits(tokens), original)
 
 
 @torch.inference_mode()
