@@ -8,7 +8,8 @@ their slots, and draws a new random order, so that every batch mixes tokens of m
 A layer whose activations come near fp16's largest number, as Gemma 3's do, is kept divided by a power of two, which the
 first forward's tokens decide, with room to grow 16-fold.
 Of a target at another site (`at_site`) input and output are one value, that site's; the rest is the same.
-Memory: 2 · L · (buffer_tokens + one forward's tokens) · d · 2 bytes, allocated once.
+Memory: 2 · L · (buffer_tokens + one forward's tokens) · d · 2 bytes, allocated once, and 16 for the order of each token.
+Beside it live for a moment a batch (6 bytes a number) and, in a refill, one forward's activations; nothing grows with steps.
 """
 
 import dataclasses

@@ -7,7 +7,8 @@
 
     ΔCE = CE − CE_original,   KL = KL(original ‖ replaced);   what else a row says: metrics.py
 
-The original model runs once per batch and serves every replacement; logits live no longer than their batch. A run begins
+The original model runs once per batch and serves every replacement; logits live no longer than their batch: at most four
+tensors of them (the original's, their softmax, this run's and the last one's), 16 · batch · seq · vocab bytes. A run begins
 with the first layer it replaces, on the stream that the original model gave it: nothing before it differs. Rows that
 mean the same run (the mean's under every protocol; `single` of a one-layer replacement and its `frozen`) share it.
 CE is over predicted tokens and KL over positions; FVU, L0 and firing leave each sequence's first position out, which

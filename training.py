@@ -162,7 +162,12 @@ class CoderRun:
 def training_step(
     run: CoderRun, batch: ActivationBatch, *, config: TrainConfig, lr: float | Float[Tensor, ""]
 ) -> Float[Tensor, "3"]:
-    """One step of one coder; returns (loss, FVU, L0 per layer), still on the device."""
+    """One step of one coder; returns (loss, FVU, L0 per layer), still on the device.
+
+    Memory on a CPU beyond parameters and Adam's moments, of a TopK or BatchTopK transcoder without silent latents: gradients,
+    as large as the parameters, and B · (4 (d_in + d_out) + c k + 16) + 20 d_dict bytes, and blocks of `sparse_encode.BLOCK`
+    pre-activations; c is 60, and 140 where bf16 selects. Nothing is as large as B · d_dict, which Relu, JumpReLU and Gated hold.
+    """
     coder = run.coder
     x, y = coder.view(*batch, run.rows)
     codes, penalty = coder.encode_with_penalty(x, y, run.variance)
