@@ -115,7 +115,8 @@ def peak_of_a_step(rule: Rule, d: int, batch: int, d_dict: int, folder: Path) ->
     x, y = torch.randn(2, 1, batch, d, generator=torch.Generator().manual_seed(1))
     one, zero = torch.ones(1), torch.zeros(1, d)
     store: Any = SimpleNamespace(
-        target=SimpleNamespace(site="mlp_out", device=torch.device("cpu")),
+        target=SimpleNamespace(site="mlp_out"),
+        device=torch.device("cpu"),
         stats=ActivationStats(zero, one, zero, one, one * d, batch),
         config=DataConfig(layers=(0,), batch_tokens=batch),
     )

@@ -68,13 +68,13 @@ def trained(s: Settings, target: TargetModel, seed: int) -> list[Replacement]:
         for config in build(target, layers=s.layers, rules=[BatchTopK(k) for k in ks], d_dict=s.d_dict)
     ]
     folder = checkpoint_folder(s.target)
-    coders = train_coders(configs, target, tokens=s.tokens, batch=s.batch, seed=seed, folder=folder)
+    coders = train_coders(configs, target, tokens=s.tokens, batch=s.batch, seed=seed, harvest=s.harvest, folder=folder)
     swept, others = ([c for c in coders if (c.coder.config.kind == "transcoder") == is_so] for is_so in (True, False))
     return [*as_replacements(coders), *by_layer(target, swept), *jointly(target, as_replacements(others))]
 
 
 def main(s: Settings) -> None:
-    target = load_target(s.target, s.device)
+    target = load_target(s.target, s.home)
     check_fits(s, target)
     spd = spd_replacements(target, find_spd(target, s.layers), s.layers) if s.spd else []  # there may be none
     coders = [replacement for seed in range(s.seed, s.seed + s.n_seeds) for replacement in trained(s, target, seed)]
