@@ -7,6 +7,9 @@ The buffer holds (inputs or outputs, layer, token, d) in fp16. It serves a rando
 their slots, and draws a new random order, so that every batch mixes tokens of many sequences; nothing is ever moved.
 A layer whose activations come near fp16's largest number, as Gemma 3's do, is kept divided by a power of two, which the
 first forward's tokens decide, with room to grow 16-fold.
+On CUDA the forwards of the next refill run beside the steps, on a stream of their own: after a step, as soon as a forward's
+slots are served, one is queued that writes into them, those that the refill would have taken. Batches are the same to the last
+bit; it costs memory of one forward at the same time as a step's. On a CPU a forward would take the cores from the step.
 With a cache (`activation_cache.py`) forwards that were made before are read from disk, and the target does not run.
 Buffer and batches may lie on another device than the target (`Harvest.device`).
 Of a target at another site (`at_site`) input and output are one value, that site's; the rest is the same.
@@ -30,7 +33,7 @@ from torch import Tensor
 
 from activation_cache import ActivationCache, Cache, Shard
 from coder import ActivationStats
-from devices import bf16_is_fast, check_device, sent
+from devices import Aside, bf16_is_fast, check_device, sent
 from parallel import decided, from_process, gathered, world
 from patching import Captured, capture
 from python_corpus import Split
@@ -75,6 +78,11 @@ def check_layers(target: TargetModel, layers: tuple[int, ...]) -> None:
     outside = [layer for layer in layers if not 0 <= layer < target.n_layers]
     if outside or not layers:
         raise ValueError(f"layer {outside} is not among the layers 0…{target.n_layers - 1} of {target.name!r}")
+
+
+def harvests_ahead(device: torch.device) -> bool:
+    """Whether forwards can run beside training steps."""
+    return device.type == "cuda"
 
 
 class ActivationsStore:
@@ -128,6 +136,14 @@ class ActivationsStore:
         self.free = torch.arange(slots)  # slots without a token to give out
         self.order = torch.zeros(0, dtype=torch.int64)  # slots with one, in the order in which they are given out
         self.slots = self.order  # the same on the store's device
+        self.early = torch.zeros(0, dtype=torch.int64)  # slots that were filled for the next refill, before it
+        self.whole = torch.ones(
+            len(config.layers), dtype=torch.bool, device=self.device
+        )  # layers finite since the last
+        self.aside = Aside(self.device)
+        self.ahead = (
+            harvests_ahead(self.device) and self.harvesters == 1
+        )  # others would have to take part in every forward
         self.served = 0  # slots at the start of `order` that were given out
         self.serve = 0  # slots to give out before the next refill
         self._refill()
@@ -217,19 +233,20 @@ class ActivationsStore:
 
     def _refill(self) -> None:
         """Put new tokens where the served ones were, mix all, and serve half; all of it once the text has ended."""
-        self.free, self.order = torch.cat([self.free, self.order[: self.served]]), self.order[self.served :]
-        whole = torch.ones(len(self.config.layers), dtype=torch.bool, device=self.buffer.device)
+        self.aside.join()
+        self.free, self.order = self._empty(), torch.cat([self.order[self.served :], self.early])
+        self.early = self.early[:0]
         while (lacking := self.buffer_tokens - len(self.order)) > 0:
             forwards = self._harvest(min(self.harvesters, -(-lacking // self.harvested[2])))
             if not forwards:
                 break
             for kept in forwards:
                 slots, self.free = self.free.tensor_split([kept.shape[2]])
-                self.buffer.index_copy_(2, sent(slots, self.buffer.device), kept)
+                self._put(kept, slots)
                 self.order = torch.cat([self.order, slots])
-                whole &= kept.isfinite().flatten(2).all(2).all(0)
-        for layer, finite in zip(self.config.layers, whole.tolist()):
-            if not finite:
+        finite, self.whole = self.whole.tolist(), torch.ones_like(self.whole)
+        for layer, is_finite in zip(self.config.layers, finite):
+            if not is_finite:
                 raise ValueError(
                     f"an activation of layer {layer} of {self.target.name!r} is not finite, or over {ROOM} times as large as "
                     "the first forward's: leave the layer out, or harvest more sequences per forward"
@@ -239,6 +256,25 @@ class ActivationsStore:
         self.slots = sent(self.order, self.buffer.device)
         share = max(n // 2, self.batch_tokens) if n >= self.buffer_tokens else n
         self.served, self.serve = 0, share // self.batch_tokens * self.batch_tokens
+
+    def _empty(self) -> Int[Tensor, "slot"]:
+        """Slots without a token to give out, in the order in which they are filled."""
+        return torch.cat([self.free, self.order[: self.served]])[len(self.early) :]
+
+    def _put(self, kept: Float[Tensor, "two layer token d"], slots: Int[Tensor, "token"]) -> None:
+        self.buffer.index_copy_(2, sent(slots, self.buffer.device), kept)
+        self.whole &= kept.isfinite().flatten(2).all(2).all(0)
+
+    def _harvest_ahead(self) -> None:
+        """One forward of the next refill, where it will be asked for and has room already."""
+        empty = self._empty()[: self.harvested[2]]
+        lacking = self.buffer_tokens - (len(self.order) - self.serve) - len(self.early)
+        if lacking <= 0 or len(empty) < self.harvested[2]:
+            return
+        with self.aside.begun():
+            for kept in self._harvest(1):
+                self._put(kept, empty)
+                self.early = torch.cat([self.early, empty])
 
     def __iter__(self) -> "ActivationsStore":
         return self
@@ -251,19 +287,25 @@ class ActivationsStore:
         slots = self.slots[self.served : self.served + self.batch_tokens]
         self.served += self.batch_tokens
         batch = self.buffer.index_select(2, slots).float()
+        if self.ahead:
+            self._harvest_ahead()
         return ActivationBatch(*(batch * self.scales[:, :, None, None] if self.scaled else batch))
 
     def state_dict(self) -> dict[str, Any]:
         """Everything that decides the batches to come, the buffer itself (no copy of it) included."""
+        self.aside.join()
         return {
-            "buffer": self.buffer, "free": self.free, "order": self.order, "served": self.served, "serve": self.serve,
-            "forwards": self.forwards, "stream": self.position or self.stream.state_dict(),
-            "generator": self.generator.get_state(), "stats": tuple(self.stats), "scales": self.scales,
+            "buffer": self.buffer, "early": self.early, "whole": self.whole, "free": self.free, "order": self.order,
+            "served": self.served, "serve": self.serve, "forwards": self.forwards,
+            "stream": self.position or self.stream.state_dict(), "generator": self.generator.get_state(),
+            "stats": tuple(self.stats), "scales": self.scales,
         }  # fmt: skip
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.aside.join()
         self.buffer.copy_(state["buffer"])
-        self.free, self.order = state["free"].cpu(), state["order"].cpu()
+        self.free, self.order, self.early = state["free"].cpu(), state["order"].cpu(), state["early"].cpu()
+        self.whole = state["whole"].to(self.device)
         self.slots = sent(self.order, self.buffer.device)
         self.served, self.serve, self.forwards = state["served"], state["serve"], state["forwards"]
         self.position = state["stream"]

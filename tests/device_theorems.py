@@ -28,6 +28,7 @@ from small import clt, each_by_itself, make_small_target, saes, transcoders
 from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
+import activation_store
 import baselines
 import evaluation
 import features
@@ -262,6 +263,26 @@ def test_coders_train_on_another_device_than_their_target(
     assert_close(apart, here, 5e-3)
     for name, tensors in straight.items():
         assert all(torch.equal(apart[name][key], value) for key, value in tensors.items()), name
+
+
+def test_forwards_beside_the_steps_change_nothing(
+    cpu: TargetModel, device: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every tensor of every coder of a training, to the last bit; some forwards did run between steps."""
+    target, group, ahead = on(cpu, device), GROUP[-3:], ActivationsStore._harvest_ahead
+    early: list[int] = []
+
+    def counted(store: ActivationsStore) -> None:
+        ahead(store)
+        early.append(len(store.early))
+
+    monkeypatch.setattr(ActivationsStore, "_harvest_ahead", counted)
+    beside = trained(target, tmp_path / "beside", group)
+    assert max(early) == 2 * 4 * 15 and 0 in early
+    monkeypatch.setattr(activation_store, "harvests_ahead", lambda device: False)
+    between = trained(target, tmp_path / "between", group)
+    for name, tensors in between.items():
+        assert all(torch.equal(beside[name][key], value) for key, value in tensors.items()), name
 
 
 def test_an_interrupted_run_ends_on_the_device_as_if_it_had_not_been(

@@ -39,6 +39,7 @@ from device_theorems import (  # noqa: F401  # fixtures and tests: collected her
     test_an_spd_step_on_the_device_is_the_cpus,
     test_coders_train_on_another_device_than_their_target,
     test_every_gate_steps_on_the_device_as_on_the_cpu,
+    test_forwards_beside_the_steps_change_nothing,
     test_the_main_job_on_the_device_gives_the_cpus_table,
     test_the_ruler_on_the_device_reads_what_it_reads_on_the_cpu,
     trainer_of,
