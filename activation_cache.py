@@ -8,6 +8,7 @@
 
 A store that reads fp16 serves what one without a cache serves, bit for bit. int8 errs by at most s / 2 in each number; a store
 that writes it serves the rounded values from the first training on, so that the second one is equal to it.
+To fill a cache the host waits for the device once a forward; to read one it does not.
 Files appear whole or not at all, and a shard beyond the index is written again. What is not there yet comes from the target
 and is added. A folder is named by a hash of all that decides the values; nobody deletes it but its owner.
 """

@@ -118,9 +118,8 @@ class ActivationsStore:
         self.harvesters = world().size if shared and part[1] == 1 else 1
         self.harvested = (2, len(config.layers), config.model_batch * (target.context - 1), target.d_model)
         self.forwards = 0  # batches of tokens whose activations were put into the buffer
-        self.position: dict[str, int | Tensor] | None = (
-            None  # where the text is to be taken up; None: where the stream is
-        )
+        # where the text is to be taken up; None: where the stream is
+        self.position: dict[str, int | Tensor] | None = None
         self.cache: ActivationCache | None = None
         if harvest.cache != "none":
             precision = "bf16" if bf16_is_fast(target.device) else "float32"
@@ -137,13 +136,11 @@ class ActivationsStore:
         self.order = torch.zeros(0, dtype=torch.int64)  # slots with one, in the order in which they are given out
         self.slots = self.order  # the same on the store's device
         self.early = torch.zeros(0, dtype=torch.int64)  # slots that were filled for the next refill, before it
-        self.whole = torch.ones(
-            len(config.layers), dtype=torch.bool, device=self.device
-        )  # layers finite since the last
+        # which layers were finite in all forwards since the last refill
+        self.whole = torch.ones(len(config.layers), dtype=torch.bool, device=self.device)
         self.aside = Aside(self.device)
-        self.ahead = (
-            harvests_ahead(self.device) and self.harvesters == 1
-        )  # others would have to take part in every forward
+        # where forwards are shared, others would have to take part in each of them
+        self.ahead = harvests_ahead(self.device) and self.harvesters == 1
         self.served = 0  # slots at the start of `order` that were given out
         self.serve = 0  # slots to give out before the next refill
         self._refill()
@@ -175,7 +172,8 @@ class ActivationsStore:
         if self.forwards < self.cache.whole:
             shard = self.cache.read(self.forwards)
             self.forwards, self.position = self.forwards + 1, {"read": shard.read, "leftover": shard.leftover}
-            self._scale_by(shard.scales.to(self.device))
+            if self.scales is None:  # those of all its shards
+                self._scale_by(shard.scales.to(self.device))
             return [sent(shard.kept, self.device)]
         batches, positions = [], []
         for tokens in itertools.islice(self._stream_there(), n):
