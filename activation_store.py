@@ -7,8 +7,14 @@ The buffer holds (inputs or outputs, layer, token, d) in fp16. It serves a rando
 their slots, and draws a new random order, so that every batch mixes tokens of many sequences; nothing is ever moved.
 A layer whose activations come near fp16's largest number, as Gemma 3's do, is kept divided by a power of two, which the
 first forward's tokens decide, with room to grow 16-fold.
+On CUDA the forwards of the next refill run beside the steps, on a stream of their own: after a step, as soon as a forward's
+slots are served, one is queued that writes into them, those that the refill would have taken. Batches are the same to the last
+bit; it costs memory of one forward at the same time as a step's. On a CPU a forward would take the cores from the step.
+With a cache (`activation_cache.py`) forwards that were made before are read from disk, and the target does not run.
+Buffer and batches may lie on another device than the target (`Harvest.device`).
 Of a target at another site (`at_site`) input and output are one value, that site's; the rest is the same.
-Memory: 2 · L · (buffer_tokens + one forward's tokens) · d · 2 bytes, allocated once.
+Memory: 2 · L · (buffer_tokens + one forward's tokens) · d · 2 bytes, allocated once, and 16 for the order of each token.
+Beside it live for a moment a batch (6 bytes a number) and, in a refill, one forward's activations; nothing grows with steps.
 """
 
 import dataclasses
@@ -25,9 +31,10 @@ from einops import rearrange, reduce
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from activation_cache import ActivationCache, Cache, Shard
 from coder import ActivationStats
-from devices import sent
-from parallel import from_process, gathered, world
+from devices import Aside, bf16_is_fast, check_device, sent
+from parallel import decided, from_process, gathered, world
 from patching import Captured, capture
 from python_corpus import Split
 from target_models import TargetModel
@@ -54,8 +61,16 @@ class DataConfig:
             raise ValueError(f"a batch of {self.batch_tokens} tokens, {self.model_batch} sequences: choose 1 or more")
 
 
+@dataclass(frozen=True, kw_only=True)
+class Harvest:
+    """How activations get from the target to the coders; of all this int8 alone changes what they learn."""
+
+    cache: Cache = "none"  # kept on disk, for trainings to come
+    device: str | None = None  # of buffer and coders; None: the target's
+
+
 class ActivationBatch(NamedTuple):
-    inputs: Float[Tensor, "layer batch d_in"]  # fp32, on the target's device
+    inputs: Float[Tensor, "layer batch d_in"]  # fp32, on the store's device
     targets: Float[Tensor, "layer batch d_out"]
 
 
@@ -63,6 +78,11 @@ def check_layers(target: TargetModel, layers: tuple[int, ...]) -> None:
     outside = [layer for layer in layers if not 0 <= layer < target.n_layers]
     if outside or not layers:
         raise ValueError(f"layer {outside} is not among the layers 0…{target.n_layers - 1} of {target.name!r}")
+
+
+def harvests_ahead(device: torch.device) -> bool:
+    """Whether forwards can run beside training steps."""
+    return device.type == "cuda"
 
 
 class ActivationsStore:
@@ -74,9 +94,16 @@ class ActivationsStore:
     """
 
     def __init__(
-        self, target: TargetModel, config: DataConfig, split: Split = "train", *, shared: bool = False
-    ) -> None:
+        self, target: TargetModel, config: DataConfig, split: Split = "train", *, shared: bool = False,
+        harvest: Harvest = Harvest(),
+    ) -> None:  # fmt: skip
         check_layers(target, config.layers)
+        self.harvest, self.device = (
+            harvest,
+            torch.device(check_device(harvest.device)) if harvest.device else target.device,
+        )
+        if world().size > 1 and self.device != target.device:
+            raise ValueError("several processes have a device each for all they do: leave out --target-device")
         part = world().part if shared else (0, 1)
         if config.batch_tokens % part[1]:
             raise ValueError(
@@ -91,15 +118,29 @@ class ActivationsStore:
         self.harvesters = world().size if shared and part[1] == 1 else 1
         self.harvested = (2, len(config.layers), config.model_batch * (target.context - 1), target.d_model)
         self.forwards = 0  # batches of tokens whose activations were put into the buffer
+        # where the text is to be taken up; None: where the stream is
+        self.position: dict[str, int | Tensor] | None = None
+        self.cache: ActivationCache | None = None
+        if harvest.cache != "none":
+            precision = "bf16" if bf16_is_fast(target.device) else "float32"
+            self.cache = ActivationCache(harvest.cache, [self.fingerprint(), precision, *part])
+            if self.harvesters > 1:  # what process 0 adds from now on, the others make with it
+                self.cache.whole = decided(lambda: self.cache.whole)  # type: ignore[union-attr]
         self.generator = torch.Generator().manual_seed(config.seed)
         slots = self.buffer_tokens + self.harvested[2]
         shape = (2, len(config.layers), slots, target.d_model)
-        self.buffer = torch.zeros(shape, dtype=torch.float16, device=target.device)
+        self.buffer = torch.zeros(shape, dtype=torch.float16, device=self.device)
         self.scales: Float[Tensor, "two layer"] | None = None  # what the buffer's activations were divided by
         self.scaled = False  # whether any of them was
         self.free = torch.arange(slots)  # slots without a token to give out
         self.order = torch.zeros(0, dtype=torch.int64)  # slots with one, in the order in which they are given out
-        self.slots = self.order  # the same on the target's device
+        self.slots = self.order  # the same on the store's device
+        self.early = torch.zeros(0, dtype=torch.int64)  # slots that were filled for the next refill, before it
+        # which layers were finite in all forwards since the last refill
+        self.whole = torch.ones(len(config.layers), dtype=torch.bool, device=self.device)
+        self.aside = Aside(self.device)
+        # where forwards are shared, others would have to take part in each of them
+        self.ahead = harvests_ahead(self.device) and self.harvesters == 1
         self.served = 0  # slots at the start of `order` that were given out
         self.serve = 0  # slots to give out before the next refill
         self._refill()
@@ -121,18 +162,47 @@ class ActivationsStore:
         c, t = self.config, self.target
         data = [*dataclasses.astuple(t.data), text_fingerprint(t.data)]
         settings = [t.name, t.site, t.fingerprint, data, c.layers, c.model_batch, t.context, c.seed, self.split]
+        settings += ["int8"] if self.harvest.cache == "int8" else []
         return hashlib.sha256(json.dumps(settings).encode()).hexdigest()[:16]
 
     def _harvest(self, n: int) -> list[Float[Tensor, "two layer token d"]]:
-        """Inputs and outputs of the tokens of n forwards, or fewer where the text ends; each is made by another process."""
-        batches = list(itertools.islice(self.stream, n))
+        """Inputs and outputs of the tokens of n forwards, or fewer where the text ends; one where they lie in the cache."""
+        if self.cache is None:
+            return self._made(list(itertools.islice(self._stream_there(), n)))
+        if self.forwards < self.cache.whole:
+            shard = self.cache.read(self.forwards)
+            self.forwards, self.position = self.forwards + 1, {"read": shard.read, "leftover": shard.leftover}
+            if self.scales is None:  # those of all its shards
+                self._scale_by(shard.scales.to(self.device))
+            return [sent(shard.kept, self.device)]
+        batches, positions = [], []
+        for tokens in itertools.islice(self._stream_there(), n):
+            batches.append(tokens)
+            positions.append(self.stream.state_dict())
+        made, served = self._made(batches), []
+        for i, (kept, position) in enumerate(zip(made, positions), self.forwards - len(made)):
+            shard = Shard(kept.cpu(), self.scales.cpu(), position["read"], position["leftover"])
+            served.append(sent(self.cache.write(i, shard, leads=self.harvesters == 1 or world().leads), self.device))
+        return served
+
+    def _stream_there(self) -> TokenStream:
+        """The text, taken up where the last forward left it."""
+        if self.position is not None:
+            self.stream.load_state_dict(self.position)
+            self.position = None
+        return self.stream
+
+    def _scale_by(self, scales: Float[Tensor, "two layer"]) -> None:
+        self.scales, self.scaled = scales, bool((scales != 1).any())
+
+    def _made(self, batches: list[Int[Tensor, "batch seq"]]) -> list[Float[Tensor, "two layer token d"]]:
+        """Inputs and outputs of the tokens of each batch; each is made by another process."""
         self.forwards += len(batches)
         if self.scales is None and batches:
             captured = capture(self.target, batches[0], self.config.layers)
-            self.scales = self._first_scales(captured)
-            self.scaled = bool((self.scales != 1).any())
-            if n == 1:
-                return [stack_tokens(captured, self.scales if self.scaled else None)]
+            self._scale_by(self._first_scales(captured))
+            if len(batches) == 1:
+                return [self._stacked(captured)]
         mine = world().rank if self.harvesters > 1 else 0
         kept = [
             self._activations(tokens) if i == mine else self.buffer.new_empty(self.harvested)
@@ -141,8 +211,12 @@ class ActivationsStore:
         return [from_process(i, made) for i, made in enumerate(kept)] if self.harvesters > 1 else kept
 
     def _activations(self, tokens: Int[Tensor, "batch seq"]) -> Float[Tensor, "two layer token d"]:
-        captured = capture(self.target, tokens, self.config.layers)
-        return stack_tokens(captured, self.scales if self.scaled else None)
+        return self._stacked(capture(self.target, tokens, self.config.layers))
+
+    def _stacked(self, captured: Captured) -> Float[Tensor, "two layer token d"]:
+        """`stack_tokens`, on the store's device."""
+        scales = self.scales.to(captured.inputs.device) if self.scaled else None  # type: ignore[union-attr]
+        return stack_tokens(captured, scales).to(self.device)
 
     def _first_scales(self, captured: Captured) -> Float[Tensor, "two layer"]:
         """1 where the activations are far below fp16's largest number, else the power of two that brings them there."""
@@ -153,23 +227,24 @@ class ActivationsStore:
             if not sides:
                 raise ValueError(f"layer {layer} of {self.target.name!r} writes or is given NaN or infinity")
         powers = [[_power_of_two(value) for value in side] for side in largest.tolist()]
-        return torch.tensor(powers, device=largest.device)
+        return torch.tensor(powers, device=self.device)
 
     def _refill(self) -> None:
         """Put new tokens where the served ones were, mix all, and serve half; all of it once the text has ended."""
-        self.free, self.order = torch.cat([self.free, self.order[: self.served]]), self.order[self.served :]
-        whole = torch.ones(len(self.config.layers), dtype=torch.bool, device=self.buffer.device)
+        self.aside.join()
+        self.free, self.order = self._empty(), torch.cat([self.order[self.served :], self.early])
+        self.early = self.early[:0]
         while (lacking := self.buffer_tokens - len(self.order)) > 0:
             forwards = self._harvest(min(self.harvesters, -(-lacking // self.harvested[2])))
             if not forwards:
                 break
             for kept in forwards:
                 slots, self.free = self.free.tensor_split([kept.shape[2]])
-                self.buffer.index_copy_(2, sent(slots, self.buffer.device), kept)
+                self._put(kept, slots)
                 self.order = torch.cat([self.order, slots])
-                whole &= kept.isfinite().flatten(2).all(2).all(0)
-        for layer, finite in zip(self.config.layers, whole.tolist()):
-            if not finite:
+        finite, self.whole = self.whole.tolist(), torch.ones_like(self.whole)
+        for layer, is_finite in zip(self.config.layers, finite):
+            if not is_finite:
                 raise ValueError(
                     f"an activation of layer {layer} of {self.target.name!r} is not finite, or over {ROOM} times as large as "
                     "the first forward's: leave the layer out, or harvest more sequences per forward"
@@ -179,6 +254,25 @@ class ActivationsStore:
         self.slots = sent(self.order, self.buffer.device)
         share = max(n // 2, self.batch_tokens) if n >= self.buffer_tokens else n
         self.served, self.serve = 0, share // self.batch_tokens * self.batch_tokens
+
+    def _empty(self) -> Int[Tensor, "slot"]:
+        """Slots without a token to give out, in the order in which they are filled."""
+        return torch.cat([self.free, self.order[: self.served]])[len(self.early) :]
+
+    def _put(self, kept: Float[Tensor, "two layer token d"], slots: Int[Tensor, "token"]) -> None:
+        self.buffer.index_copy_(2, sent(slots, self.buffer.device), kept)
+        self.whole &= kept.isfinite().flatten(2).all(2).all(0)
+
+    def _harvest_ahead(self) -> None:
+        """One forward of the next refill, where it will be asked for and has room already."""
+        empty = self._empty()[: self.harvested[2]]
+        lacking = self.buffer_tokens - (len(self.order) - self.serve) - len(self.early)
+        if lacking <= 0 or len(empty) < self.harvested[2]:
+            return
+        with self.aside.begun():
+            for kept in self._harvest(1):
+                self._put(kept, empty)
+                self.early = torch.cat([self.early, empty])
 
     def __iter__(self) -> "ActivationsStore":
         return self
@@ -191,25 +285,31 @@ class ActivationsStore:
         slots = self.slots[self.served : self.served + self.batch_tokens]
         self.served += self.batch_tokens
         batch = self.buffer.index_select(2, slots).float()
+        if self.ahead:
+            self._harvest_ahead()
         return ActivationBatch(*(batch * self.scales[:, :, None, None] if self.scaled else batch))
 
     def state_dict(self) -> dict[str, Any]:
         """Everything that decides the batches to come, the buffer itself (no copy of it) included."""
+        self.aside.join()
         return {
-            "buffer": self.buffer, "free": self.free, "order": self.order, "served": self.served, "serve": self.serve,
-            "forwards": self.forwards, "stream": self.stream.state_dict(), "generator": self.generator.get_state(),
+            "buffer": self.buffer, "early": self.early, "whole": self.whole, "free": self.free, "order": self.order,
+            "served": self.served, "serve": self.serve, "forwards": self.forwards,
+            "stream": self.position or self.stream.state_dict(), "generator": self.generator.get_state(),
             "stats": tuple(self.stats), "scales": self.scales,
         }  # fmt: skip
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.aside.join()
         self.buffer.copy_(state["buffer"])
-        self.free, self.order = state["free"].cpu(), state["order"].cpu()
+        self.free, self.order, self.early = state["free"].cpu(), state["order"].cpu(), state["early"].cpu()
+        self.whole = state["whole"].to(self.device)
         self.slots = sent(self.order, self.buffer.device)
         self.served, self.serve, self.forwards = state["served"], state["serve"], state["forwards"]
-        self.stream.load_state_dict(state["stream"])
+        self.position = state["stream"]
         self.generator.set_state(state["generator"].cpu())
-        self.stats, self.scales = ActivationStats(*state["stats"]), state["scales"]
-        self.scaled = bool((self.scales != 1).any())
+        self.stats = ActivationStats(*(v.to(self.device) if isinstance(v, Tensor) else v for v in state["stats"]))
+        self._scale_by(state["scales"].to(self.device))
 
 
 def _power_of_two(largest: float) -> float:

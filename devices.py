@@ -15,6 +15,7 @@ process (`in_processes`).
 """
 
 import atexit
+import contextlib
 import ctypes
 import functools
 import gc
@@ -111,6 +112,27 @@ float32_through_onednn()  # before anything is computed, so that a process compu
 def sent(tensor: Tensor, device: torch.device) -> Tensor:
     """A copy of a CPU tensor on `device` that the host does not wait for: to CUDA it goes through pinned memory."""
     return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
+
+
+class Aside:
+    """Work that is wanted later only: on CUDA a stream of its own, beside what is queued after it; elsewhere done at once."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+
+    @contextlib.contextmanager
+    def begun(self) -> Iterator[None]:
+        """Inside, work comes after all that was queued before, and nothing that is queued later waits for it."""
+        with contextlib.ExitStack() as stack:
+            if self.stream is not None:
+                self.stream.wait_stream(torch.cuda.current_stream(self.stream.device))
+                stack.enter_context(torch.cuda.stream(self.stream))
+            yield
+
+    def join(self) -> None:
+        """What is queued from now on comes after the work aside; the host does not wait."""
+        if self.stream is not None:
+            torch.cuda.current_stream(self.stream.device).wait_stream(self.stream)
 
 
 TRIM_THRESHOLD, MMAP_THRESHOLD, ARENA_MAX = -1, -3, -8  # mallopt's names for its parameters

@@ -7,9 +7,10 @@
 
     ΔCE = CE − CE_original,   KL = KL(original ‖ replaced);   what else a row says: metrics.py
 
-The original model runs once per batch and serves every replacement; logits live no longer than their batch. On a CPU batches
-are shared out to copies of the process, and what they add up is put together in their order. A run begins
-before the first MLP it replaces, with what the original model computed until then: nothing before it differs. Rows that
+The original model runs once per batch and serves every replacement; logits live no longer than their batch: at most four
+tensors of them, 16 · batch · seq · vocab bytes. On a CPU batches are shared out to copies of the process, and what they add up is
+put together in their order. A run begins before the first MLP it replaces, with what the original model computed until then:
+nothing before it differs. Rows that
 mean the same run (the mean's under every protocol; `single` of a one-layer replacement and its `frozen`) share it.
 CE is over predicted tokens and KL over positions; FVU, L0 and firing leave each sequence's first position out, which
 `replaced_logits` leaves to the model. Every row's bootstrap draws the same documents.

@@ -170,7 +170,8 @@ def kl_through_head(
     """KL(p‖q) with q = softmax(head(hidden)), mean over tokens, in nats; gradient in `hidden` alone.
 
     Logits of q and their gradient exist for a few tokens at a time, so that of all that is as wide as the vocabulary only
-    log p is held.
+    log p is held. Memory of that width, in bytes: 4 · vocab · (tokens + 6 · tokens at a time); the 6 are logits, their
+    gradient and what lies between.
     """
     return _KLThroughHead.apply(hidden, log_p, head)  # type: ignore[no-any-return]
 

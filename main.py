@@ -57,13 +57,15 @@ REPORT = Report("The main job", TEXT)
 
 
 def main(s: Settings) -> None:
-    target = load_target(s.target, s.device)
+    target = load_target(s.target, s.home)
     check_fits(s, target)
     configs = [
         *transcoder_configs(target, layers=s.layers, rules=[BatchTopK(k) for k in s.transcoder_k], d_dict=s.d_dict),
         *clt_configs(target, layers=s.layers, rules=[BatchTopK(k) for k in s.clt_k], d_dict=s.d_dict),
     ]
-    trained = train_coders(configs, target, tokens=s.tokens, batch=s.batch, seed=s.seed, folder=s.checkpoints)
+    trained = train_coders(
+        configs, target, tokens=s.tokens, batch=s.batch, seed=s.seed, harvest=s.harvest, folder=s.checkpoints
+    )
     least = {config.kind: min(c.rule.k for c in configs if c.kind == config.kind) for config in configs}
     sparsest = [c for c in trained if c.coder.k == least[c.coder.config.kind]]
     if s.tune_tokens:

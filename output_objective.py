@@ -13,7 +13,8 @@ clean stream. FVU compares with what the original model's MLPs wrote there, as t
 the model and enter nothing but the mean of the KL, which is over all positions.
 
 One clean pass serves all sets of coders that train on a stream and all their runs. Of what is as wide as the vocabulary, log p
-alone is held. Where coders read the clean stream, the graph of each run ends at what they write, and its gradient goes on to
+alone is held, where the head is a module of its own (`unembedding`); else the logits of the clean pass and of a run, too.
+Where coders read the clean stream, the graph of each run ends at what they write, and its gradient goes on to
 them once, when all runs are over.
 """
 

@@ -153,7 +153,7 @@ def start_set(
     own: Sequence[Checkpoint], names: Sequence[str], store: ActivationsStore, *, config: TrainConfig, folder: Path
 ) -> CoderSet:
     """Copies of the coders of a set, in train mode; of those that were trained for nothing yet, initialised."""
-    own = [dataclasses.replace(start, coder=copy.deepcopy(start.coder).to(store.target.device)) for start in own]
+    own = [dataclasses.replace(start, coder=copy.deepcopy(start.coder).to(store.device)) for start in own]
     replacement, members = as_replacement(own), []
     order = {start.coder.config.layers: name for start, name in zip(own, names)}
     for coder in replacement.members:

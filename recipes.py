@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from activation_store import DataConfig
+from activation_store import DataConfig, Harvest
 from checkpoints import (
     CONFIG,
     Checkpoint,
@@ -48,7 +48,7 @@ from spd_model import ComponentModel
 from spd_training import train_spd
 from target_models import TargetModel, mlp_matrices
 from token_stream import TokenStream
-from training import dead_after, train_group
+from training import AT_HOME, dead_after, train_group
 
 
 def new_coder(config: CoderConfig, seed: int) -> Coder:
@@ -88,19 +88,27 @@ def clt_configs(target: TargetModel, *, layers: Sequence[int], rules: Sequence[R
 
 def train_coders(
     configs: Sequence[CoderConfig], target: TargetModel, *, tokens: int, batch: int, seed: int, folder: Path,
-    objective: CoderObjective = LOCAL,
+    objective: CoderObjective = LOCAL, harvest: Harvest = AT_HOME,
 ) -> list[Checkpoint]:  # fmt: skip
-    """Train from scratch what is not yet in `folder`, on one stream over all the layers, with the project's default recipe."""
+    """Train from scratch what is not yet in `folder`, on one stream over all the layers, with the project's default recipe.
+
+    Raises ValueError for an objective on the model's output with a harvest of its own: it runs the target at every step.
+    """
     if not configs:
         raise ValueError("no coder was asked for: name at least one layer and one k")
     if isinstance(objective, Output):
+        require(
+            harvest == AT_HOME, "training on the model's output runs the target: leave out --cache and --target-device"
+        )
         starts = [untrained(config, target, seed) for config in configs]
         train = TrainConfig(objective=objective, tokens=tokens, dead_after=dead_after(tokens), seed=seed)
         return train_on_output(starts, target, batch=batch, config=train, folder=folder)
     layers = tuple(sorted({layer for config in configs for layer in config.layers}))
     data = DataConfig(layers=layers, batch_tokens=batch, seed=seed)
     train = TrainConfig(tokens=tokens, dead_after=dead_after(tokens), seed=seed)
-    return train_group([new_coder(config, seed) for config in configs], target, data=data, config=train, folder=folder)
+    return train_group(
+        [new_coder(config, seed) for config in configs], target, data=data, config=train, folder=folder, harvest=harvest
+    )
 
 
 def tune_coders(

@@ -10,7 +10,8 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
-from activation_store import check_layers
+from activation_cache import Cache
+from activation_store import Harvest, check_layers
 from evaluation import Measurement
 from logs import errors_in_one_line, write_settings
 from parallel import Form, joined, world
@@ -43,6 +44,19 @@ class CoderStudySettings(StudySettings):
     d_dict: int = 4096  # latents per layer
     tokens: int = 500_000_000  # training tokens
     batch: int = 4096  # tokens per training batch
+    cache: Cache = (
+        "none"  # activations on disk, fp16 or int8: a second training on the same text does not run the target
+    )
+    target_device: str | None = None  # of the target, the ruler and training on the output; None: the one of the coders
+
+    @property
+    def harvest(self) -> Harvest:
+        return Harvest(cache=self.cache, device=self.device if self.target_device else None)
+
+    @property
+    def home(self) -> str:
+        """Where the target lies."""
+        return self.target_device or self.device
 
 
 def nothing_more(folder: Path) -> list[str]:

@@ -29,7 +29,7 @@ from jaxtyping import Float
 from torch import Tensor
 from tqdm import tqdm
 
-from activation_store import ActivationBatch, ActivationsStore, DataConfig, check_varies
+from activation_store import ActivationBatch, ActivationsStore, DataConfig, Harvest, check_varies
 from checkpoints import (
     Checkpoint,
     TrainingRecord,
@@ -55,6 +55,7 @@ from parallel import ALONE, averaged, check_dealt, dealt, decided, own_state, ra
 from step_graphs import RecordedStep, records_graphs
 from target_models import TargetModel
 
+AT_HOME = Harvest()  # on the target's device, nothing kept on disk
 RECORDED_UP_TO = 1 << 26  # pre-activations of an encoder in a batch: a recording holds the memory of its own step
 ANNEAL_FROM = 4  # times k; the field starts at 10k, whose first steps cost more than all the others together
 
@@ -120,12 +121,13 @@ def annealed_k(k: int, step: int, *, steps: int, config: TrainConfig) -> int:
     return round(k * (ANNEAL_FROM - (ANNEAL_FROM - 1) * progress))
 
 
-def recipe(config: TrainConfig, batch_tokens: int, *, lr: float) -> str:
+def recipe(config: TrainConfig, batch_tokens: int, *, lr: float, harvest: Harvest = AT_HOME) -> str:
     """Training settings that change the result, as text; two coders with equal recipes are interchangeable."""
     c = config
     objective = "" if c.objective == LOCAL else f"{c.objective}, "
+    rounded = "int8 activations, " if harvest.cache == "int8" else ""
     return (
-        f"{objective}lr {lr:.6g}, warmup {c.warmup:g}, decay {c.decay:g}, anneal {ANNEAL_FROM}k over {c.anneal:g}, "
+        f"{objective}{rounded}lr {lr:.6g}, warmup {c.warmup:g}, decay {c.decay:g}, anneal {ANNEAL_FROM}k over {c.anneal:g}, "
         f"clip {c.max_grad_norm:g}, aux {c.aux:g} after {c.dead_after}, betas {c.betas}, batch {batch_tokens}"
     )
 
@@ -162,7 +164,12 @@ class CoderRun:
 def training_step(
     run: CoderRun, batch: ActivationBatch, *, config: TrainConfig, lr: float | Float[Tensor, ""]
 ) -> Float[Tensor, "3"]:
-    """One step of one coder; returns (loss, FVU, L0 per layer), still on the device."""
+    """One step of one coder; returns (loss, FVU, L0 per layer), still on the device.
+
+    Memory on a CPU beyond parameters and Adam's moments, of a TopK or BatchTopK transcoder without silent latents: gradients,
+    as large as the parameters, and B · (4 (d_in + d_out) + c k + 16) + 20 d_dict bytes, and blocks of `sparse_encode.BLOCK`
+    pre-activations; c is 60, and 140 where bf16 selects. Nothing is as large as B · d_dict, which Relu, JumpReLU and Gated hold.
+    """
     coder = run.coder
     x, y = coder.view(*batch, run.rows)
     codes, penalty = coder.encode_with_penalty(x, y, run.variance)
@@ -234,9 +241,10 @@ def group_step(
 
 
 def train_group(
-    coders: Sequence[Coder], target: TargetModel, *, data: DataConfig, config: TrainConfig, folder: Path
-) -> list[Checkpoint]:
-    """Train all coders on one pass over one stream; checkpoints land in folder / name.
+    coders: Sequence[Coder], target: TargetModel, *, data: DataConfig, config: TrainConfig, folder: Path,
+    harvest: Harvest = AT_HOME,
+) -> list[Checkpoint]:  # fmt: skip
+    """Train all coders on one pass over one stream; checkpoints land in folder / name, what is returned on the target's device.
 
     Coders already trained there with the same settings are left as they are. An interrupted call goes on from its last
     state when made again, and ends bit-identical (on CPU) to one that was never interrupted.
@@ -256,7 +264,7 @@ def train_group(
             (name, coder) for name, coder in zip(names, coders)
             if not is_trained(
                 folder / name, coder.config, train_tokens=config.tokens, fingerprint=fingerprint,
-                recipe=recipe(config, data.batch_tokens, lr=peak_rate(coder, config)),
+                recipe=recipe(config, data.batch_tokens, lr=peak_rate(coder, config), harvest=harvest),
             )
         ]  # fmt: skip
 
@@ -266,16 +274,22 @@ def train_group(
         if len(todo) < len(coders):
             print(f"{len(coders) - len(todo)} of {len(coders)} coders are already trained in {folder}")
         if todo:
-            _train(todo, target, data=data, config=config, folder=folder)
+            _train(todo, target, data=data, config=config, folder=folder, harvest=harvest)
         wait()
     return [load_checkpoint(str(folder / name), str(target.device)) for name in names]
 
 
 def train_encoder(
-    coder: Coder, target: TargetModel, *, data: DataConfig, config: TrainConfig, folder: Path
+    coder: Coder,
+    target: TargetModel,
+    *,
+    data: DataConfig,
+    config: TrainConfig,
+    folder: Path,
+    harvest: Harvest = AT_HOME,
 ) -> Checkpoint:
     """A group of one."""
-    return train_group([coder], target, data=data, config=config, folder=folder)[0]
+    return train_group([coder], target, data=data, config=config, folder=folder, harvest=harvest)[0]
 
 
 class Progress(NamedTuple):
@@ -357,11 +371,12 @@ def group_file(folder: Path, names: Sequence[str]) -> Path:
 
 
 def _train(
-    todo: list[tuple[str, Coder]], target: TargetModel, *, data: DataConfig, config: TrainConfig, folder: Path
-) -> None:
+    todo: list[tuple[str, Coder]], target: TargetModel, *, data: DataConfig, config: TrainConfig, folder: Path,
+    harvest: Harvest,
+) -> None:  # fmt: skip
     if config.tokens < data.batch_tokens:
         raise ValueError(f"{config.tokens} training tokens are less than a batch of {data.batch_tokens}: ask for more")
-    store, names = ActivationsStore(target, data, shared=True), [name for name, _ in todo]
+    store, names = ActivationsStore(target, data, shared=True, harvest=harvest), [name for name, _ in todo]
     own = dealt(todo, lambda item: _work(item[1])) if world().deals("coders") else todo
     runs = [start_run(name, coder, store=store, config=config, folder=folder) for name, coder in own]
     group = _Group(names, runs, store, config)
@@ -376,12 +391,12 @@ def _train(
     def calibrate(run: CoderRun) -> None:
         run.coder.calibrate([run.coder.view(*batch, run.rows)[0] for batch in held_out])
 
-    _side_by_side(calibrate, runs, store.target.device)
+    _side_by_side(calibrate, runs, store.device)
     for run in runs:
         record = TrainingRecord(
             name=run.name, target=target.name, target_fingerprint=target.fingerprint, train_tokens=config.tokens,
             train_seconds=run.seconds + max(overhead, 0.0), seed=config.seed, commit=git_commit(),
-            recipe=recipe(config, data.batch_tokens, lr=run.lr),
+            recipe=recipe(config, data.batch_tokens, lr=run.lr, harvest=harvest),
         )  # fmt: skip
         whole = whole_coder(run.coder)
         if run.logger.writes:
@@ -414,9 +429,9 @@ def start_run(name: str, coder: Coder, *, store: ActivationsStore, config: Train
     if world().deals("latents"):  # whole on the host alone
         coder.initialise(ActivationStats(*(value.cpu() for value in stats[:-1]), stats.n_tokens))
         spread(coder)
-        coder.to(store.target.device).train()
+        coder.to(store.device).train()
     else:
-        coder.to(store.target.device).train()
+        coder.to(store.device).train()
         coder.initialise(stats)
     coder.join(ranks_of(coder.config.d_dict))
     lr = peak_rate(coder, config)

@@ -28,6 +28,7 @@ from small import clt, each_by_itself, make_small_target, saes, transcoders
 from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
+import activation_store
 import baselines
 import evaluation
 import features
@@ -36,7 +37,8 @@ import main
 import measure
 import study
 import training
-from activation_store import ActivationsStore, DataConfig
+from activation_cache import Cache
+from activation_store import ActivationsStore, DataConfig, Harvest
 from baselines import (
     AffineReplacement,
     IdentityReplacement,
@@ -78,7 +80,7 @@ from spd_training import SPDTrainer
 from spd_variants import VARIANTS, SPDVariant, VariantName
 from target_models import Loaded, TargetModel, make_target
 from token_stream import DatasetSpec
-from training import CoderRun, group_step, start_run, train_group
+from training import AT_HOME, CoderRun, group_step, start_run, train_group
 
 Waiting = Callable[[], contextlib.AbstractContextManager[Counter[str]]]
 D, LATENTS, K, SILENT = 16, 48, 4, 10
@@ -211,12 +213,14 @@ GROUP = [("transcoder", "batchtopk"), ("transcoder-skip", "topk"), ("sae", "relu
          ("transcoder", "jumprelu"), ("clt", "batchtopk")]  # fmt: skip
 
 
-def trained(target: TargetModel, folder: Path, group: Sequence[tuple[str, str]] = GROUP) -> dict[str, Any]:
+def trained(
+    target: TargetModel, folder: Path, group: Sequence[tuple[str, str]] = GROUP, harvest: Harvest = AT_HOME
+) -> dict[str, Any]:
     """Name → tensors of a group trained together."""
     coders = [coder_of(*pair) for pair in group]
-    return {
-        c.record.name: c.coder.state_dict() for c in train_group(coders, target, data=DATA, config=TRAIN, folder=folder)
-    }
+    made = train_group(coders, target, data=DATA, config=TRAIN, folder=folder, harvest=harvest)
+    assert {p.device for c in made for p in c.coder.parameters()} == {target.device}, "where the ruler measures"
+    return {c.record.name: c.coder.state_dict() for c in made}
 
 
 def test_a_group_trains_on_the_device_as_on_the_cpu(cpu: TargetModel, device: str, tmp_path: Path) -> None:
@@ -230,6 +234,55 @@ def test_a_group_trains_on_the_device_as_on_the_cpu(cpu: TargetModel, device: st
         )
         for one, two in zip(ours, theirs, strict=True):
             assert two | {"tokens_per_second": 0} == pytest.approx(one | {"tokens_per_second": 0}, rel=5e-3)
+
+
+@pytest.mark.parametrize("cache", ["none", "fp16"])
+@pytest.mark.parametrize("coders_on_device", [True, False])
+def test_coders_train_on_another_device_than_their_target(
+    coders_on_device: bool, cache: Cache, cpu: TargetModel, device: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The target on the CPU and buffer and coders on the device, and the other way round; cut off and gone on with, too."""
+    monkeypatch.setenv("NN_CACHE_HOME", str(tmp_path / "cache"))
+    target, place = (cpu, device) if coders_on_device else (on(cpu, device), "cpu")
+    seen, step = [], training.group_step
+
+    def watched(runs: Any, batch: Any, *, config: Any, factor: float) -> Tensor:
+        seen.append({batch.inputs.device, *(p.device for run in runs for p in run.coder.parameters())})
+        if len(seen) == 8:
+            raise KeyboardInterrupt
+        return step(runs, batch, config=config, factor=factor)
+
+    harvest, group = Harvest(device=place, cache=cache), GROUP[-3:]
+    here = trained(cpu, tmp_path / "here", group)
+    straight = trained(target, tmp_path / "straight", group, harvest)
+    monkeypatch.setattr(training, "group_step", watched)
+    with pytest.raises(KeyboardInterrupt):
+        trained(target, tmp_path / "apart", group, harvest)
+    apart = trained(target, tmp_path / "apart", group, harvest)
+    assert all(places == {torch.device(place)} for places in seen) and len(seen) == 8 + 12 - 5
+    assert_close(apart, here, 5e-3)
+    for name, tensors in straight.items():
+        assert all(torch.equal(apart[name][key], value) for key, value in tensors.items()), name
+
+
+def test_forwards_beside_the_steps_change_nothing(
+    cpu: TargetModel, device: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every tensor of every coder of a training, to the last bit; some forwards did run between steps."""
+    target, group, ahead = on(cpu, device), GROUP[-3:], ActivationsStore._harvest_ahead
+    early: list[int] = []
+
+    def counted(store: ActivationsStore) -> None:
+        ahead(store)
+        early.append(len(store.early))
+
+    monkeypatch.setattr(ActivationsStore, "_harvest_ahead", counted)
+    beside = trained(target, tmp_path / "beside", group)
+    assert max(early) == 2 * 4 * 15 and 0 in early
+    monkeypatch.setattr(activation_store, "harvests_ahead", lambda device: False)
+    between = trained(target, tmp_path / "between", group)
+    for name, tensors in between.items():
+        assert all(torch.equal(beside[name][key], value) for key, value in tensors.items()), name
 
 
 def test_an_interrupted_run_ends_on_the_device_as_if_it_had_not_been(

@@ -237,6 +237,25 @@ class _Calls(TorchFunctionMode):
         return func(*args, **kwargs)
 
 
+class _Stream:
+    """Stands for `torch.cuda.Stream`: what is queued is done at once, so that nobody need wait."""
+
+    def __init__(self, device: Any = None) -> None:
+        self.device = _named(torch.device("cuda" if device is None else device))
+
+    def wait_stream(self, other: "_Stream") -> None:
+        assert isinstance(other, _Stream), f"{other=}"
+
+
+@contextlib.contextmanager
+def _on_stream(stream: _Stream) -> Iterator[None]:
+    """`torch.cuda.stream`: its device is the current one inside."""
+    before = _exchange_device(stream.device.index)
+    with contextlib.ExitStack() as stack:
+        stack.callback(_exchange_device, before)
+        yield
+
+
 class _Kernel:
     """Stands for a Triton kernel: `kernel[grid](*arguments)`, launched on the current device."""
 
@@ -319,6 +338,9 @@ def emulated_cuda() -> Iterator[Emulation]:
             "is_bf16_supported": lambda including_emulation=True: True,
             "is_current_stream_capturing": lambda: False,
             "synchronize": lambda device=None: devices.waits.update([f"synchronize in {_place()}"]),
+            "Stream": _Stream,
+            "current_stream": _Stream,
+            "stream": _on_stream,
             "set_device": lambda device: _exchange_device(_named(torch.device(device)).index),
             "_exchange_device": _exchange_device,
             "_maybe_exchange_device": _exchange_device,

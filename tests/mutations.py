@@ -157,10 +157,53 @@ CODERS = [
     Mutation("rate given, not used", "training.py", 'group["lr"] = lr\n', "pass\n", f"{STEP}[transcoder-relu]"),
     Mutation("rate not scheduled", "training.py", "factor=schedule(step, self.steps, config)", "factor=1.0", RATES),
     Mutation("k not annealed", "training.py", "run.coder.set_k(annealed_k(", "(annealed_k(", RATES),
-    Mutation("not calibrated", "training.py", "    _side_by_side(calibrate, runs, store.target.device)\n", "", LATER),
+    Mutation("not calibrated", "training.py", "    _side_by_side(calibrate, runs, store.device)\n", "", LATER),
     Mutation(
         "calibrated on text already seen", "training.py", "itertools.islice(store, ",
         "itertools.islice(ActivationsStore(target, data), ", LATER,
+    ),
+]  # fmt: skip
+
+EARLY = "test_training.py::test_forwards_before_a_refill_give_the_batches_of_forwards_in_it[32]"
+CACHE = "test_activation_cache.py"
+MEMORY = "test_memory.py"
+
+HARVEST = [
+    Mutation(
+        "early slots filled again", "activation_store.py", "self.order[: self.served]])[len(self.early) :]",
+        "self.order[: self.served]])", EARLY,
+    ),
+    Mutation("early forwards without end", "activation_store.py", "- self.serve) - len(self.early)", "- self.serve)", EARLY),
+    Mutation(
+        "early tokens in another order", "activation_store.py", "torch.cat([self.order[self.served :], self.early])",
+        "torch.cat([self.early, self.order[self.served :]])", EARLY,
+    ),
+    Mutation(
+        "int8: one scale for a layer", "activation_cache.py", "    s = wide.abs().amax(-1) / 127\n",
+        "    s = (wide.abs().amax(-1) / 127).amax(-1, keepdim=True).expand(wide.shape[:-1])\n",
+        f"{CACHE}::test_int8_errs_by_at_most_half_a_step_and_keeps_the_largest_of_each_token",
+    ),
+    Mutation(
+        "shard behind a gap", "activation_cache.py", "        if forward == self.whole:\n", "        if True:\n",
+        f"{CACHE}::test_a_cache_without_a_folder_writes_nothing_behind_a_gap",
+    ),
+    Mutation(
+        "int8 not in the recipe", "training.py", '"int8 activations, " if harvest.cache == "int8" else ""', '""',
+        f"{CACHE}::test_a_training_from_a_cache_is_the_training_that_made_it[int8]",
+    ),
+    Mutation(
+        "harvest's precision forgotten", "activation_store.py", "[self.fingerprint(), precision, *part]",
+        "[self.fingerprint(), *part]", f"{CACHE}::test_what_decides_the_values_decides_the_folder",
+    ),
+    Mutation(
+        "forwards kept", "activation_store.py", "        self.whole &= kept",
+        "        self.kept = [*getattr(self, 'kept', []), kept]\n        self.whole &= kept",
+        f"{MEMORY}::test_a_store_holds_its_buffer_and_nothing_that_grows",
+    ),
+    Mutation(
+        "logits of all tokens at once", "losses.py", "        for h, of_p, g in zip(flat.split(rows)",
+        "        rows = len(flat)\n        for h, of_p, g in zip(flat.split(rows)",
+        f"{MEMORY}::test_training_on_the_output_holds_log_p_and_logits_of_few_tokens[64-True]",
     ),
 ]  # fmt: skip
 
@@ -557,7 +600,7 @@ MASK_VARIANTS = [
     ),
 ]  # fmt: skip
 
-MUTATIONS = [*CODERS, *DECOMPOSITIONS, *RULER, *OUTPUT, *SELECTION, *MASK_VARIANTS]
+MUTATIONS = [*CODERS, *HARVEST, *DECOMPOSITIONS, *RULER, *OUTPUT, *SELECTION, *MASK_VARIANTS]
 
 
 class _Failures:

@@ -16,10 +16,11 @@ from typing import Any
 import torch
 from small import make_small_target
 
+import activation_store
 import checkpoints
 import parallel
 import training
-from activation_store import ActivationsStore, DataConfig
+from activation_store import ActivationsStore, DataConfig, Harvest
 from clt import CrossLayerTranscoder
 from coder import Coder, codes_by_layer
 from config import (
@@ -50,7 +51,7 @@ from sparse_ops import to_dense
 from spd_model import ComponentModel
 from spd_training import SPDTrainer
 from target_models import TargetModel
-from training import start_run, train_group, training_step
+from training import AT_HOME, start_run, train_group, training_step
 from transcoder import build_transcoder
 
 DATA = DataConfig(layers=(0, 1), batch_tokens=32, buffer_tokens=256, model_batch=4)
@@ -123,7 +124,9 @@ class Interrupted(Exception):
     """Where a training was meant to end early."""
 
 
-def train(target: TargetModel, form: Form, folder: Path, *, ends: Callable[[], None] | None = None) -> None:
+def train(
+    target: TargetModel, form: Form, folder: Path, *, ends: Callable[[], None] | None = None, harvest: Harvest = AT_HOME
+) -> None:
     """A training; with `ends` that is called where a second state would be saved."""
     parallel._joined.append(World(world().rank, world().size, form))
     save = training.save_parts
@@ -134,12 +137,25 @@ def train(target: TargetModel, form: Form, folder: Path, *, ends: Callable[[], N
         return save(file, step, own)
 
     training.save_parts = save_or_end
-    train_group(group(), target, data=DATA, config=TRAIN, folder=folder)
+    train_group(group(), target, data=DATA, config=TRAIN, folder=folder, harvest=harvest)
     training.save_parts = save
 
 
 def interrupt() -> None:
     raise Interrupted
+
+
+def cached(target: TargetModel, folder: Path) -> None:
+    """Trainings that fill a cache, and trainings that must not run the target; coders and latents have one for both."""
+    os.environ["NN_CACHE_HOME"] = str(folder / "cache")
+    harvest = Harvest(cache="fp16")
+    for form in ("data", "coders"):
+        train(target, form, folder / f"{form}-filling", harvest=harvest)
+    parallel.wait()
+    capture, activation_store.capture = activation_store.capture, None  # type: ignore[assignment]
+    for form in ("data", "coders", "latents"):
+        train(target, form, folder / f"{form}-cached", harvest=harvest)
+    activation_store.capture = capture
 
 
 def checks(target: TargetModel, folder: Path) -> None:
@@ -168,6 +184,7 @@ def checks(target: TargetModel, folder: Path) -> None:
     shutil.copytree(folder / "data-cut", folder / "data-again") if world().leads else None
     parallel.wait()
     train(target, "data", folder / "data-again")
+    cached(target, folder)
     torch.save(results, folder / f"rank{world().rank}.pt")
 
 

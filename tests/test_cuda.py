@@ -37,7 +37,9 @@ from device_theorems import (  # noqa: F401  # fixtures and tests: collected her
     test_a_step_on_the_device_is_the_cpus,
     test_an_interrupted_run_ends_on_the_device_as_if_it_had_not_been,
     test_an_spd_step_on_the_device_is_the_cpus,
+    test_coders_train_on_another_device_than_their_target,
     test_every_gate_steps_on_the_device_as_on_the_cpu,
+    test_forwards_beside_the_steps_change_nothing,
     test_the_main_job_on_the_device_gives_the_cpus_table,
     test_the_ruler_on_the_device_reads_what_it_reads_on_the_cpu,
     trainer_of,
@@ -243,8 +245,8 @@ def large_steps(kind: str, rule: str, device: str, folder: Path) -> list[Tensor]
     coder = build_coder(config, torch.Generator().manual_seed(0))
     ones = torch.ones(2, device=device)
     stats = ActivationStats(torch.zeros(2, d, device=device), ones, torch.zeros(2, d, device=device), ones, ones * d, n)
-    target = SimpleNamespace(site="mlp_out", device=torch.device(device))
-    store: Any = SimpleNamespace(target=target, stats=stats, config=DATA)
+    target = SimpleNamespace(site="mlp_out")
+    store: Any = SimpleNamespace(target=target, device=torch.device(device), stats=stats, config=DATA)
     run = start_run(kind, coder, store=store, config=TRAIN, folder=folder)
     for _ in range(3):
         run.coder.count_dead(1)

@@ -8,6 +8,13 @@ REPOSITORY = Path(__file__).parents[1]
 ASKING = ("autocast", "bf16_is_fast", "pin_memory", "sent")  # functions whose answer or effect depends on the device
 
 COVERED = {  # function → the test that runs it on a (real or emulated) CUDA device
+    "activation_store.ActivationsStore.__init__": "test_coders_train_on_another_device_than_their_target",
+    "activation_store.ActivationsStore._harvest": "test_coders_train_on_another_device_than_their_target",
+    "activation_store.ActivationsStore._put": "test_forwards_beside_the_steps_change_nothing",
+    "activation_store.harvests_ahead": "test_forwards_beside_the_steps_change_nothing",
+    "devices.Aside.__init__": "test_forwards_beside_the_steps_change_nothing",
+    "devices.Aside.begun": "test_forwards_beside_the_steps_change_nothing",
+    "devices.Aside.join": "test_forwards_beside_the_steps_change_nothing",
     "activation_store.ActivationsStore._refill": "test_a_group_trains_on_the_device_as_on_the_cpu",
     "activation_store.ActivationsStore.load_state_dict": "test_an_interrupted_run_ends_on_the_device_as_if_it_had_not_been",
     "devices.bf16_is_fast": "test_activations_are_harvested_in_bf16_where_it_is_fast",

@@ -201,6 +201,16 @@ def test_an_interrupted_training_on_shared_data_ends_bit_identical(left: Left) -
     assert len(straight) == 5 and all(same(again[name], coder) for name, coder in straight.items())
 
 
+@pytest.mark.parametrize("form", ["data", "coders", "latents"])
+def test_processes_train_from_a_cache_as_from_the_target(left: Left, form: str) -> None:
+    """Bit for bit, and the target did not run: each has its part of the data there, or all read the same shards."""
+    expected, names = left.coders(form), [f"{form}-cached", *([f"{form}-filling"] if form != "latents" else [])]
+    assert len(expected) == 5 and len(list((left.folder / "cache" / "activations").iterdir())) == 3
+    for name in names:
+        found = left.coders(name)
+        assert found.keys() == expected.keys() and all(same(found[coder], expected[coder]) for coder in found), name
+
+
 def test_shared_data_goes_on_with_as_many_processes_alone(resumed: Left) -> None:
     with pytest.raises(ValueError, match=r"is dealt to 2 process\(es\), not to 1: start it again with 2$"):
         train_group(group(), resumed.target, data=DATA, config=TRAIN, folder=resumed.folder / "data-cut-alone")

@@ -16,6 +16,7 @@ import pytest
 import torch
 from small import make_small_target
 
+import activation_store
 import checkpoints
 from activation_store import ActivationsStore, DataConfig
 from baselines import IdentityReplacement, ZeroReplacement, baselines
@@ -100,6 +101,43 @@ def test_a_store_resumes_exactly(small_target: TargetModel) -> None:
         assert torch.equal(again.inputs, batch.inputs) and torch.equal(again.targets, batch.targets)
 
 
+@pytest.mark.parametrize("batch", [32, 128])
+def test_forwards_before_a_refill_give_the_batches_of_forwards_in_it(
+    batch: int, small_target: TargetModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Bit for bit, to the end of the text, in as much memory; resumed after any step."""
+    data = dataclasses.replace(DATA, batch_tokens=batch)
+    plain = list(ActivationsStore(small_target, data))
+    monkeypatch.setattr(activation_store, "harvests_ahead", lambda device: True)
+    store, other, early = ActivationsStore(small_target, data), ActivationsStore(small_target, data), 0
+    for i, expected in enumerate(plain):
+        if i % 3 == 0:
+            other.load_state_dict(copy.deepcopy(store.state_dict()))
+        ours, again = next(store), next(other)
+        assert all(torch.equal(a, b) and torch.equal(a, c) for a, b, c in zip(expected, ours, again)), f"batch {i}"
+        early += len(store.early) > 0
+        held = torch.cat([store.free, store.order])
+        assert torch.equal(held.sort().values, torch.arange(store.buffer.shape[2])), "every slot is there once"
+    assert next(store, None) is None and early > len(plain) // 4
+
+
+def test_an_activation_out_of_range_that_came_early_is_named(
+    small_target: TargetModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(activation_store, "harvests_ahead", lambda device: True)
+    store, last = ActivationsStore(small_target, DATA), small_target.model.h[1].mlp.down_proj
+    with torch.no_grad():
+        last.weight.mul_(1e6)
+        while not len(store.early):
+            next(store)
+        last.weight.mul_(1e-6)
+    other = ActivationsStore(make_small_target(Path(small_target.data.path)), DATA)
+    other.load_state_dict(copy.deepcopy(store.state_dict()))
+    for resumed in (store, other):
+        with pytest.raises(ValueError, match="^an activation of layer 1 of 'small' is not finite, or over 16 times"):
+            list(resumed)
+
+
 def test_the_buffer_keeps_to_its_stated_memory(small_target: TargetModel) -> None:
     store = ActivationsStore(small_target, DATA)
     stated = 2 * 2 * 2 * (256 + 4 * 15) * 16  # bytes · sides · layers · (buffer + one forward) · d
@@ -133,8 +171,11 @@ def test_a_batch_larger_than_the_buffer_or_than_the_training_is_refused(
 
 @pytest.mark.parametrize("factor", [2.0**5, 2.0**24])
 def test_activations_beyond_fp16_are_kept_exactly(small_target: TargetModel, factor: float) -> None:
-    """A model within its range is served as ever; the same model with outputs 2²⁴ times as large, 2²⁴ times that."""
+    """Within its range a model is served as ever; with outputs 2²⁴ times as large, beyond 65,504 as Gemma 3's, 2²⁴ times that."""
     plain = list(itertools.islice(ActivationsStore(small_target, DATA), 20))
+    assert (factor * max(batch.targets[1].abs().max() for batch in plain) > torch.finfo(torch.float16).max) == (
+        factor > 2**5
+    )
     with torch.no_grad():
         small_target.model.h[1].mlp.down_proj.weight.mul_(factor)
     store, other = ActivationsStore(small_target, DATA), ActivationsStore(small_target, DATA)

@@ -85,8 +85,10 @@ def statistics() -> ActivationStats:
 
 def begin(coder: Coder, config: TrainConfig, folder: Path) -> CoderRun:
     """A run as `_train` starts it, with the weights of a coder that has learnt for a while."""
-    target = SimpleNamespace(site="mlp_out", device=torch.device("cpu"))
-    store = SimpleNamespace(target=target, config=SimpleNamespace(layers=range(N_LAYERS)), stats=statistics())
+    target = SimpleNamespace(site="mlp_out")
+    store = SimpleNamespace(
+        target=target, device=torch.device("cpu"), config=SimpleNamespace(layers=range(N_LAYERS)), stats=statistics()
+    )
     run, g = start_run("coder", coder, store=store, config=config, folder=folder), generator(1)  # type: ignore[arg-type]
     with torch.no_grad():
         for name, p in coder.named_parameters():

@@ -39,14 +39,20 @@ REPORT = Report("Transcoders on SimpleStories", __doc__)
 
 
 def main(s: Settings) -> None:
-    target, layers = load_target(s.target, s.device), range(len(s.top_k))
+    target, layers = load_target(s.target, s.home), range(len(s.top_k))
     configs = [
         config
         for layer, k in zip(layers, s.top_k)
         for config in transcoder_configs(target, layers=(layer,), rules=[BatchTopK(k)], d_dict=s.d_dict)
     ]
     trained = train_coders(
-        configs, target, tokens=s.tokens, batch=s.batch, seed=s.seed, folder=checkpoint_folder(s.target)
+        configs,
+        target,
+        tokens=s.tokens,
+        batch=s.batch,
+        seed=s.seed,
+        harvest=s.harvest,
+        folder=checkpoint_folder(s.target),
     )
     replacements = [as_replacement(trained), *baselines(target, layers, neurons=(16, 64))]
     measured = evaluate(target, replacements, held_out(target, s.eval_tokens), ("frozen", "free"))

@@ -38,11 +38,17 @@ REPORT = Report("Cross-layer transcoders", __doc__)
 
 
 def main(s: Settings) -> None:
-    target = load_target(s.target, s.device)
+    target = load_target(s.target, s.home)
     check_fits(s, target)
     configs = clt_configs(target, layers=s.layers, rules=[BatchTopK(k) for k in s.top_k], d_dict=s.d_dict)
     trained = train_coders(
-        configs, target, tokens=s.tokens, batch=s.batch, seed=s.seed, folder=checkpoint_folder(s.target)
+        configs,
+        target,
+        tokens=s.tokens,
+        batch=s.batch,
+        seed=s.seed,
+        harvest=s.harvest,
+        folder=checkpoint_folder(s.target),
     )
     replacements = as_replacements(trained) + baselines(target, s.layers, neurons=(16, 64))
     measured = evaluate(target, replacements, held_out(target, s.eval_tokens), ("single", "frozen", "free"))

@@ -42,12 +42,18 @@ REPORT = Report("One MLP of the primary target", __doc__)
 
 
 def main(s: Settings) -> None:
-    target = load_target(s.target, s.device)
+    target = load_target(s.target, s.home)
     check_fits(s, target)
     sweep = spd_sweep(target, (s.layer,), s.l0, each_matrix=True)  # before the training: there may be none
     configs = transcoder_configs(target, layers=(s.layer,), rules=[BatchTopK(s.trained_k)], d_dict=s.d_dict)
     trained = train_coders(
-        configs, target, tokens=s.tokens, batch=s.batch, seed=s.seed, folder=checkpoint_folder(s.target)
+        configs,
+        target,
+        tokens=s.tokens,
+        batch=s.batch,
+        seed=s.seed,
+        harvest=s.harvest,
+        folder=checkpoint_folder(s.target),
     )
     cut = [as_replacement(trained, top_k=k) for k in s.l0]
     replacements = [

@@ -42,7 +42,7 @@ REPORT = Report("All MLPs replaced, L0 swept", __doc__)
 
 
 def main(s: Settings) -> None:
-    target = load_target(s.target, s.device)
+    target = load_target(s.target, s.home)
     check_fits(s, target)
     sweep = spd_sweep(target, s.layers, s.l0)  # before the training: there may be none
     kinds = [
@@ -50,7 +50,10 @@ def main(s: Settings) -> None:
         for build in (transcoder_configs, clt_configs)
     ]
     folder = checkpoint_folder(s.target)
-    trained = [train_coders(kind, target, tokens=s.tokens, batch=s.batch, seed=s.seed, folder=folder) for kind in kinds]
+    trained = [
+        train_coders(kind, target, tokens=s.tokens, batch=s.batch, seed=s.seed, harvest=s.harvest, folder=folder)
+        for kind in kinds
+    ]
     cut = [as_replacement(coders, top_k=k) for coders in trained for k in s.l0]
     replacements = [
         *cut,

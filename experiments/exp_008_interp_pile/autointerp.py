@@ -117,7 +117,7 @@ def score(answer: set[int], truth: list[bool]) -> tuple[float, float]:
 
 
 def main(s: Settings) -> None:
-    client, target, rows = make_client(s.client, s.device), load_target(s.target, s.device), []
+    client, target, rows = make_client(s.client, s.device), load_target(s.target, s.home), []
     check_fits(s, target)
     for method, acts in all_activations(s, target, held_out(target, s.eval_tokens).tokens).items():
         generator, density = torch.Generator().manual_seed(s.seed), acts.density

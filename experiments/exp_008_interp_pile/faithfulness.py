@@ -105,7 +105,7 @@ def measure(
 
 
 def main(s: Settings) -> None:
-    target = load_target(s.target, s.device)
+    target = load_target(s.target, s.home)
     check_fits(s, target)
     tokens = held_out(target, s.samples * target.context).tokens[:, : s.seq]
     methods = {n: r for n, (_, r) in replacements(s, target, ("transcoder", "clt", "neurons")).items()}

@@ -67,7 +67,7 @@ def ask(client: Client, item: Item, *, tokenizer: Any, max_tokens: int) -> int |
 
 def main(s: Settings) -> None:
     client = None if s.client is None else make_client(s.client, s.device)
-    target = load_target(s.target, s.device)
+    target = load_target(s.target, s.home)
     check_fits(s, target)
     embedding = next(m for m in target.model.modules() if isinstance(m, nn.Embedding)).weight.float().cpu()
     embedding, rows = embedding - embedding.mean(0), []

@@ -68,6 +68,8 @@ def replacements(s: InterpSettings, target: TargetModel, names: Sequence[str]) -
             continue
         build = clt_configs if name == "clt" else transcoder_configs
         configs = build(own, layers=layers, rules=rule, d_dict=s.d_dict)
-        coders = train_coders(configs, own, tokens=s.tokens, batch=s.batch, seed=s.seed, folder=folder)
+        coders = train_coders(
+            configs, own, tokens=s.tokens, batch=s.batch, seed=s.seed, harvest=s.harvest, folder=folder
+        )
         found[name] = (own, as_replacement(coders))
     return found

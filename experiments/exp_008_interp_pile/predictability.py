@@ -91,7 +91,7 @@ def predictability(train: Tensor, y: Tensor, test: Tensor, y_test: Tensor, *, n_
 
 
 def main(s: Settings) -> None:
-    target, rows = load_target(s.target, s.device), []
+    target, rows = load_target(s.target, s.home), []
     check_fits(s, target)
     everything = all_activations(s, target, held_out(target, s.eval_tokens).tokens)
     tokens = everything["transcoder"].tokens

@@ -13,7 +13,7 @@ Expected: FVU and CE degradation fall with k in every layer; all layers together
 the L0 that it comes to, JumpReLU is as good as BatchTopK, TopK and Relu are worse; a skip helps most where k is small.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from worker_processes import Job, run_jobs
@@ -59,18 +59,19 @@ def train(s: Settings, target: TargetModel, layers: tuple[int, ...]) -> list[Che
         *transcoder_configs(target, layers=layers, rules=[BatchTopK(s.other_k)], d_dict=s.d_dict, skip=True),
     ]
     folder = checkpoint_folder(s.target)
-    return train_coders(configs, target, tokens=s.tokens, batch=s.batch, seed=s.seed, folder=folder)
+    return train_coders(configs, target, tokens=s.tokens, batch=s.batch, seed=s.seed, harvest=s.harvest, folder=folder)
 
 
 def train_layer(s: Settings, layer: int, device: str) -> None:
-    train(s, load_target(s.target, device), (layer,))
+    own = replace(s, device=device)
+    train(own, load_target(s.target, own.home), (layer,))
 
 
 REPORT = Report("Transcoders, k swept", __doc__)
 
 
 def main(s: Settings) -> None:
-    target = load_target(s.target, s.device)
+    target = load_target(s.target, s.home)
     check_fits(s, target)
     run_jobs([Job(f"layer {layer}", train_layer, (s, layer)) for layer in s.layers], s.devices)
     trained = train(s, target, s.layers)  # all are there

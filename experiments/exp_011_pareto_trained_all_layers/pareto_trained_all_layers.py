@@ -83,7 +83,7 @@ def trained(s: Settings, target: TargetModel, seed: int) -> list[Replacement]:
         for config in build(target, layers=s.layers, rules=[BatchTopK(k) for k in ks], d_dict=s.d_dict)
     ]
     sizes = {"batch": s.batch, "seed": seed, "folder": checkpoint_folder(s.target)}
-    coders = train_coders(own, target, tokens=s.tokens, **sizes)
+    coders = train_coders(own, target, tokens=s.tokens, harvest=s.harvest, **sizes)
     swept, others = ([c for c in coders if (c.coder.config.kind == "transcoder") == is_so] for is_so in (True, False))
     allocated = [*by_layer(target, swept), *jointly(target, as_replacements(others))]
     return [*as_replacements(coders), *allocated, *(further(s, target, seed, coders) if s.tune_tokens else [])]
@@ -95,14 +95,14 @@ def further(s: Settings, target: TargetModel, seed: int, coders: Sequence[Checkp
     starts = [c for c in coders if c.coder.k == s.tuned_k]
     tuned = tune_coders(starts, target, tokens=s.tune_tokens, objective=Output("free"), **sizes)
     again = [c.coder.config for c in starts]
-    longer = as_replacements(train_coders(again, target, tokens=s.tokens + s.longer, **sizes))
+    longer = as_replacements(train_coders(again, target, tokens=s.tokens + s.longer, harvest=s.harvest, **sizes))
     for replacement in longer:
         replacement.method = f"{replacement.method}-longer"
     return [*as_replacements(tuned), *longer]
 
 
 def main(s: Settings) -> None:
-    target = load_target(s.target, s.device)
+    target = load_target(s.target, s.home)
     check_fits(s, target)
     spd = spd_replacements(target, find_spd(target, s.layers), s.layers) if s.spd else []  # there may be none
     coders = [replacement for seed in range(s.seed, s.seed + s.n_seeds) for replacement in trained(s, target, seed)]

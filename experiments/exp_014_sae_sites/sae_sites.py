@@ -45,13 +45,15 @@ REPORT = Report("SAEs at every site of a layer", f"{__doc__}\n{TEXT}")
 
 
 def main(s: Settings) -> None:
-    target, folder = load_target(s.target, s.device), checkpoint_folder(s.target)
+    target, folder = load_target(s.target, s.home), checkpoint_folder(s.target)
     check_fits(s, target)
     measured = Measurement([], [], [], [])
     for site in s.sites:
         view = at_site(target, site)
         configs = sae_configs(view, layers=s.layers, rules=[BatchTopK(k) for k in s.top_k], d_dict=s.d_dict)
-        trained = train_coders(configs, view, tokens=s.tokens, batch=s.batch, seed=s.seed, folder=folder)
+        trained = train_coders(
+            configs, view, tokens=s.tokens, batch=s.batch, seed=s.seed, harvest=s.harvest, folder=folder
+        )
         replacements = as_replacements(trained) + baselines(view, s.layers, neurons=())
         own = evaluate(view, replacements, held_out(view, s.eval_tokens))
         measured = Measurement(*(before + more for before, more in zip(measured, own)))

@@ -88,7 +88,9 @@ def train(s: Settings, target: TargetModel, seed: int) -> list[Checkpoint]:
     on_output, folder = round(s.tuned_share * s.tokens), checkpoint_folder(s.target)
 
     def local(tokens: int) -> list[Checkpoint]:
-        return train_coders(asked, target, tokens=tokens, batch=s.batch, seed=seed, folder=folder / f"n{tokens}")
+        return train_coders(
+            asked, target, tokens=tokens, batch=s.batch, seed=seed, harvest=s.harvest, folder=folder / f"n{tokens}"
+        )
 
     sizes = {"target": target, "batch": s.batch, "seed": seed, "folder": folder}
     starts = local(s.tokens - on_output) if s.tuned else []
@@ -98,7 +100,7 @@ def train(s: Settings, target: TargetModel, seed: int) -> list[Checkpoint]:
 
 
 def main(s: Settings) -> None:
-    target = load_target(s.target, s.device)
+    target = load_target(s.target, s.home)
     text = held_out(target, s.eval_tokens)
     beside = baselines(target, s.layers, neurons=s.top_k)
     beside += spd_replacements(target, find_spd(target, s.layers), s.layers, deltas=(False,)) if s.spd else []

@@ -67,7 +67,9 @@ def replacements(s: Settings, target: TargetModel) -> list[Replacement]:
     trained = []
     if configs:
         folder = checkpoint_folder(s.target)
-        trained = train_coders(configs, target, tokens=s.tokens, batch=s.batch, seed=s.seed, folder=folder)
+        trained = train_coders(
+            configs, target, tokens=s.tokens, batch=s.batch, seed=s.seed, harvest=s.harvest, folder=folder
+        )
     spd = spd_replacements(target, find_spd(target, s.layers), s.layers, deltas=(False,)) if "spd" in s.methods else []
     return [*as_replacements(trained), *spd[:1], *baselines(target, s.layers, (s.k,))]
 
@@ -103,7 +105,7 @@ def attacked(
 
 
 def main(s: Settings) -> None:
-    target = load_target(s.target, s.device)
+    target = load_target(s.target, s.home)
     check_fits(s, target)
     here, there = halves(held_out(target, s.eval_tokens))
     draws = [document_draws(own.documents, 1000, s.seed) for own in (here, there)]

@@ -56,7 +56,9 @@ def null_replacement(s: ScoreSettings, target: TargetModel) -> tuple[TargetModel
     redrawn, rules = randomised(target, s.seed), [BatchTopK(s.repeated_k[0])]
     configs = transcoder_configs(redrawn, layers=(s.layer,), rules=rules, d_dict=s.d_dict)
     folder = checkpoint_folder(s.target) / f"n{s.tokens}"
-    trained = train_coders(configs, redrawn, tokens=s.tokens, batch=s.batch, seed=s.seed, folder=folder)
+    trained = train_coders(
+        configs, redrawn, tokens=s.tokens, batch=s.batch, seed=s.seed, harvest=s.harvest, folder=folder
+    )
     return redrawn, as_replacement(trained)
 
 

@@ -87,7 +87,7 @@ def train(s: Settings, target: TargetModel, seed: int) -> dict[str, list[Checkpo
     asked = {kind: configs(s, target, kind, top_k) for kind in BUILD}
     every = [config for own in asked.values() for config in own]
     folder = checkpoint_folder(s.target) / f"n{s.tokens}"
-    trained = train_coders(every, target, tokens=s.tokens, batch=s.batch, seed=seed, folder=folder)
+    trained = train_coders(every, target, tokens=s.tokens, batch=s.batch, seed=seed, harvest=s.harvest, folder=folder)
     return {kind: [c for c in trained if c.coder.config.kind == kind] for kind in BUILD}
 
 
@@ -126,7 +126,7 @@ def shares(measured: Measurement, draws: Draws) -> list[Share]:
 
 
 def main(s: Settings) -> None:
-    target = load_target(s.target, s.device)
+    target = load_target(s.target, s.home)
     check_fits(s, target)
     text = held_out(target, s.eval_tokens)
     measured = evaluate(target, baselines(target, s.layers, neurons=s.top_k), text, PROTOCOLS)

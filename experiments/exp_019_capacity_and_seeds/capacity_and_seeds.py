@@ -78,7 +78,7 @@ def dictionaries(s: Settings, target: TargetModel, kind: str, seed: int) -> dict
     asked = {c: BUILD[kind](target, layers=s.layers, rules=rules, d_dict=size) for c, size in sizes.items()}
     every = [config for own in asked.values() for config in own]
     folder = checkpoint_folder(s.target) / f"n{s.tokens}"
-    trained = train_coders(every, target, tokens=s.tokens, batch=s.batch, seed=seed, folder=folder)
+    trained = train_coders(every, target, tokens=s.tokens, batch=s.batch, seed=seed, harvest=s.harvest, folder=folder)
     return {c: [t for t in trained if t.coder.config.d_dict == size] for c, size in sizes.items()}
 
 
@@ -112,7 +112,7 @@ def measured(target: TargetModel, replacements: Sequence[Replacement], text: Hel
 
 
 def main(s: Settings) -> None:
-    target = load_target(s.target, s.device)
+    target = load_target(s.target, s.home)
     check_fits(s, target)
     text = held_out(target, s.eval_tokens)
     points, costs, alive, neighbours, children = [], [], [], [], []

@@ -69,7 +69,9 @@ def all_units(s: Settings, target: TargetModel) -> list[Units]:
     sizes = {"layers": s.layers, "rules": [BatchTopK(s.k)], "d_dict": s.d_dict}
     configs = [c for build in (transcoder_configs, clt_configs, sae_configs) for c in build(target, **sizes)]
     folder = checkpoint_folder(s.target)
-    trained = train_coders(configs, target, tokens=s.tokens, batch=s.batch, seed=s.seed, folder=folder)
+    trained = train_coders(
+        configs, target, tokens=s.tokens, batch=s.batch, seed=s.seed, harvest=s.harvest, folder=folder
+    )
     spd = spd_replacements(target, find_spd(target, s.layers), s.layers, deltas=(False,))[0]
     coded = [*as_replacements(trained), NeuronsReplacement(target, s.layers, s.k)]
     return [*(CodedUnits(target, own) for own in coded), SPDUnits(target, spd)]
@@ -130,7 +132,7 @@ def measured(s: Settings, target: TargetModel, methods: list[Units]) -> Iterator
 
 
 def main(s: Settings) -> None:
-    target = load_target(s.target, s.device)
+    target = load_target(s.target, s.home)
     check_fits(s, target)
     write_csv(s.output / "points.csv", Row._fields, measured(s, target, all_units(s, target)))
     write_settings(s.output, s, s.device)
