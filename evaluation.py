@@ -16,7 +16,7 @@ CE is over predicted tokens and KL over positions; FVU, L0 and firing leave each
 `replaced_logits` leaves to the model. Every row's bootstrap draws the same documents.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Literal, NamedTuple
 
 import torch
@@ -102,12 +102,14 @@ def evaluate(
     protocols: Sequence[Protocol] = PROTOCOLS,
     batch: int | None = None,
     seed: int = 0,
+    so_far: Callable[[Measurement], None] | None = None,
 ) -> Measurement:
     """Measure every replacement under every protocol on held-out `text`, in nats; nothing is mutated.
 
     Its tokens are sequences without padding, `batch` of them (None: those of `sequences_at_once`) a forward pass; `seed` draws
     the bootstrap. Rows come by replacement, then protocol, then layer, of which `single` makes one each. CE recovered against
-    mean ablation needs a `MeanReplacement` of all the layers. Raises ValueError for no tokens.
+    mean ablation needs a `MeanReplacement` of all the layers. `so_far` is given all rows after each eighth of eight batches
+    or more, on what was measured until then. Raises ValueError for no tokens.
     """
     tokens = text.tokens
     assert len(text.documents) == len(tokens), f"{len(text.documents)=} {len(tokens)=}"
@@ -135,23 +137,30 @@ def evaluate(
         return original, [tally.sums for tally in tallies.values()]
 
     original, tallies = nothing()
+
+    def summed_up() -> Measurement:
+        draws, commit = document_draws(text.documents[: len(original.ce)], RESAMPLES, seed), git_commit()
+        pairs = pair_points([(row.identity(target), tallies[row.run]) for row in rows], draws)
+        measured = Measurement([], [], pairs, [tallies[row.run].ce - original.ce for row in rows])
+        for row in rows:
+            identity, tally = row.identity(target), tallies[row.run]
+            free = [None if r is None else tallies[_Run(r, "free", row.layers)] for r in (zero, mean)]
+            measured.points.append(point(identity, tally, original, ablated=free, draws=draws, commit=commit))
+            measured.layers.extend(layer_points(identity, tally, original))
+        return measured
+
+    eighths = {len(batches) * i // 8 for i in range(1, 8)} if len(batches) >= 8 else set()
     with torch.inference_mode():
         measured_batches = in_processes(measure, batches, target.device)
-        for of_original, of_runs in tqdm(
-            measured_batches, total=len(batches), desc=f"{len(runs)} passes", unit="batch", mininterval=1.0
+        for i, (of_original, of_runs) in enumerate(
+            tqdm(measured_batches, total=len(batches), desc=f"{len(runs)} passes", unit="batch", mininterval=1.0)
         ):
+            if so_far and i in eighths:
+                so_far(summed_up())
             original.join(of_original)
             for tally, sums in zip(tallies.values(), of_runs, strict=True):
                 tally.add(sums)
-    draws, commit = document_draws(text.documents, RESAMPLES, seed), git_commit()
-    pairs = pair_points([(row.identity(target), tallies[row.run]) for row in rows], draws)
-    measured = Measurement([], [], pairs, [tallies[row.run].ce - original.ce for row in rows])
-    for row in rows:
-        identity, tally = row.identity(target), tallies[row.run]
-        free = [None if r is None else tallies[_Run(r, "free", row.layers)] for r in (zero, mean)]
-        measured.points.append(point(identity, tally, original, ablated=free, draws=draws, commit=commit))
-        measured.layers.extend(layer_points(identity, tally, original))
-    return measured
+    return summed_up()
 
 
 def sequences_at_once(target: TargetModel, seq: int) -> int:

@@ -6,12 +6,13 @@ The sparsest of each are then trained further, briefly, on the model's output (`
     python main.py --tokens 50000 --tune-tokens 8192 --eval-tokens 4096   # to see that it runs
     python main.py --target pile --device cuda --tokens 500000000 --d-dict 4096 --transcoder-k 16 32 64
 
-Writes points.csv, pareto.png, settings.json, README.md and features.html into `output/main`, checkpoints into
-`checkpoints/main`, and prints what each method costs with all layers replaced; the README has the whole table, and
-features.html shows the latents of the sparsest coders. Coders that are already trained with the same settings are not
-trained again.
+Writes points.csv, pareto.png, settings.json, README.md and features.html into `output/main`, and so_far.png while it measures;
+checkpoints into `checkpoints/main`. Prints what each method costs with all layers replaced; the README has the whole table, and
+features.html shows the latents of the sparsest coders. Coders that are already trained with the same settings are not trained
+again.
 """
 
+import functools
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -79,7 +80,7 @@ def main(s: Settings) -> None:
     elif s.target == "tiny":
         replacements += spd_replacements(target, find_spd(target, s.layers), s.layers, deltas=(False,))
     text = held_out(target, s.eval_tokens)
-    REPORT.write(s, evaluate(target, replacements, text, PROTOCOLS))
+    REPORT.write(s, evaluate(target, replacements, text, PROTOCOLS, so_far=functools.partial(REPORT.show, s)))
     write_page(s.output / "features.html", target, as_replacements(sparsest), text.tokens)
     print(f"What their latents say, to open in a browser: {s.output / 'features.html'}")
 

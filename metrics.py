@@ -9,7 +9,6 @@ bootstraps over documents, whose sequences are drawn together: what two sequence
 """
 
 from collections.abc import Callable, Sequence
-from functools import cached_property
 from typing import NamedTuple
 
 import torch
@@ -119,7 +118,7 @@ class Tally:
     def kl(self) -> Float[Tensor, "sequence"]:
         return torch.cat(self.sums.kl)
 
-    @cached_property
+    @property
     def histograms(self) -> dict[tuple[int, str], Int[Tensor, "l0"]]:
         return {key: count.histogram.cpu() for key, count in self.sums.counts.items()}
 

@@ -21,6 +21,7 @@ from target_models import TargetModel
 
 # whole numbers that may be 0; all others but a seed count something
 FROM_ZERO = ("layer", "layers", "gate_steps", "tune_tokens")
+SO_FAR = "so_far.png"
 SUMMARY = ("method", "k", "l0", "ce_degradation", "active_params")
 
 
@@ -87,6 +88,12 @@ class Report:
         write_pairs(s.output / "pairs.csv", measured.pairs)
         write_settings(s.output, s, s.device)
         self.redraw(s.output)
+        (s.output / SO_FAR).unlink(missing_ok=True)
+
+    def show(self, s: StudySettings, measured: Measurement) -> None:
+        """so_far.png: the figure of what is measured so far; `write` takes it away."""
+        s.output.mkdir(parents=True, exist_ok=True)
+        draw(measured.points, s.output / SO_FAR, title=f"So far: {measured.points[0].tokens:,} tokens")
 
     def redraw(self, folder: Path) -> None:
         """pareto.png and README.md from the tables alone; what a notes.md there says of the run stands below the text."""
