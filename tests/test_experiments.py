@@ -28,6 +28,7 @@ SMALL = "--target tiny --d-dict 64 --tokens 4096 --batch 2048 --eval-tokens 1024
 BASELINES = {"neurons", "neurons-joint", "affine", "identity", "zero", "mean"}
 MORE = {
     "../main.py": {"features.html"},
+    EXP_011: {"additivity.csv"},
     "exp_004_train_spd_gpt2/train_spd_gpt2.py": {
         "importances.csv",
         "mean_importances.png",

@@ -17,7 +17,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from additivity import additivity_table
+from additivity import additivity_table, write_additivity
 from allocation import by_layer, jointly
 from baselines import baselines
 from checkpoints import Checkpoint, checkpoint_folder
@@ -66,9 +66,12 @@ PRESETS = (
 
 
 def additive(folder: Path) -> list[str]:
-    """The table of it, where layers were measured alone."""
+    """The table of it, and additivity.csv, where layers were measured alone."""
     points = read_points(folder / "points.csv")
-    return [additivity_table(points)] if any(p.protocol == "single" for p in points) else []
+    if not any(p.protocol == "single" for p in points):
+        return []
+    write_additivity(folder / "additivity.csv", points)
+    return [additivity_table(points)]
 
 
 REPORT = Report("Natively trained coders, all MLPs replaced", __doc__, additive)
