@@ -165,6 +165,8 @@ ADVERSARY, *_ = SHIPPED.train.recon
 VARIANTS |= {
     "shipped-lr-5e-4": SHIPPED.but(lr=5e-4, gate_lr=1e-3),
     "shipped-lr-2e-3": SHIPPED.but(lr=2e-3, gate_lr=1e-3),
+    "shipped-lr-4e-3": SHIPPED.but(lr=4e-3, gate_lr=1e-3),
+    "shipped-lr-2e-3-gates-2e-3": SHIPPED.but(lr=2e-3),
     "shipped-gates-5e-4": SHIPPED.but(gate_lr=5e-4),
     "shipped-gates-2e-3": SHIPPED.but(gate_lr=2e-3),
     "shipped-gates-4e-3": SHIPPED.but(gate_lr=4e-3),

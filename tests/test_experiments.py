@@ -169,6 +169,8 @@ def committed_reports() -> dict[Path, str]:
     reports = {(EXPERIMENTS / script).parent / "output": script for script in SCRIPTS if "exp_" in script}
     reports |= {EXPERIMENTS.parent / "output" / "main": "../main.py"}
     reports |= {EXPERIMENTS / "exp_011_pareto_trained_all_layers" / "output" / "smollm2": EXP_011}
+    own = "exp_015_objective_by_protocol"
+    reports |= {EXPERIMENTS / own / part: f"{own}/objective_by_protocol.py" for part in ("output", "output/smollm2")}
     reports |= {EXPERIMENTS / interp / "output" / part: f"{interp}/{part}.py" for part in INTERP_PARTS}
     for script in ("exp_009_diagnose_tail/diagnose_tail.py", "exp_013_spd_mask_leak/spd_mask_leak.py"):
         reports[(EXPERIMENTS / script).parent / "output"] = script

@@ -45,9 +45,11 @@ def draw(points: Sequence[ParetoPoint], path: Path) -> None:
                 panel.plot(x, y, marker="o", markersize=4, fillstyle=filled, label=name, **look)
                 panel.vlines(x, *zip(*((min(mark[1]), max(mark[1])) for mark in marks)), color=look["color"], alpha=0.5)
             spd = [own[0] for (method, _), own in found.items() if method.split("-")[0] == "spd"]
-            panel.plot(
-                [c.l0 for c in spd], [getattr(c, protocol) / share for c in spd], "x", color="#8a8a8a", label="SPD"
-            )
+            if spd:
+                costs_of_spd = [getattr(c, protocol) / share for c in spd]
+                panel.plot([c.l0 for c in spd], costs_of_spd, "x", color="#8a8a8a", label="SPD")
+            if not wide:
+                panel.set_xlim(0.5 * min(l0), 1.5 * max(l0))
             panel.set(
                 xscale="log" if wide else "linear", yscale="log", title=f"{kind}: {ROWS[protocol].partition(':')[0]}"
             )
