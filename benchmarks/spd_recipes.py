@@ -166,6 +166,7 @@ VARIANTS |= {
     "shipped-lr-5e-4": SHIPPED.but(lr=5e-4, gate_lr=1e-3),
     "shipped-lr-2e-3": SHIPPED.but(lr=2e-3, gate_lr=1e-3),
     "shipped-lr-4e-3": SHIPPED.but(lr=4e-3, gate_lr=1e-3),
+    "shipped-lr-8e-3": SHIPPED.but(lr=8e-3, gate_lr=1e-3),
     "shipped-lr-2e-3-gates-2e-3": SHIPPED.but(lr=2e-3),
     "shipped-gates-5e-4": SHIPPED.but(gate_lr=5e-4),
     "shipped-gates-2e-3": SHIPPED.but(gate_lr=2e-3),
