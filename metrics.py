@@ -329,11 +329,13 @@ def bootstrap_interval(values: Float[Tensor, "sequence"], draws: Draws) -> tuple
 
 
 def pair_points(rows: Sequence[tuple[Identity, Tally]], draws: Draws) -> list[PairPoint]:
-    """The difference of every two rows in which all layers are replaced, under one protocol, on the same draws of documents."""
+    """The difference of every two rows in which all layers are replaced, under one protocol, on the same draws of documents;
+    of those that were trained, with one seed."""
     whole = [(*row, resampled_means(row[1].ce, draws)) for row in rows if row[0].protocol != "single"]
     return [
         _pair(a, b) for i, a in enumerate(whole) for b in whole[i + 1 :]
         if (a[0].protocol, a[0].layers) == (b[0].protocol, b[0].layers)
+        and (a[0].seed == b[0].seed or None in (a[0].seed, b[0].seed))
     ]  # fmt: skip
 
 

@@ -125,7 +125,8 @@ def draw(
     longest = max(len(family(p.method)) for p in points)
     with plt.rc_context({"font.size": 11, "axes.spines.top": False, "axes.spines.right": False, "axes.linewidth": 0.8}):
         margins = (0.95, 0.55 + 0.095 * max(longest, 13))  # inches: the y-axis' label; the names of the curves
-        size = (3.1 * len(axes) + sum(margins), (3.4 if len(rows) == 1 else 2.9) * len(rows) + 0.9)
+        height = max(3.4 if len(rows) == 1 else 2.9, 0.24 * len({family(p.method) for p in points}))  # room for all names
+        size = (3.1 * len(axes) + sum(margins), height * len(rows) + 0.9)
         figure, grid = plt.subplots(len(rows), len(axes), figsize=size, sharex="col", sharey="row", squeeze=False)
         figure.subplots_adjust(
             left=margins[0] / size[0], right=1 - margins[1] / size[0], bottom=0.6 / size[1],
