@@ -125,7 +125,8 @@ def draw(
     longest = max(len(family(p.method)) for p in points)
     with plt.rc_context({"font.size": 11, "axes.spines.top": False, "axes.spines.right": False, "axes.linewidth": 0.8}):
         margins = (0.95, 0.55 + 0.095 * max(longest, 13))  # inches: the y-axis' label; the names of the curves
-        height = max(3.4 if len(rows) == 1 else 2.9, 0.24 * len({family(p.method) for p in points}))  # room for all names
+        for_names = 0.24 * len({family(p.method) for p in points})
+        height = max(3.4 if len(rows) == 1 else 2.9, for_names)
         size = (3.1 * len(axes) + sum(margins), height * len(rows) + 0.9)
         figure, grid = plt.subplots(len(rows), len(axes), figsize=size, sharex="col", sharey="row", squeeze=False)
         figure.subplots_adjust(
@@ -271,7 +272,7 @@ def _label(panel: Any, labels: Sequence[_Label]) -> None:
     height = panel.get_window_extent().height
     gap = 15 * panel.figure.dpi / 72 / height  # one line of text, in axes units
     anchors = [panel.transAxes.inverted().transform(panel.transData.transform((1.0, label.y)))[1] for label in labels]
-    places = _spread(anchors, gap)
+    places = _spread(anchors, gap, top=1.05)
     for label, anchor, place in zip(labels, anchors, places):
         start = 1.0 if label.x == float("inf") else panel.transAxes.inverted().transform(
             panel.transData.transform((label.x, label.y))
@@ -285,8 +286,9 @@ def _label(panel: Any, labels: Sequence[_Label]) -> None:
                    transform=panel.transAxes)  # fmt: skip
 
 
-def _spread(anchors: Sequence[float], gap: float) -> list[float]:
-    """Heights close to `anchors`, in the same order, at least `gap` apart: least squares, by pooling neighbours."""
+def _spread(anchors: Sequence[float], gap: float, top: float) -> list[float]:
+    """Heights close to `anchors`, in the same order, at least `gap` apart, none above `top`: least squares, by pooling
+    neighbours."""
     order = sorted(range(len(anchors)), key=lambda i: anchors[i])
     pools: list[tuple[float, int]] = []  # (mean of anchor − rank · gap, size): an isotonic regression
     for rank, i in enumerate(order):
@@ -294,7 +296,7 @@ def _spread(anchors: Sequence[float], gap: float) -> list[float]:
         while len(pools) > 1 and pools[-2][0] >= pools[-1][0]:
             (a, n), (b, m) = pools[-2], pools[-1]
             pools[-2:] = [((a * n + b * m) / (n + m), n + m)]
-    levels = [value for value, size in pools for _ in range(size)]
+    levels = [min(value, top - (len(anchors) - 1) * gap) for value, size in pools for _ in range(size)]
     places = [0.0] * len(anchors)
     for rank, i in enumerate(order):
         places[i] = levels[rank] + rank * gap

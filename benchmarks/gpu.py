@@ -97,14 +97,15 @@ def products(bench: Bench, x: Tensor, W: Tensor) -> Iterator[tuple[str, float]]:
     """(precision, milliseconds of x Wᵀ); TF32 on a GPU alone."""
     low_x, low_W = x.bfloat16(), W.bfloat16()
     yield "bf16", bench.milliseconds(lambda: low_x @ low_W.T)
-    before = torch.get_float32_matmul_precision()
+    on_cuda = torch.backends.cuda.matmul
+    before = on_cuda.fp32_precision
     with contextlib.ExitStack() as stack:
-        stack.callback(torch.set_float32_matmul_precision, before)
-        for name, precision in (("tf32", "high"), ("fp32", "highest")):
+        stack.callback(setattr, on_cuda, "fp32_precision", before)
+        for name, precision in (("tf32", "tf32"), ("fp32", "ieee")):
             if name == "tf32" and bench.device == "cpu":
                 bench.row("product, tf32", note="skipped: needs CUDA")
                 continue
-            torch.set_float32_matmul_precision(precision)
+            on_cuda.fp32_precision = precision
             yield name, bench.milliseconds(lambda: x @ W.T)
 
 

@@ -265,7 +265,7 @@ DECOMPOSITIONS = [
         f"{SPD}[today]",
     ),
     Mutation(
-        "Muon left out", "spd_training.py", 'if config.optimiser == "muon":', "if False:",
+        "Muon left out", "spd_training.py", 'by_muon = config.optimiser == "muon"', "by_muon = False",
         "test_spd_step.py::test_matrices_move_by_muon_and_vectors_by_adamw",
     ),
     Mutation(

@@ -134,7 +134,7 @@ def test_the_front_is_what_nothing_dominates(coordinates: list[tuple[int, int]])
 
 @given(st.lists(st.floats(0, 1), min_size=1, max_size=12), st.floats(0.01, 0.3))
 def test_labels_never_overlap_and_move_no_more_than_they_must(anchors: list[float], gap: float) -> None:
-    places = _spread(anchors, gap)
+    places = _spread(anchors, gap, top=math.inf)
     ordered = sorted(places)
     assert all(b - a >= gap * (1 - 1e-9) for a, b in zip(ordered, ordered[1:]))
     assert sorted(range(len(places)), key=lambda i: (anchors[i], i)) == sorted(
@@ -143,6 +143,15 @@ def test_labels_never_overlap_and_move_no_more_than_they_must(anchors: list[floa
     assert math.isclose(sum(places), sum(anchors), abs_tol=1e-6)  # least squares leaves the mean where it is
     if all(b - a >= gap for a, b in zip(sorted(anchors), sorted(anchors)[1:])):
         assert places == pytest.approx(anchors)
+    lower, top = _spread(anchors, gap, top=0.5), 0.5
+    assert lower == pytest.approx(
+        [min(place, top - gap * above) for place, above in zip(places, ranks_from_top(places))]
+    )
+
+
+def ranks_from_top(places: list[float]) -> list[int]:
+    """How many places are above each."""
+    return [sum(other > place for other in places) for place in places]
 
 
 def test_every_method_has_one_colour_and_marker_of_its_own() -> None:
