@@ -69,6 +69,9 @@ class Harvest:
     device: str | None = None  # of buffer and coders; None: the target's
 
 
+AT_HOME = Harvest()  # on the target's device, nothing kept on disk
+
+
 class ActivationBatch(NamedTuple):
     inputs: Float[Tensor, "layer batch d_in"]  # fp32, on the store's device
     targets: Float[Tensor, "layer batch d_out"]
@@ -95,13 +98,11 @@ class ActivationsStore:
 
     def __init__(
         self, target: TargetModel, config: DataConfig, split: Split = "train", *, shared: bool = False,
-        harvest: Harvest = Harvest(),
+        harvest: Harvest = AT_HOME,
     ) -> None:  # fmt: skip
         check_layers(target, config.layers)
-        self.harvest, self.device = (
-            harvest,
-            torch.device(check_device(harvest.device)) if harvest.device else target.device,
-        )
+        self.harvest = harvest
+        self.device = torch.device(check_device(harvest.device)) if harvest.device else target.device
         if world().size > 1 and self.device != target.device:
             raise ValueError("several processes have a device each for all they do: leave out --target-device")
         part = world().part if shared else (0, 1)

@@ -218,10 +218,11 @@ def in_processes[A, B](function: Callable[[A], B], items: Sequence[A], device: t
     if device.type != "cpu" or threads == 1 or len(items) < threads or not hasattr(os, "fork"):
         yield from map(function, items)
         return
-    _given.append((function, items))
-    with warnings.catch_warnings(), ProcessPoolExecutor(threads, multiprocessing.get_context("fork")) as pool:
-        warnings.simplefilter(
-            "ignore", DeprecationWarning
-        )  # of threads that a copy lacks: it has torch's of one, and needs no other
+    with contextlib.ExitStack() as stack:
+        _given.append((function, items))
+        stack.callback(_given.pop)
+        stack.enter_context(warnings.catch_warnings())
+        # of threads that a copy lacks: it has torch's of one, and needs no other
+        warnings.simplefilter("ignore", DeprecationWarning)
+        pool = stack.enter_context(ProcessPoolExecutor(threads, multiprocessing.get_context("fork")))
         yield from map(pickle.loads, pool.map(_packed, range(len(items))))
-    _given.pop()

@@ -125,9 +125,10 @@ def evaluate(
     runs = dict.fromkeys([*(row.run for row in rows), *ablated])
     batches = tokens.split(batch or sequences_at_once(target, tokens.shape[1]))
 
+    given = {run: _computing_y(target, run) for run in runs}
+
     def nothing() -> tuple[OriginalTally, dict[_Run, Tally]]:
-        given = [_computing_y(target, run) for run in runs]
-        own = {run: Tally(run.replacement, run.layers, target.device, y) for run, y in zip(runs, given)}
+        own = {run: Tally(run.replacement, run.layers, target.device, given[run]) for run in runs}
         return OriginalTally(read), own
 
     def measure(sequences: Int[Tensor, "batch seq"]) -> tuple[OriginalTally, list[Sums]]:

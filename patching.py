@@ -205,9 +205,8 @@ class Begun(NamedTuple):
     """What a forward pass computes before the MLP of a layer has its input."""
 
     stream: Any  # what the block before wrote; None before block 0
-    ran: dict[
-        nn.Module, Any
-    ]  # what the block's own modules wrote until then, those that run once: its attention, as a rule
+    # what the block's own modules wrote until then, those that run once: its attention, as a rule
+    ran: dict[nn.Module, Any]
 
 
 @contextlib.contextmanager

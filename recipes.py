@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from activation_store import DataConfig, Harvest
+from activation_store import AT_HOME, DataConfig, Harvest
 from checkpoints import (
     CONFIG,
     Checkpoint,
@@ -48,7 +48,7 @@ from spd_model import ComponentModel
 from spd_training import train_spd
 from target_models import TargetModel, mlp_matrices
 from token_stream import TokenStream
-from training import AT_HOME, dead_after, train_group
+from training import dead_after, train_group
 
 
 def new_coder(config: CoderConfig, seed: int) -> Coder:

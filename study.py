@@ -12,11 +12,14 @@ from typing import Any
 
 from activation_cache import Cache
 from activation_store import Harvest, check_layers
+from checkpoints import Checkpoint, checkpoint_folder
+from config import CoderConfig
 from evaluation import Measurement
 from logs import errors_in_one_line, write_settings
 from parallel import Form, joined, world
 from pareto import ParetoPoint, markdown_table, read_points, write_layers, write_pairs, write_points
 from pareto_figure import draw
+from recipes import train_coders
 from target_models import TargetModel
 
 # whole numbers that may be 0; all others but a seed count something
@@ -45,9 +48,8 @@ class CoderStudySettings(StudySettings):
     d_dict: int = 4096  # latents per layer
     tokens: int = 500_000_000  # training tokens
     batch: int = 4096  # tokens per training batch
-    cache: Cache = (
-        "none"  # activations on disk, fp16 or int8: a second training on the same text does not run the target
-    )
+    # activations on disk, fp16 or int8: a second training on the same text does not run the target
+    cache: Cache = "none"
     target_device: str | None = None  # of the target, the ruler and training on the output; None: the one of the coders
 
     @property
@@ -58,6 +60,12 @@ class CoderStudySettings(StudySettings):
     def home(self) -> str:
         """Where the target lies."""
         return self.target_device or self.device
+
+
+def train_for(s: CoderStudySettings, target: TargetModel, configs: Sequence[CoderConfig]) -> list[Checkpoint]:
+    """Coders of a study's size and seed, trained as it was asked to, or found among all that was trained on its target."""
+    sizes = {"tokens": s.tokens, "batch": s.batch, "seed": s.seed}
+    return train_coders(configs, target, harvest=s.harvest, folder=checkpoint_folder(s.target), **sizes)
 
 
 def nothing_more(folder: Path) -> list[str]:

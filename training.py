@@ -29,7 +29,7 @@ from jaxtyping import Float
 from torch import Tensor
 from tqdm import tqdm
 
-from activation_store import ActivationBatch, ActivationsStore, DataConfig, Harvest, check_varies
+from activation_store import AT_HOME, ActivationBatch, ActivationsStore, DataConfig, Harvest, check_varies
 from checkpoints import (
     Checkpoint,
     TrainingRecord,
@@ -55,7 +55,6 @@ from parallel import ALONE, averaged, check_dealt, dealt, decided, own_state, ra
 from step_graphs import RecordedStep, records_graphs
 from target_models import TargetModel
 
-AT_HOME = Harvest()  # on the target's device, nothing kept on disk
 RECORDED_UP_TO = 1 << 26  # pre-activations of an encoder in a batch: a recording holds the memory of its own step
 ANNEAL_FROM = 4  # times k; the field starts at 10k, whose first steps cost more than all the others together
 

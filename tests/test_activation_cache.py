@@ -293,7 +293,7 @@ def test_settings_say_where_things_lie_and_every_study_passes_them_on() -> None:
     assert here.home == "cuda:0" and here.harvest == Harvest()
     apart = dataclasses.replace(here, target_device="cuda:1", cache="int8")
     assert apart.home == "cuda:1" and apart.harvest == Harvest(cache="int8", device="cuda:0")
-    for file in [REPOSITORY / "main.py", *(REPOSITORY / "experiments").glob("*/*.py")]:
+    for file in [REPOSITORY / "main.py", REPOSITORY / "study.py", *(REPOSITORY / "experiments").glob("*/*.py")]:
         text = file.read_text()
         if "recipes import" in text and "train_coders(" in text:
             assert "harvest=s.harvest" in text, f"{file} trains without --cache and --target-device"

@@ -14,12 +14,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from baselines import baselines
-from checkpoints import checkpoint_folder
 from coder_replacements import as_replacement
 from config import BatchTopK
 from evaluation import evaluate, held_out
-from recipes import train_coders, transcoder_configs
-from study import CoderStudySettings, Report, run_study
+from recipes import transcoder_configs
+from study import CoderStudySettings, Report, run_study, train_for
 from target_models import load_target
 
 
@@ -44,15 +43,7 @@ def main(s: Settings) -> None:
         for layer, k in zip(layers, s.top_k)
         for config in transcoder_configs(target, layers=(layer,), rules=[BatchTopK(k)], d_dict=s.d_dict)
     ]
-    trained = train_coders(
-        configs,
-        target,
-        tokens=s.tokens,
-        batch=s.batch,
-        seed=s.seed,
-        harvest=s.harvest,
-        folder=checkpoint_folder(s.target),
-    )
+    trained = train_for(s, target, configs)
     replacements = [as_replacement(trained), *baselines(target, layers, neurons=(16, 64))]
     measured = evaluate(target, replacements, held_out(target, s.eval_tokens), ("single", "frozen", "free"))
     REPORT.write(s, measured)

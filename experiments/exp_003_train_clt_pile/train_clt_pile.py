@@ -13,12 +13,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from baselines import baselines
-from checkpoints import checkpoint_folder
 from coder_replacements import as_replacements
 from config import BatchTopK
 from evaluation import evaluate, held_out
-from recipes import clt_configs, train_coders
-from study import CoderStudySettings, Report, check_fits, run_study
+from recipes import clt_configs
+from study import CoderStudySettings, Report, check_fits, run_study, train_for
 from target_models import load_target
 
 
@@ -41,15 +40,7 @@ def main(s: Settings) -> None:
     target = load_target(s.target, s.home)
     check_fits(s, target)
     configs = clt_configs(target, layers=s.layers, rules=[BatchTopK(k) for k in s.top_k], d_dict=s.d_dict)
-    trained = train_coders(
-        configs,
-        target,
-        tokens=s.tokens,
-        batch=s.batch,
-        seed=s.seed,
-        harvest=s.harvest,
-        folder=checkpoint_folder(s.target),
-    )
+    trained = train_for(s, target, configs)
     replacements = as_replacements(trained) + baselines(target, s.layers, neurons=(16, 64))
     measured = evaluate(target, replacements, held_out(target, s.eval_tokens), ("single", "frozen", "free"))
     REPORT.write(s, measured)

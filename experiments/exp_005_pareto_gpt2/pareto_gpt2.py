@@ -15,13 +15,12 @@ from pathlib import Path
 
 from allocation import jointly
 from baselines import baselines
-from checkpoints import checkpoint_folder
 from coder_replacements import as_replacement
 from config import BatchTopK
 from evaluation import evaluate, held_out
-from recipes import train_coders, transcoder_configs
+from recipes import transcoder_configs
 from spd_replacement import spd_sweep
-from study import CoderStudySettings, Report, check_fits, run_study
+from study import CoderStudySettings, Report, check_fits, run_study, train_for
 from target_models import load_target
 
 
@@ -48,15 +47,7 @@ def main(s: Settings) -> None:
     check_fits(s, target)
     sweep = spd_sweep(target, (s.layer,), s.l0, each_matrix=True)  # before the training: there may be none
     configs = transcoder_configs(target, layers=(s.layer,), rules=[BatchTopK(s.trained_k)], d_dict=s.d_dict)
-    trained = train_coders(
-        configs,
-        target,
-        tokens=s.tokens,
-        batch=s.batch,
-        seed=s.seed,
-        harvest=s.harvest,
-        folder=checkpoint_folder(s.target),
-    )
+    trained = train_for(s, target, configs)
     cut = [as_replacement(trained, top_k=k) for k in s.l0]
     replacements = [
         as_replacement(trained),

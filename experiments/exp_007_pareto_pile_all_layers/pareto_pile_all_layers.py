@@ -15,13 +15,12 @@ from pathlib import Path
 
 from allocation import jointly
 from baselines import baselines
-from checkpoints import checkpoint_folder
 from coder_replacements import as_replacement
 from config import BatchTopK
 from evaluation import evaluate, held_out
-from recipes import clt_configs, train_coders, transcoder_configs
+from recipes import clt_configs, transcoder_configs
 from spd_replacement import spd_sweep
-from study import CoderStudySettings, Report, check_fits, run_study
+from study import CoderStudySettings, Report, check_fits, run_study, train_for
 from target_models import load_target
 
 
@@ -49,11 +48,7 @@ def main(s: Settings) -> None:
         build(target, layers=s.layers, rules=[BatchTopK(s.trained_k)], d_dict=s.d_dict)
         for build in (transcoder_configs, clt_configs)
     ]
-    folder = checkpoint_folder(s.target)
-    trained = [
-        train_coders(kind, target, tokens=s.tokens, batch=s.batch, seed=s.seed, harvest=s.harvest, folder=folder)
-        for kind in kinds
-    ]
+    trained = [train_for(s, target, kind) for kind in kinds]
     cut = [as_replacement(coders, top_k=k) for coders in trained for k in s.l0]
     replacements = [
         *cut,

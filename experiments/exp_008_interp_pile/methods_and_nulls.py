@@ -16,12 +16,11 @@ from typing import Any
 import torch
 
 from baselines import NeuronsReplacement
-from checkpoints import checkpoint_folder
 from coder_replacements import as_replacement
 from config import BatchTopK
-from recipes import clt_configs, train_coders, transcoder_configs
+from recipes import clt_configs, transcoder_configs
 from replacement import Coded
-from study import CoderStudySettings
+from study import CoderStudySettings, train_for
 from target_models import TargetModel, weights_fingerprint
 
 METHODS = ("transcoder", "clt", "neurons", "transcoder-shuffled", "transcoder-random")
@@ -59,7 +58,7 @@ def randomised(target: TargetModel, seed: int) -> TargetModel:
 
 def replacements(s: InterpSettings, target: TargetModel, names: Sequence[str]) -> dict[str, tuple[TargetModel, Coded]]:
     """Method → (the target it belongs to, its replacement); missing coders are trained with the usual recipe."""
-    rule, found, folder = [BatchTopK(s.k)], {}, checkpoint_folder(s.target)
+    rule, found = [BatchTopK(s.k)], {}
     for name in names:
         own = randomised(target, s.seed) if name == "transcoder-random" else target
         layers = (s.layer,) if name == "transcoder-random" else s.layers
@@ -68,8 +67,5 @@ def replacements(s: InterpSettings, target: TargetModel, names: Sequence[str]) -
             continue
         build = clt_configs if name == "clt" else transcoder_configs
         configs = build(own, layers=layers, rules=rule, d_dict=s.d_dict)
-        coders = train_coders(
-            configs, own, tokens=s.tokens, batch=s.batch, seed=s.seed, harvest=s.harvest, folder=folder
-        )
-        found[name] = (own, as_replacement(coders))
+        found[name] = (own, as_replacement(train_for(s, own, configs)))
     return found

@@ -20,12 +20,12 @@ from worker_processes import Job, run_jobs
 
 from allocation import by_layer
 from baselines import baselines
-from checkpoints import Checkpoint, checkpoint_folder
+from checkpoints import Checkpoint
 from coder_replacements import as_replacements
 from config import BatchTopK, Gated, JumpReLU, Relu, TopK
 from evaluation import evaluate, held_out
-from recipes import train_coders, transcoder_configs
-from study import CoderStudySettings, Report, check_fits, run_study
+from recipes import transcoder_configs
+from study import CoderStudySettings, Report, check_fits, run_study, train_for
 from target_models import TargetModel, load_target
 
 
@@ -58,8 +58,7 @@ def train(s: Settings, target: TargetModel, layers: tuple[int, ...]) -> list[Che
         *transcoder_configs(target, layers=layers, rules=rules, d_dict=s.d_dict),
         *transcoder_configs(target, layers=layers, rules=[BatchTopK(s.other_k)], d_dict=s.d_dict, skip=True),
     ]
-    folder = checkpoint_folder(s.target)
-    return train_coders(configs, target, tokens=s.tokens, batch=s.batch, seed=s.seed, harvest=s.harvest, folder=folder)
+    return train_for(s, target, configs)
 
 
 def train_layer(s: Settings, layer: int, device: str) -> None:

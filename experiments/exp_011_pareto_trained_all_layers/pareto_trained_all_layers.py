@@ -14,7 +14,7 @@ time stand in the table. Additivity is the cost of all layers together over the 
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from additivity import additivity_table, write_additivity
@@ -25,11 +25,11 @@ from coder_replacements import as_replacements
 from config import BatchTopK, Output
 from evaluation import PROTOCOLS, evaluate, held_out
 from pareto import read_points
-from recipes import clt_configs, sae_configs, train_coders, transcoder_configs, tune_coders
+from recipes import clt_configs, sae_configs, transcoder_configs, tune_coders
 from replacement import Replacement
 from spd_replacement import spd_replacements
 from spd_runs import find_spd
-from study import CoderStudySettings, Report, check_fits, run_study
+from study import CoderStudySettings, Report, check_fits, run_study, train_for
 from target_models import TargetModel, load_target
 
 HERE = Path(__file__).parent
@@ -77,28 +77,27 @@ def additive(folder: Path) -> list[str]:
 REPORT = Report("Natively trained coders, all MLPs replaced", __doc__, additive)
 
 
-def trained(s: Settings, target: TargetModel, seed: int) -> list[Replacement]:
+def trained(s: Settings, target: TargetModel) -> list[Replacement]:
     """Coders of one seed at their own k's, with their k's shared out over the layers, and trained further."""
     kinds = ((transcoder_configs, s.top_k), (clt_configs, s.clt_top_k), (sae_configs, s.sae_top_k))
-    own = [
+    configs = [
         config
         for build, ks in kinds
         for config in build(target, layers=s.layers, rules=[BatchTopK(k) for k in ks], d_dict=s.d_dict)
     ]
-    sizes = {"batch": s.batch, "seed": seed, "folder": checkpoint_folder(s.target)}
-    coders = train_coders(own, target, tokens=s.tokens, harvest=s.harvest, **sizes)
+    coders = train_for(s, target, configs)
     swept, others = ([c for c in coders if (c.coder.config.kind == "transcoder") == is_so] for is_so in (True, False))
     allocated = [*by_layer(target, swept), *jointly(target, as_replacements(others))]
-    return [*as_replacements(coders), *allocated, *(further(s, target, seed, coders) if s.tune_tokens else [])]
+    return [*as_replacements(coders), *allocated, *(further(s, target, coders) if s.tune_tokens else [])]
 
 
-def further(s: Settings, target: TargetModel, seed: int, coders: Sequence[Checkpoint]) -> list[Replacement]:
+def further(s: Settings, target: TargetModel, coders: Sequence[Checkpoint]) -> list[Replacement]:
     """Sets of one k of every kind: on the model's output, and locally for about as long."""
-    sizes = {"batch": s.batch, "seed": seed, "folder": checkpoint_folder(s.target)}
     starts = [c for c in coders if c.coder.k == s.tuned_k]
-    tuned = tune_coders(starts, target, tokens=s.tune_tokens, objective=Output("free"), **sizes)
+    sizes = {"tokens": s.tune_tokens, "batch": s.batch, "seed": s.seed, "folder": checkpoint_folder(s.target)}
+    tuned = tune_coders(starts, target, objective=Output("free"), **sizes)
     again = [c.coder.config for c in starts]
-    longer = as_replacements(train_coders(again, target, tokens=s.tokens + s.longer, harvest=s.harvest, **sizes))
+    longer = as_replacements(train_for(replace(s, tokens=s.tokens + s.longer), target, again))
     for replacement in longer:
         replacement.method = f"{replacement.method}-longer"
     return [*as_replacements(tuned), *longer]
@@ -108,7 +107,8 @@ def main(s: Settings) -> None:
     target = load_target(s.target, s.home)
     check_fits(s, target)
     spd = spd_replacements(target, find_spd(target, s.layers), s.layers) if s.spd else []  # there may be none
-    coders = [replacement for seed in range(s.seed, s.seed + s.n_seeds) for replacement in trained(s, target, seed)]
+    seeds = range(s.seed, s.seed + s.n_seeds)
+    coders = [replacement for seed in seeds for replacement in trained(replace(s, seed=seed), target)]
     replacements = [*coders, *spd, *baselines(target, s.layers, s.neurons)]
     REPORT.write(s, evaluate(target, replacements, held_out(target, s.eval_tokens), PROTOCOLS))
 

@@ -14,12 +14,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from baselines import baselines
-from checkpoints import checkpoint_folder
 from coder_replacements import as_replacements
 from config import BatchTopK, Site
 from evaluation import Measurement, evaluate, held_out
-from recipes import sae_configs, train_coders
-from study import CoderStudySettings, Report, check_fits, run_study
+from recipes import sae_configs
+from study import CoderStudySettings, Report, check_fits, run_study, train_for
 from target_models import at_site, load_target
 
 
@@ -45,15 +44,13 @@ REPORT = Report("SAEs at every site of a layer", f"{__doc__}\n{TEXT}")
 
 
 def main(s: Settings) -> None:
-    target, folder = load_target(s.target, s.home), checkpoint_folder(s.target)
+    target = load_target(s.target, s.home)
     check_fits(s, target)
     measured = Measurement([], [], [], [])
     for site in s.sites:
         view = at_site(target, site)
         configs = sae_configs(view, layers=s.layers, rules=[BatchTopK(k) for k in s.top_k], d_dict=s.d_dict)
-        trained = train_coders(
-            configs, view, tokens=s.tokens, batch=s.batch, seed=s.seed, harvest=s.harvest, folder=folder
-        )
+        trained = train_for(s, view, configs)
         replacements = as_replacements(trained) + baselines(view, s.layers, neurons=())
         own = evaluate(view, replacements, held_out(view, s.eval_tokens))
         measured = Measurement(*(before + more for before, more in zip(measured, own)))

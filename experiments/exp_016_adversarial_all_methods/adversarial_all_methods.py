@@ -22,17 +22,16 @@ from adversarial_figure import Row, redraw
 
 from adversary import Attack, Batch, constant_sources, prepared
 from baselines import baselines
-from checkpoints import checkpoint_folder
 from coder_replacements import as_replacements
 from config import BatchTopK
 from evaluation import held_out
 from logs import git_commit, write_csv, write_settings
 from metrics import Draws, bootstrap_interval, document_draws
-from recipes import clt_configs, sae_configs, train_coders, transcoder_configs
+from recipes import clt_configs, sae_configs, transcoder_configs
 from replacement import Replacement
 from spd_replacement import spd_replacements
 from spd_runs import find_spd
-from study import CoderStudySettings, check_fits, run_study
+from study import CoderStudySettings, check_fits, run_study, train_for
 from target_models import TargetModel, load_target
 from token_stream import HeldOutText
 
@@ -64,12 +63,7 @@ def replacements(s: Settings, target: TargetModel) -> list[Replacement]:
         for config in build(target, **sizes)
         if config.kind in s.methods
     ]
-    trained = []
-    if configs:
-        folder = checkpoint_folder(s.target)
-        trained = train_coders(
-            configs, target, tokens=s.tokens, batch=s.batch, seed=s.seed, harvest=s.harvest, folder=folder
-        )
+    trained = train_for(s, target, configs) if configs else []
     spd = spd_replacements(target, find_spd(target, s.layers), s.layers, deltas=(False,)) if "spd" in s.methods else []
     return [*as_replacements(trained), *spd[:1], *baselines(target, s.layers, (s.k,))]
 

@@ -33,16 +33,15 @@ from tqdm import tqdm
 from unit_scores import Scored, of_like_effect, ranking, scored
 
 from baselines import NeuronsReplacement
-from checkpoints import checkpoint_folder
 from coder_replacements import as_replacements
 from config import BatchTopK
 from evaluation import held_out
 from logs import git_commit, write_csv, write_settings
 from metrics import document_draws
-from recipes import clt_configs, sae_configs, train_coders, transcoder_configs
+from recipes import clt_configs, sae_configs, transcoder_configs
 from spd_replacement import spd_replacements
 from spd_runs import find_spd
-from study import CoderStudySettings, check_fits, run_study
+from study import CoderStudySettings, check_fits, run_study, train_for
 from target_models import TargetModel, load_target
 
 
@@ -68,10 +67,7 @@ PRESETS = (
 def all_units(s: Settings, target: TargetModel) -> list[Units]:
     sizes = {"layers": s.layers, "rules": [BatchTopK(s.k)], "d_dict": s.d_dict}
     configs = [c for build in (transcoder_configs, clt_configs, sae_configs) for c in build(target, **sizes)]
-    folder = checkpoint_folder(s.target)
-    trained = train_coders(
-        configs, target, tokens=s.tokens, batch=s.batch, seed=s.seed, harvest=s.harvest, folder=folder
-    )
+    trained = train_for(s, target, configs)
     spd = spd_replacements(target, find_spd(target, s.layers), s.layers, deltas=(False,))[0]
     coded = [*as_replacements(trained), NeuronsReplacement(target, s.layers, s.k)]
     return [*(CodedUnits(target, own) for own in coded), SPDUnits(target, spd)]
