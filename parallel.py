@@ -25,6 +25,7 @@ from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
+import torch.distributed.nn  # first imported within, as optimisers do, it would keep the group and its threads until the exit
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 

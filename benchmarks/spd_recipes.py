@@ -169,6 +169,7 @@ VARIANTS |= {
     "shipped-lr-8e-3": SHIPPED.but(lr=8e-3, gate_lr=1e-3),
     "shipped-lr-1.6e-2": SHIPPED.but(lr=1.6e-2, gate_lr=1e-3),
     "shipped-lr-2e-3-gates-2e-3": SHIPPED.but(lr=2e-3),
+    "shipped-lr-4e-3-l0-30": SHIPPED.but(lr=4e-3, gate_lr=1e-3, aim=Aim(l0=(250.0, 30.0))),
     "shipped-gates-5e-4": SHIPPED.but(gate_lr=5e-4),
     "shipped-gates-2e-3": SHIPPED.but(gate_lr=2e-3),
     "shipped-gates-4e-3": SHIPPED.but(gate_lr=4e-3),
