@@ -9,18 +9,22 @@ x is the MLP's input, y its output and h its hidden activation, of one token.
 
 import copy
 import functools
+import hashlib
 import itertools
 from abc import abstractmethod
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import NamedTuple, Self
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple, Self
 
 import torch
 from einops import einsum
 from jaxtyping import Bool, Float
+from safetensors.torch import save_file
 from torch import Tensor
 
 from activation_store import ActivationsStore, DataConfig
 from allocation import jointly
+from devices import bf16_is_fast
+from logs import atomic_path, cache_folder, code_fingerprint, read_tensors
 from patching import Captured
 from replacement import (
     UNKNOWN,
@@ -37,6 +41,7 @@ from replacement import (
 )
 from sparse_ops import Codes, decode, from_dense
 from target_models import TargetModel, mlp_matrices, writer_parameters
+from token_stream import text_fingerprint
 
 BASELINE_TOKENS = 131_072  # training tokens that fit the affine maps and the means
 
@@ -250,13 +255,37 @@ class MeanReplacement(_Baseline):
 
 def baselines(target: TargetModel, layers: Sequence[int], neurons: Sequence[int]) -> list[Replacement]:
     """Neurons at each k, an equal one in every layer and by one threshold over all layers; the least-squares affine map; and
-    identity, zero and mean ablation, the last three at any site."""
-    data = DataConfig(layers=tuple(layers), batch_tokens=8192, buffer_tokens=16_384, model_batch=32)
-    store = ActivationsStore(target, data)
-    batches = itertools.islice(store, max(1, BASELINE_TOKENS // data.batch_tokens))
-    maps = fit_affine((batch.inputs, batch.targets) for batch in batches)
-    ablations = [IdentityReplacement(layers), ZeroReplacement(layers), MeanReplacement(layers, maps.y_mean)]
+    identity, zero and mean ablation, the last three at any site. What is fitted is kept for the next run (`kept`)."""
+    made_by = (str(target.device), bf16_is_fast(target.device))
+    about = [target.fingerprint, target.site, text_fingerprint(target.data), tuple(layers), made_by]
+    maps = kept(["affine", *about], lambda: fit_affine(training_batches(target, layers))._asdict(), target.device)
+    ablations = [IdentityReplacement(layers), ZeroReplacement(layers), MeanReplacement(layers, maps["y_mean"])]
     if target.site != "mlp_out":  # x is y there: nothing to map, and no neurons
         return ablations
     equal = [NeuronsReplacement(target, layers, k) for k in neurons]
-    return [*equal, *jointly(target, equal), AffineReplacement(layers, maps), *ablations]
+    least = kept(["neurons", *about, tuple(neurons)], lambda: _thresholds(jointly(target, equal)), target.device)
+    joint = [own.with_least({layer: least[f"{own.k} {layer}"] for layer in layers}) for own in equal]
+    return [*equal, *joint, AffineReplacement(layers, AffineMap(**maps)), *ablations]
+
+
+def _thresholds(joint: Sequence[NeuronsReplacement]) -> dict[str, Tensor]:
+    """What |h| of each layer's neurons has to exceed, by "k layer"."""
+    return {f"{own.k} {layer}": least for own in joint for layer, least in (own.least or {}).items()}
+
+
+def training_batches(target: TargetModel, layers: Sequence[int]) -> Iterator[tuple[Tensor, Tensor]]:
+    """(inputs, outputs) of the MLPs on BASELINE_TOKENS tokens of training text."""
+    data = DataConfig(layers=tuple(layers), batch_tokens=8192, buffer_tokens=16_384, model_batch=32)
+    batches = itertools.islice(ActivationsStore(target, data), max(1, BASELINE_TOKENS // data.batch_tokens))
+    return ((batch.inputs, batch.targets) for batch in batches)
+
+
+def kept(about: Sequence[Any], fit: Callable[[], dict[str, Tensor]], device: torch.device) -> dict[str, Tensor]:
+    """What `fit` gives; from a file of the cache folder where the same code was asked about the same before."""
+    name = hashlib.sha256(repr([code_fingerprint(), *about]).encode()).hexdigest()[:16]
+    file = cache_folder() / "baselines" / f"{name}.safetensors"
+    if not file.exists():
+        fitted = {name: value.contiguous() for name, value in fit().items()}
+        with atomic_path(file) as temporary:
+            save_file(fitted, temporary)
+    return {name: value.to(device) for name, value in read_tensors(file).items()}

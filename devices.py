@@ -19,6 +19,7 @@ import contextlib
 import ctypes
 import functools
 import gc
+import inspect
 import io
 import multiprocessing
 import os
@@ -33,6 +34,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.optim import Optimizer
 
 from parallel import world
 
@@ -107,6 +109,21 @@ def onednn_is_exact() -> bool:
 
 
 float32_through_onednn()  # before anything is computed, so that a process computes the same from its start to its end
+
+
+def spare_the_compiler() -> None:
+    """Optimisers load torch's compiler at their first use, to tell it to leave them alone: 4 s, of a job that compiles no step.
+
+    Until something else loads it there is nothing to tell. A step takes no gradients, as torch's own wrapper has it.
+    """
+    for name in ("add_param_group", "zero_grad", "state_dict", "load_state_dict"):
+        method = inspect.unwrap(getattr(Optimizer, name))
+        method.__dict__["__dynamo_disable"] = method  # where torch keeps what its compiler makes of the method
+    for optimiser in (torch.optim.Adam, torch.optim.Muon):  # AdamW is an Adam
+        optimiser.step = torch.no_grad()(inspect.unwrap(optimiser.step))  # type: ignore[method-assign]
+
+
+spare_the_compiler()
 
 
 def sent(tensor: Tensor, device: torch.device) -> Tensor:

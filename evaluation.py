@@ -108,8 +108,8 @@ def evaluate(
 
     Its tokens are sequences without padding, `batch` of them (None: those of `sequences_at_once`) a forward pass; `seed` draws
     the bootstrap. Rows come by replacement, then protocol, then layer, of which `single` makes one each. CE recovered against
-    mean ablation needs a `MeanReplacement` of all the layers. `so_far` is given all rows after each eighth of eight batches
-    or more, on what was measured until then. Raises ValueError for no tokens.
+    mean ablation needs a `MeanReplacement` of all the layers. `so_far` is given all rows after an eighth, a quarter and a half of
+    eight batches or more, on what was measured until then. Raises ValueError for no tokens.
     """
     tokens = text.tokens
     assert len(text.documents) == len(tokens), f"{len(text.documents)=} {len(tokens)=}"
@@ -150,13 +150,13 @@ def evaluate(
             measured.layers.extend(layer_points(identity, tally, original))
         return measured
 
-    eighths = {len(batches) * i // 8 for i in range(1, 8)} if len(batches) >= 8 else set()
+    shown = {len(batches) // part for part in (8, 4, 2)} if len(batches) >= 8 else set()
     with torch.inference_mode():
         measured_batches = in_processes(measure, batches, target.device)
         for i, (of_original, of_runs) in enumerate(
             tqdm(measured_batches, total=len(batches), desc=f"{len(runs)} passes", unit="batch", mininterval=1.0)
         ):
-            if so_far and i in eighths:
+            if so_far and i in shown:
                 so_far(summed_up())
             original.join(of_original)
             for tally, sums in zip(tallies.values(), of_runs, strict=True):

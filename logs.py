@@ -7,6 +7,7 @@ with WANDB_MODE=disabled; nothing in the project needs a server.
 import contextlib
 import csv
 import dataclasses
+import hashlib
 import json
 import os
 import pickle
@@ -280,3 +281,11 @@ def last_steps(names: Iterable[str]) -> list[str]:
 def cache_folder() -> Path:
     """Where caches live: $NN_CACHE_HOME or ~/.cache/nn_decompositions."""
     return Path(os.environ.get("NN_CACHE_HOME", Path.home() / ".cache" / "nn_decompositions"))
+
+
+def code_fingerprint() -> str:
+    """16 hex digits that change with any module of the project: what a cache is named by that holds what they compute."""
+    digest = hashlib.sha256()
+    for file in sorted(REPOSITORY.glob("*.py")):
+        digest.update(file.read_bytes())
+    return digest.hexdigest()[:16]

@@ -11,7 +11,7 @@ import hashlib
 import json
 import os
 import sysconfig
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -82,13 +82,12 @@ def environment_corpus(split: Split) -> list[SourceFile]:
     return [f for f in (SourceFile(*row) for row in json.loads(cache.read_text())) if f.split == split]
 
 
-def python_documents(paths: list[str]) -> Iterator[dict[str, str]]:
-    for path in paths:
-        yield {"text": read_source(path)}
+def python_texts(paths: Iterable[str]) -> Iterator[str]:
+    yield from map(read_source, paths)
 
 
-def docstring_documents(paths: list[str]) -> Iterator[dict[str, str]]:
-    """One document per file: its docstrings of 200 characters or more, in order."""
+def docstring_texts(paths: Iterable[str]) -> Iterator[str]:
+    """One text per file: its docstrings of 200 characters or more, in order."""
     for path in paths:
         text = read_source(path)
         if text.count('"""') < 2:
@@ -97,4 +96,4 @@ def docstring_documents(paths: list[str]) -> Iterator[dict[str, str]]:
         owners = (n for n in ast.walk(tree) if isinstance(n, ast.Module | ast.ClassDef | ast.FunctionDef))
         prose = [doc for owner in owners if len(doc := ast.get_docstring(owner) or "") >= 200]
         if prose:
-            yield {"text": "\n\n".join(prose)}
+            yield "\n\n".join(prose)

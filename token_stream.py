@@ -39,11 +39,11 @@ from transformers import PreTrainedTokenizerBase
 from python_corpus import (
     HELD_OUT_SHARE,
     Split,
-    docstring_documents,
+    docstring_texts,
     environment_corpus,
     environment_files,
     held_out_split,
-    python_documents,
+    python_texts,
 )
 
 DOCUMENTS_AT_ONCE = 64  # tokenised together, on all cores
@@ -73,14 +73,9 @@ class DatasetSpec:
 def documents(spec: DatasetSpec, split: Split, seed: int) -> Iterator[str | list[int]]:
     """The documents of one split in a shuffled, reproducible order: texts, or token ids where `spec.tokenised`."""
     if spec.path in ("python", "docstrings"):
-        import datasets
-
         paths = [f.path for f in environment_corpus(split)]
-        reader = python_documents if spec.path == "python" else docstring_documents
-        rows = datasets.IterableDataset.from_generator(
-            reader, gen_kwargs={"paths": [paths[i] for i in _order(len(paths), seed)]}
-        )
-        yield from (_document(spec, row, i) for i, row in enumerate(rows))
+        read = python_texts if spec.path == "python" else docstring_texts
+        yield from (text.removeprefix("\ufeff") for text in read(paths[i] for i in _order(len(paths), seed)))
         return
     if (Path(spec.path) / "train.npy").exists():
         yield from token_documents(spec, split, seed)

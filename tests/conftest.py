@@ -1,6 +1,7 @@
 """A small random target with a local corpus: everything a test needs, offline and in milliseconds."""
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -13,9 +14,22 @@ check_shapes([*modules, "folded", "recovered", "probes", "path_methods", "path_s
 
 from small import make_small_target, write_corpus  # noqa: E402
 
+from logs import cache_folder  # noqa: E402
 from target_models import TargetModel  # noqa: E402
 
 torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def own_caches(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """What tests fit is kept with them alone; the list of the environment's files is everybody's."""
+    theirs, own = cache_folder(), tmp_path_factory.mktemp("cache")
+    for name in ("corpus", "smollm2"):
+        (theirs / name).mkdir(parents=True, exist_ok=True)
+        (own / name).symlink_to(theirs / name)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("NN_CACHE_HOME", str(own))
+        yield
 
 
 @pytest.fixture

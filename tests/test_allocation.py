@@ -2,6 +2,8 @@
 
 import itertools
 from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,7 +13,7 @@ from small import SEQ, D, all_methods, clean, clt, each_by_itself, make_tiny, sa
 from torch import Tensor
 
 from allocation import allocated, alone, by_layer, joint_threshold, jointly
-from baselines import NeuronsReplacement, baselines
+from baselines import AffineReplacement, NeuronsReplacement, baselines
 from checkpoints import Checkpoint, TrainingRecord
 from coder_replacements import CLTReplacement, SAEReplacement, TranscoderReplacement, as_replacements
 from config import BatchTopK, JumpReLU
@@ -196,3 +198,28 @@ def _rows(target: TargetModel, replacement: Coded, tokens: Tensor) -> Sequence[o
 def test_all_methods_of_the_ruler_are_tried_here() -> None:
     coded = {type(r) for r in all_methods(make_tiny(), LAYERS) if isinstance(r, Coded)}
     assert coded == {type(r) for r in with_k(make_tiny())}
+
+
+def test_what_baselines_fit_is_kept_for_the_next_run_of_equal_code_target_and_text(
+    small_target: TargetModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = baselines(small_target, (0, 1), (4, 8))
+    with monkeypatch.context() as patch:
+        patch.setattr("baselines.fit_affine", lambda _: pytest.fail("fitted again"))
+        patch.setattr("baselines.jointly", lambda *_: pytest.fail("fitted again"))
+        again = baselines(small_target, (0, 1), (4, 8))
+    affine, as_before = (next(r for r in own if isinstance(r, AffineReplacement)) for own in (first, again))
+    assert all(map(torch.equal, affine.maps, as_before.maps))
+    for own, before in zip(again[2:4], first[2:4]):
+        assert own.method == before.method == "neurons-joint" and own.least.keys() == {0, 1}
+        assert all(torch.equal(own.least[layer], before.least[layer]) for layer in (0, 1))
+    fitted = []
+    monkeypatch.setattr("baselines.jointly", lambda target, equal: fitted.append(target) or jointly(target, equal))
+    for other in (replace(small_target, fingerprint="another"), small_target):
+        baselines(other, (0, 1), (4, 8))
+    assert [target.fingerprint for target in fitted] == ["another"]
+    monkeypatch.setattr("baselines.code_fingerprint", lambda: "other code")
+    baselines(small_target, (0, 1), (4, 8))
+    (Path(small_target.data.path) / "more.txt").write_text("another text")
+    baselines(small_target, (0, 1), (4, 8))
+    assert len(fitted) == 3

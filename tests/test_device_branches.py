@@ -12,6 +12,7 @@ COVERED = {  # function → the test that runs it on a (real or emulated) CUDA d
     "activation_store.ActivationsStore._harvest": "test_coders_train_on_another_device_than_their_target",
     "activation_store.ActivationsStore._put": "test_forwards_beside_the_steps_change_nothing",
     "activation_store.harvests_ahead": "test_forwards_beside_the_steps_change_nothing",
+    "baselines.baselines": "test_the_main_job_on_the_device_gives_the_cpus_table",
     "devices.Aside.__init__": "test_forwards_beside_the_steps_change_nothing",
     "devices.Aside.begun": "test_forwards_beside_the_steps_change_nothing",
     "devices.Aside.join": "test_forwards_beside_the_steps_change_nothing",
