@@ -53,6 +53,7 @@ measured = evaluation.evaluate(target, replacements, evaluation.held_out(target,
 measure.load_target = lambda name, device: target
 measure.main((trained[0].path,), tokens=256, protocols=("free",), device="cpu", points=folder / "points.csv")
 assert not ABSENT & set(sys.modules), ABSENT & set(sys.modules)
+assert "torch._dynamo" not in sys.modules, "4 s of every job: an optimiser, or a decorator, loads torch's compiler"
 print(len(measured.points), "rows measured without", len(ABSENT), "packages")
 """
 
