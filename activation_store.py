@@ -112,9 +112,7 @@ class ActivationsStore:
             )
         self.batch_tokens, self.buffer_tokens = config.batch_tokens // part[1], config.buffer_tokens // part[1]
         self.target, self.config, self.split = target, config, split
-        self.stream = TokenStream(
-            target.data, target.tokenizer, split, config.model_batch, target.context, config.seed, target.vocab_size, part
-        )  # fmt: skip
+        self.stream = target.stream(split, config.model_batch, config.seed, part)
         # processes that make the forwards of one buffer, and what one forward puts into it
         self.harvesters = world().size if shared and part[1] == 1 else 1
         self.harvested = (2, len(config.layers), config.model_batch * (target.context - 1), target.d_model)

@@ -31,7 +31,7 @@ from patching import Captured, MLPFunction, kept_streams, patched, resumed
 from replacement import Coded, replaced_logits
 from sparse_ops import Codes
 from target_models import TargetModel
-from token_stream import TokenStream, held_out_text
+from token_stream import held_out_text
 
 TUNING_TOKENS = 8192  # or as many as there are
 LOGITS = 2**24  # of a batch: bounds the memory of large vocabularies
@@ -39,8 +39,7 @@ LOGITS = 2**24  # of a batch: bounds the memory of large vocabularies
 
 def tuning_batches(target: TargetModel) -> list[Int[Tensor, "batch seq"]]:
     """Text that thresholds are set on."""
-    stream = TokenStream(target.data, target.tokenizer, "tuning", 1, target.context, vocab_size=target.vocab_size)
-    tokens = held_out_text(stream, TUNING_TOKENS, or_fewer=True).tokens.to(target.device)
+    tokens = held_out_text(target.stream("tuning", 1), TUNING_TOKENS, or_fewer=True).tokens.to(target.device)
     return list(tokens.split(max(1, min(16, LOGITS // (target.context * target.vocab_size)))))
 
 

@@ -34,7 +34,7 @@ from patching import Begun, Captured, kept_inputs, kept_streams, resumed
 from python_corpus import Split
 from replacement import Observer, Pass, Replacement, replaced_logits
 from target_models import TargetModel, writer_parameters
-from token_stream import HeldOutText, TokenStream, held_out_text
+from token_stream import HeldOutText, held_out_text
 
 Protocol = Literal["single", "frozen", "gates", "free"]
 PROTOCOLS: tuple[Protocol, ...] = ("single", "frozen", "gates", "free")
@@ -255,5 +255,4 @@ def _measure_batch(
 
 def held_out(target: TargetModel, n_tokens: int, split: Split = "test") -> HeldOutText:
     """Text of a target that nothing was trained on, drawn over its documents; every study measures on the same."""
-    stream = TokenStream(target.data, target.tokenizer, split, 1, target.context, vocab_size=target.vocab_size)
-    return held_out_text(stream, n_tokens).to(target.device)
+    return held_out_text(target.stream(split, 1), n_tokens).to(target.device)

@@ -37,7 +37,6 @@ from logs import Logger, git_commit
 from output_objective import CoderSet, Frame, Run, TrainingPass, as_read, backward, frame_of, planned, unembedding
 from parallel import ALONE, DataRanks, check_dealt, decided, wait, world
 from target_models import TargetModel
-from token_stream import TokenStream
 from training import (
     CoderRun,
     Progress,
@@ -218,10 +217,7 @@ class OutputGroup:
             raise ValueError(
                 f"{sequences} sequences a batch cannot be dealt evenly to {parts} processes: choose --batch so"
             )
-        self.stream = TokenStream(
-            target.data, target.tokenizer, "train", sequences // parts, target.context, config.seed + stages,
-            target.vocab_size, (self.part, parts),
-        )  # fmt: skip
+        self.stream = target.stream("train", sequences // parts, config.seed + stages, (self.part, parts))
         data = DataConfig(layers=self.layers, batch_tokens=parts, buffer_tokens=STATISTICS_TOKENS, seed=config.seed)
         store = ActivationsStore(target, data, shared=True)
         self.sets = [

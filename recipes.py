@@ -47,7 +47,6 @@ from parallel import decided, wait, world
 from spd_model import ComponentModel
 from spd_training import train_spd
 from target_models import TargetModel, mlp_matrices
-from token_stream import TokenStream
 from training import dead_after, train_group
 
 
@@ -163,9 +162,7 @@ class _OnDevice:
     def __init__(self, target: TargetModel, batch: int, seed: int) -> None:
         part = world().part
         require(batch % part[1] == 0, f"{batch} sequences a step cannot be dealt evenly to {part[1]} processes")
-        self.stream = TokenStream(
-            target.data, target.tokenizer, "train", batch // part[1], target.context, seed, target.vocab_size, part
-        )
+        self.stream = target.stream("train", batch // part[1], seed, part)
         self.state_dict, self.load_state_dict, self.device = (
             self.stream.state_dict,
             self.stream.load_state_dict,

@@ -24,8 +24,9 @@ from transformers.pytorch_utils import Conv1D
 from config import Site
 from devices import check_device
 from patching import MLPFunction, MLPPaths, after, before, block_outputs, patched
+from python_corpus import Split
 from target_loaders import TARGETS, target_spec
-from token_stream import DatasetSpec
+from token_stream import DatasetSpec, TokenStream
 
 NORMS = (
     "rms_2",
@@ -68,6 +69,10 @@ class TargetModel:
     def logits(self, tokens: Int[Tensor, "batch seq"]) -> Float[Tensor, "batch seq vocab"]:
         out = self.model(tokens)
         return out if isinstance(out, Tensor) else out[0] if isinstance(out, tuple) else out.logits
+
+    def stream(self, split: Split, batch: int, seed: int = 0, part: tuple[int, int] = (0, 1)) -> TokenStream:
+        """Rows of the target's own text, as long as its context, `batch` at a time; `part` is as in `TokenStream`."""
+        return TokenStream(self.data, self.tokenizer, split, batch, self.context, seed, self.vocab_size, part)
 
     def mlp(self, layer: int, x: Float[Tensor, "*batch d_in"]) -> Float[Tensor, "*batch d_out"]:
         """The MLP of one layer on given inputs."""

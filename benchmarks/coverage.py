@@ -26,7 +26,7 @@ from logs import write_csv
 from metrics import bootstrap_interval, document_draws
 from python_corpus import HELD_OUT
 from target_models import TargetModel, load_target
-from token_stream import HeldOutText, TokenStream
+from token_stream import HeldOutText
 
 
 @dataclass(frozen=True)
@@ -56,8 +56,7 @@ def every_document(target: TargetModel, most: int) -> HeldOutText:
     """At most `most` sequences of each held-out document, tuning and test."""
     tokens, numbers, n = [], [], 0
     for split in HELD_OUT:
-        stream = TokenStream(target.data, target.tokenizer, split, 1, target.context, vocab_size=target.vocab_size)
-        for rows in stream.rows_by_document(10**6):
+        for rows in target.stream(split, 1).rows_by_document(10**6):
             generator = torch.Generator().manual_seed(n)
             chosen = torch.randperm(len(rows), generator=generator)[:most].tolist()
             tokens += [rows[i] for i in chosen]

@@ -36,7 +36,6 @@ from spd_runs import find_spd, load_decomposition
 from spd_training import SPDTrainer
 from study import StudySettings, run_study
 from target_models import TargetModel, load_target
-from token_stream import TokenStream
 
 COLUMNS = ["gate", "probe_ce", "shuffled_ce", "current_token_ce", "model_ce", "told", "told_low", "told_high", "possible", "l0",
            "tokens", "documents", "classes", "gate_steps"]  # fmt: skip
@@ -76,7 +75,7 @@ def with_gate(own: ComponentModel, target: TargetModel, s: Settings, *, causal: 
     trainer = SPDTrainer(model, recipe, autocast=bf16_is_fast(target.device))
     for components in model.components.values():
         components.requires_grad_(False)
-    stream = TokenStream(target.data, target.tokenizer, "train", 4, target.context, s.seed)
+    stream = target.stream("train", 4, s.seed)
     for _ in trange(s.gate_steps, desc="causal gate" if causal else "bidirectional gate", mininterval=2.0):
         trainer.step(next(stream))
     return model
