@@ -18,6 +18,7 @@ from small import make_small_target
 
 import activation_store
 import checkpoints
+import recipes
 from activation_store import ActivationsStore, DataConfig
 from baselines import IdentityReplacement, ZeroReplacement, baselines
 from checkpoints import TrainingRecord, check_target, held, load_checkpoint, run_name, save_checkpoint
@@ -223,6 +224,19 @@ def test_a_layer_that_writes_a_constant_is_named_in_training_and_has_no_fvu(
         assert (point.fvu is None) == (1 in point.layers) and point.mse is not None and math.isfinite(point.mse)
         assert (point.tail_max is None) == (1 in point.layers and bias == 0)
     assert "nan" not in markdown_table(measured.points)
+
+
+def test_a_short_training_sets_its_thresholds_on_a_quarter_of_its_tokens(
+    small_target: TargetModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[int] = []
+    monkeypatch.setattr(
+        recipes, "train_group", lambda *_, config, **_others: asked.append(config.calibration_tokens) or []
+    )
+    configs = recipes.transcoder_configs(small_target, layers=(0,), rules=[BatchTopK(4)], d_dict=32)
+    for tokens in (4_000, 40_000, 1_000_000):
+        recipes.train_coders(configs, small_target, tokens=tokens, batch=2048, seed=0, folder=tmp_path)
+    assert asked == [2_048, 10_000, 65_536]
 
 
 def test_numbers_that_cannot_be_meant_are_refused_in_one_line(small_target: TargetModel, tmp_path: Path) -> None:
