@@ -22,9 +22,11 @@ On CUDA, (1) and (3) would wait for the device to count. There a static number o
 every bound left out. Tokens that are not are counted (`Layout.unproven`), and a training logs their number. Where bounds
 cannot pay (`_bounds_pay`), the product and the selection are float32. No float32 product is TF32: it gives values of codes.
 
-Every function has a dense twin (`dense_*`) that says the same in plain matrix products; tests compare the two.
+Every function has a dense twin (`dense_*`) that says the same in plain matrix products; tests compare the two. Scans, float32
+values and winners are C where it can be compiled (`sparse_c.py`), else torch and numpy: here, too, each says the other's.
 """
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -36,6 +38,7 @@ from torch.autograd.function import once_differentiable
 
 from devices import bf16_is_fast, in_threads
 from parallel import ALONE, Ranks
+from sparse_c import c_largest, c_pair_dots, c_rounded, c_scan, c_winners_by_token, takes
 from sparse_ops import Codes, Layout, layout_of, nonzero_positions
 
 # k / d_dict by token, and in the batch, from which on all pre-activations are written down and partitioned in float32
@@ -167,7 +170,7 @@ def _select(x: Tensor, W: Tensor, b: Tensor, k: int, bound: Tensor | None) -> _S
         if selected is not None:
             return selected
     pre = torch.addmm(b, x, W.T)
-    flat = nonzero_positions(_largest(pre, k) if bound is None else _largest(pre.view(1, -1), k * len(x)))
+    flat = _largest_positions(pre, k) if bound is None else _largest_positions(pre.view(1, -1), k * len(x))
     return _Selected(flat, pre.view(-1).index_select(0, flat))
 
 
@@ -190,10 +193,13 @@ def _above(x: Tensor, W: Tensor, b: Tensor, threshold: Tensor) -> _Selected:
     return _Selected(flat, pre.view(-1).index_select(0, flat))
 
 
-def _rounded(x: Float[Tensor, "n d"], low: torch.dtype) -> tuple[Tensor, Float[Tensor, "n"]]:
-    """x in low precision, and the norm of what rounding took from each row."""
-    x_low = x.to(low)
-    return x_low, x_low.to(x.dtype).sub_(x).norm(dim=1) if low != x.dtype else x.new_zeros(len(x))
+def _rounded(x: Float[Tensor, "n d"], low: torch.dtype) -> tuple[Tensor, Float[Tensor, "n"], Float[Tensor, "n"]]:
+    """x in low precision beside three columns that are not yet filled, the norms of its rows and of what rounding took."""
+    if low == torch.bfloat16 and takes(x):
+        return c_rounded(x, 3)
+    x_low = x.new_empty(len(x), x.shape[1] + 3, dtype=low)
+    rounded = x_low[:, :-3].copy_(x)
+    return x_low, x.norm(dim=1), rounded.to(x.dtype).sub_(x).norm(dim=1)
 
 
 class _UpperBounds:
@@ -209,36 +215,28 @@ class _UpperBounds:
             self.x_low, self.W_low, self.slack = x, W, 0.0
             self.margin = 0 * (x.sum(1) + W.sum())  # NaN where x or W is not finite
             return
-        (x_low, x_rest), (W_low, W_rest), b_low = _rounded(x, low), _rounded(W, low), b.to(low)
-        x_norm, w_norm = x.norm(dim=1), W.norm(dim=1)
+        (self.x_low, x_norm, x_rest), (self.W_low, w_norm, W_rest) = (_rounded(side, low) for side in (x, W))
+        b_low, columns = b.to(low), slice(x.shape[1], None)
         gamma = (x.shape[1] + 8) * 2.0**-23  # of the float32 sum in the product, and of the one in `exact`
         rho = (W_rest / w_norm.clamp_min(1e-30)).max()
         margin = x_rest + (rho * (1 + 2.0**-8) + gamma) * x_norm
         b_rest = b - b_low
         b_rest = b_rest + b_rest.abs() * 2.0**-7 + b.abs() * gamma + 1e-30
         one, up = torch.ones_like(margin), 1 + 2.0**-7  # `up` outweighs rounding to nearest
-        self.x_low = torch.cat([x_low, torch.stack([margin * up, one, one], 1).to(low)], 1)
-        self.W_low = torch.cat([W_low, torch.stack([w_norm * up, b_low, b_rest], 1).to(low)], 1)
+        self.x_low[:, columns] = torch.stack([margin * up, one, one], 1)
+        self.W_low[:, columns] = torch.stack([w_norm * up, b_low, b_rest], 1)
         self.margin = margin * w_norm.max()
         self.slack = 2.0**-8 if low == torch.bfloat16 else 2.0**-22  # the product's own rounding, relative
 
-    def scan(self, floor: Tensor | None, k: int = 0) -> "_Scan | None":
-        """Every entry whose upper bound reaches `floor`: a number, or one per token (column vector).
+    def scan(self, floor: Tensor | None, k: int = 0, expected: int = GROUP) -> "_Scan | None":
+        """Every entry whose upper bound reaches `floor`: a number, or one per token (column vector); `expected` per token.
 
         `floor` None: a little under `start`, the k-th largest of each token's maxima over groups of latents, which is at
         most the k-th largest of its bounds. Returns None where float32 selection is cheaper, because many reach the
         floor, and where NaN makes it necessary.
         """
-        n, d_dict = len(self.x), len(self.W)
-        if not (self.margin.sum() + self.b.sum()).isfinite():  # NaN compares with nothing: float32 selection shows it
-            return None
-        workers = min(torch.get_num_threads(), n) if n * d_dict * self.x.shape[1] >= THREADS_ABOVE else 1
-        rows = -(-n // (workers * -(-n * d_dict // (workers * BLOCK))))  # as many blocks for every worker
-        parts = [slice(begin, min(begin + rows, n)) for begin in range(0, n, rows)]
-        workers = min(workers, len(parts))
-        shares = [parts[len(parts) * i // workers : len(parts) * (i + 1) // workers] for i in range(workers)]
-        found = [block for share in in_threads(lambda own: self._scan(own, floor, k), shares) for block in share]
-        if len(found) < len(parts):
+        found = self._by_blocks(lambda own: self._scan(own, floor, k, expected))
+        if found is None:
             return None
         flats, uppers, starts = zip(*found)
         upper = torch.cat(uppers)
@@ -247,23 +245,59 @@ class _UpperBounds:
             torch.cat(flats), upper + upper.abs() * self.slack, start, self._under(start) if floor is None else floor
         )
 
+    def largest_by_token(self, k: int) -> _Selected | None:
+        """The k largest pre-activations of each token, found in one pass; None as for `scan`, and where one is NaN."""
+        found = self._by_blocks(lambda own: self._largest_by_token(own, k))
+        return None if found is None else _Selected(*(torch.cat(side) for side in zip(*found)))
+
+    def _by_blocks[A](self, of_blocks: Callable[[list[slice]], list[A]]) -> list[A] | None:
+        """What is found in blocks of tokens that fit a cache, in large problems by all threads; None where one gave up."""
+        n, d_dict = len(self.x), len(self.W)
+        if not (self.margin.sum() + self.b.sum()).isfinite():  # NaN compares with nothing: float32 selection shows it
+            return None
+        workers = min(torch.get_num_threads(), n) if n * d_dict * self.x.shape[1] >= THREADS_ABOVE else 1
+        rows = -(-n // (workers * -(-n * d_dict // (workers * BLOCK))))  # as many blocks for every worker
+        parts = [slice(begin, min(begin + rows, n)) for begin in range(0, n, rows)]
+        workers = min(workers, len(parts))
+        shares = [parts[len(parts) * i // workers : len(parts) * (i + 1) // workers] for i in range(workers)]
+        found = [block for share in in_threads(of_blocks, shares) for block in share]
+        return found if len(found) == len(parts) else None
+
+    def _product(self, part: slice, room: Tensor) -> Tensor:
+        """The bounds of a part of the tokens."""
+        block = room[: part.stop - part.start]
+        if self.tight:
+            return torch.addmm(self.b, self.x_low[part], self.W_low.T, out=block)
+        return torch.mm(self.x_low[part], self.W_low.T, out=block)
+
     def _under(self, start: Float[Tensor, "rows 1"], part: slice = slice(None)) -> Float[Tensor, "rows 1"]:
         """A floor a little under the bounds `start` of a part of the tokens."""
         return start - 2.5 * self.margin[part, None].float()
 
     @torch.no_grad()
-    def _scan(self, parts: list[slice], floor: Tensor | None, k: int) -> list[tuple[Tensor, Tensor, Tensor | None]]:
-        """(positions, bounds, start) of consecutive blocks of tokens; stops early where many reach the floor."""
-        d_dict, found = len(self.W), []
-        size = parts[0].stop - parts[0].start
-        bounds, mask = self.x_low.new_empty(size, d_dict), torch.empty(size, d_dict, dtype=torch.bool)
-        room = (parts[-1].stop - parts[0].start) * d_dict * 2 * max(DENSE_SELECTION_ABOVE[self.x_low.dtype])
+    def _largest_by_token(self, parts: list[slice], k: int) -> list[tuple[Tensor, Tensor]]:
+        """(positions, pre-activations) of consecutive blocks of tokens; stops early where many must be looked at."""
+        found, most = [], 1.0 if self.tight else self._worth_while
+        bounds = self.x_low.new_empty(parts[0].stop - parts[0].start, len(self.W))
         for part in parts:
-            block, hit = bounds[: part.stop - part.start], mask[: part.stop - part.start]
-            if self.tight:
-                torch.addmm(self.b, self.x_low[part], self.W_low.T, out=block)
-            else:
-                torch.mm(self.x_low[part], self.W_low.T, out=block)
+            block = self._product(part, bounds)
+            won = c_winners_by_token(block, k, self.slack, self.x[part], self.W, self.b, first=part.start,
+                                     room=int(most * block.numel()))  # fmt: skip
+            if won is None:
+                return []
+            found.append(won)
+        return found
+
+    @torch.no_grad()
+    def _scan(
+        self, parts: list[slice], floor: Tensor | None, k: int, expected: int
+    ) -> list[tuple[Tensor, Tensor, Tensor | None]]:
+        """(positions, bounds, start) of consecutive blocks of tokens; stops early where many reach the floor."""
+        d_dict, found, compiled = len(self.W), [], takes(self.x, self.W, self.b)
+        bounds = self.x_low.new_empty(parts[0].stop - parts[0].start, d_dict)
+        room = (parts[-1].stop - parts[0].start) * d_dict * self._worth_while
+        for part in parts:
+            block = self._product(part, bounds)
             if floor is None:
                 even = _ordered(block)[:, : d_dict // GROUP * GROUP]
                 maxima = reduce(even, "token (member group) -> token group", "max", member=GROUP)
@@ -271,12 +305,22 @@ class _UpperBounds:
                 own = self._under(start, part)
             else:
                 start, own = None, floor[part] if floor.ndim else floor
-            flat = _reaching(block, self._lowered(own), hit)
-            found.append((flat + part.start * d_dict, block.view(-1).index_select(0, flat).float(), start))
+            lowered = self._lowered(own)
+            if compiled and lowered.ndim == 0:
+                flat, upper = c_scan(block, lowered.item(), first=part.start, expected=expected * len(block))
+            else:
+                flat = _reaching(block, lowered)
+                flat, upper = flat + part.start * d_dict, block.view(-1).index_select(0, flat).float()
+            found.append((flat, upper, start))
             room -= len(flat)
             if room < 0:
                 return []
         return found
+
+    @property
+    def _worth_while(self) -> float:
+        """The share of all entries above which float32 selection is cheaper."""
+        return 2 * max(DENSE_SELECTION_ABOVE[self.x_low.dtype])
 
     def _lowered(self, floor: Tensor) -> Tensor:
         """A floor for rounded bounds that no true bound above `floor` misses."""
@@ -284,6 +328,8 @@ class _UpperBounds:
 
     def exact(self, flat: Int[Tensor, "pair"]) -> Float[Tensor, "pair"]:
         layout = layout_of(flat, len(self.x), len(self.W))
+        if takes(self.x, self.W, self.b):
+            return c_pair_dots(self.x, layout.rows, self.W, layout.cols, self.b)
         return layout.dots(self.x, self.W) + self.b.index_select(0, layout.cols)
 
     def put_exact(self, pre: Float[Tensor, "found"], flat: Int[Tensor, "found"], where: Int[Tensor, "some"]) -> None:
@@ -302,29 +348,31 @@ def _select_in_batch(x: Tensor, W: Tensor, b: Tensor, k: int, bound: Tensor, low
     """The k·B largest of the batch; None where float32 selection is cheaper."""
     n, bounds = k * len(x), _UpperBounds(x, W, b, low)
     floor = bound - 0.05 * bound.abs()
-    scan = bounds.scan(floor) if floor > -torch.inf else None
+    scan = bounds.scan(floor, expected=2 * k) if floor > -torch.inf else None
     if scan is None or len(scan.flat) < n:  # a bad guess: take one from a sample of the tokens
         sample = torch.mm(bounds.x_low[:: max(1, len(x) // 128)], bounds.W_low.T)
         sample = (sample + b if bounds.tight else sample).flatten().float()
         rank = int(1.5 * k * len(sample) / len(W)) + 8
-        scan = bounds.scan(_kth_largest(sample[None], min(rank, len(sample)))[0, 0])
+        scan = bounds.scan(_kth_largest(sample[None], min(rank, len(sample)))[0, 0], expected=2 * k)
     while scan is not None and len(scan.flat) >= n:
         if bounds.tight:
-            return _selected(scan.flat, scan.upper, nonzero_positions(_largest(scan.upper[None], n)))
+            return _selected(scan.flat, scan.upper, _largest_positions(scan.upper[None], n))
         first = scan.upper >= _kth_largest(scan.upper[None], min(n + n // 32, len(scan.flat)))[0, 0]
         pre = torch.full_like(scan.flat, -torch.inf, dtype=x.dtype)
         bounds.put_exact(pre, scan.flat, nonzero_positions(first))
         smallest = _kth_largest(pre[None], n)[0, 0]
         if smallest >= scan.floor:
             bounds.put_exact(pre, scan.flat, nonzero_positions((scan.upper >= smallest) & ~first))
-            return _selected(scan.flat, pre, nonzero_positions(_largest(pre[None], n)))
-        scan = bounds.scan(smallest)
+            return _selected(scan.flat, pre, _largest_positions(pre[None], n))
+        scan = bounds.scan(smallest, expected=2 * k)
     return None
 
 
 def _select_by_token(x: Tensor, W: Tensor, b: Tensor, k: int, low: torch.dtype) -> _Selected | None:
     """The k largest of each token; None where float32 selection is cheaper."""
     bounds = _UpperBounds(x, W, b, low)
+    if takes(x, W, b):
+        return bounds.largest_by_token(k)
     scan = bounds.scan(None, k)
     while scan is not None:
         layout = layout_of(scan.flat, len(x), len(W))
@@ -411,6 +459,13 @@ def _largest(values: Float[Tensor, "group n"], k: int) -> Bool[Tensor, "group n"
     return above | (equal & (equal.cumsum(1, dtype=torch.int32) <= k - above.sum(1, keepdim=True)))
 
 
+def _largest_positions(values: Float[Tensor, "group n"], k: int) -> Int[Tensor, "group_k"]:
+    """Ascending flat positions of the k largest of each group, as `_largest` has them."""
+    if takes(values) and len(values) == 1:
+        return c_largest(values[0], k)
+    return nonzero_positions(_largest(values, k))
+
+
 def _ordered(values: Tensor) -> Tensor:
     """bf16 as integers, which processors compare many times faster: the same order where one of a pair is positive.
 
@@ -419,10 +474,10 @@ def _ordered(values: Tensor) -> Tensor:
     return values.view(torch.int16) if values.dtype == torch.bfloat16 else values
 
 
-def _reaching(values: Tensor, floor: Tensor, mask: Bool[Tensor, "*shape"]) -> Int[Tensor, "active"]:
-    """Ascending flat positions of values ≥ floor; `mask` is room for the comparison."""
+def _reaching(values: Float[Tensor, "n d_dict"], floor: Float[Tensor, "*n_1"]) -> Int[Tensor, "active"]:
+    """Ascending flat positions of values ≥ floor."""
     if (floor > 0).all():
         values, floor = _ordered(values), _ordered(floor)
     if values.dtype == torch.bfloat16:
-        return nonzero_positions(torch.ge(values, floor, out=mask))
-    return torch.from_numpy(np.flatnonzero(np.greater_equal(values.numpy(), floor.numpy(), out=mask.numpy())))
+        return nonzero_positions(torch.ge(values, floor))
+    return torch.from_numpy(np.flatnonzero(values.numpy() >= floor.numpy()))

@@ -5,7 +5,8 @@
     ∂/∂codes[t, j] = g[t] · W_dec[j]            ∂/∂W_dec[j] = Σ_t codes[t, j] g[t]
 
 All sums over active entries are `embedding_bag`s (on CUDA, the Triton kernels of `sparse_triton.py`): bags are tokens in
-token order, or latents in latent order; one stable sort per step (`Layout`) serves decoder and both weight gradients.
+token order, or latents in latent order; one stable sort per step (`Layout`) serves decoder and both weight gradients. That
+sort, and dots, are C where it can be compiled (`sparse_c.py`).
 Which entries are active is decided in `sparse_encode.py`. `dense_decode` is the plain matrix product that tests compare with.
 """
 
@@ -19,6 +20,8 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+
+from sparse_c import c_by_latent, c_located, c_pair_dots, takes
 
 # Measured choices (benchmarks/): where a dense product beats what is sparse. None of them changes a result.
 DENSE_SUMS_ABOVE = {"cpu": 1 / 8, "cuda": 1 / 32}  # active share of a batch; the cuda value is an estimate, unmeasured
@@ -40,6 +43,9 @@ class Layout:
     @cached_property
     def by_latent(self) -> Int[Tensor, "active"]:
         """Positions of the entries in the order of their latents."""
+        if takes(self.cols, dtype=torch.int64):
+            order, self.latent_starts = c_by_latent(self.cols, self.d_dict)
+            return order
         return self.cols.int().argsort(stable=True)
 
     @cached_property
@@ -82,6 +88,8 @@ class Layout:
             return (x @ W.T).flatten()[self.rows * self.d_dict + self.cols]
         if len(self.rows) == 0:
             return x.new_empty(0)
+        if takes(x, W):
+            return c_pair_dots(x, self.rows, W, self.cols)
         if self.d_dict <= self.n_rows:
             return pair_dots(x, self.rows, self.row_starts, W, self.cols)
         by_latent = pair_dots(W, self.cols_by_latent, self.latent_starts, x, self.rows_by_latent)
@@ -116,9 +124,13 @@ class FullLayout(Layout):
 
 def layout_of(flat: Int[Tensor, "active"], n_rows: int, d_dict: int) -> Layout:
     """The layout of ascending positions t · d_dict + j; counting tokens costs less than dividing positions."""
-    starts = torch.searchsorted(flat, torch.arange(n_rows + 1, device=flat.device) * d_dict)
-    rows = torch.repeat_interleave(starts.diff(), output_size=len(flat))
-    layout = Layout(rows, flat - rows * d_dict, n_rows, d_dict)
+    if takes(flat, dtype=torch.int64):
+        rows, cols, starts = c_located(flat, n_rows, d_dict)
+    else:
+        starts = torch.searchsorted(flat, torch.arange(n_rows + 1, device=flat.device) * d_dict)
+        rows = torch.repeat_interleave(starts.diff(), output_size=len(flat))
+        cols = flat - rows * d_dict
+    layout = Layout(rows, cols, n_rows, d_dict)
     layout.row_starts = starts
     return layout
 

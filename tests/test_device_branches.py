@@ -35,6 +35,7 @@ COVERED = {  # function → the test that runs it on a (real or emulated) CUDA d
     "parallel.joined": "test_processes_on_gpus_have_one_each",
     "patching.capture": "test_activations_are_harvested_in_bf16_where_it_is_fast",
     "recipes.train_decomposition": "test_the_main_job_on_the_device_gives_the_cpus_table",
+    "sparse_c.takes": "test_sparse_codes_and_gradients_are_the_dense_twins",
     "sparse_encode._above": "test_sparse_codes_and_gradients_are_the_dense_twins",
     "sparse_encode._bounds_pay": "test_sparse_codes_and_gradients_are_the_dense_twins",
     "sparse_encode._kth_largest": "test_sparse_codes_and_gradients_are_the_dense_twins",

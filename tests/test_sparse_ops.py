@@ -6,6 +6,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+import sparse_c
 import sparse_encode
 import sparse_ops as ops
 
@@ -14,14 +15,24 @@ DTYPES = [torch.float32, torch.float64]
 quick = settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 
 
-@pytest.fixture(autouse=True, scope="module", params=[0, sparse_encode.THREADS_ABOVE], ids=["threads", "one_thread"])
+@pytest.fixture(autouse=True, scope="module", params=[True, False], ids=["c", "torch"])
+def kernels(request):  # type: ignore[no-untyped-def]
+    """The kernels of processors, and their twins."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sparse_c, "switched_on", request.param)
+        yield
+
+
+@pytest.fixture(autouse=True, scope="module", params=[True, False], ids=["threads", "one_thread"])
 def selection_in_threads(request):  # type: ignore[no-untyped-def]
     """Small problems are selected by one thread, unless they are made to be shared out."""
-    measured, sparse_encode.THREADS_ABOVE = sparse_encode.THREADS_ABOVE, request.param
     threads = torch.get_num_threads()
     torch.set_num_threads(max(2, threads))
-    yield
-    sparse_encode.THREADS_ABOVE = measured
+    with pytest.MonkeyPatch.context() as patch:
+        if request.param:
+            patch.setattr(sparse_encode, "THREADS_ABOVE", 0)
+            patch.setattr(sparse_c, "SHARED_ABOVE", 0)
+        yield
     torch.set_num_threads(threads)
 
 
