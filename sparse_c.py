@@ -69,9 +69,9 @@ def _library() -> ctypes.CDLL | None:
 
 @functools.cache
 def _compiled() -> ctypes.CDLL | None:
-    """None where there is no compiler, and, in one line, where it fails."""
+    """None where there is no compiler, or no source beside this file; in one line where the compiler fails."""
     compiler = _compiler()
-    if compiler is None:
+    if compiler is None or not SOURCE.exists():
         return None
     file = cache_folder() / "kernels" / f"sparse_kernels_{_identity(compiler)}.so"
     try:
