@@ -89,3 +89,16 @@ def test_two_steps_of_a_folded_decomposition_are_those_of_the_unfolded_one() -> 
         )
         losses.append(torch.stack([trainer.step(x)[:3] for _ in range(3)]))
     torch.testing.assert_close(losses[1], losses[0], atol=0, rtol=1e-7)
+
+
+@pytest.mark.parametrize("name", ["tms_5-2", "resid_1"])
+def test_active_draws_are_all_draws_without_the_empty_ones(name: str) -> None:
+    """How often each feature fires, and pairs of neighbours: p / P and p² / P, P = 1 − (1 − p)ⁿ the share of active draws."""
+    toy, n = TOYS[name], 400_000 if name == "tms_5-2" else 100_000
+    on = next(ToyBatches(toy, 2, n, 3, active=True)) != 0
+    assert on.any(-1).all()
+    p, draws = toy.probability, 2 * n
+    share = 1 - (1 - p) ** toy.features
+    for found, expected in ((on, p / share), (on[..., 1:] & on[..., :-1], p * p / share)):
+        spread = (expected / draws) ** 0.5
+        assert (found.double().mean((0, 1)) - expected).abs().max() < 5 * spread

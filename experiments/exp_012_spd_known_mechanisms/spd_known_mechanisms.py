@@ -44,35 +44,33 @@ COLUMNS = [
 
 @dataclass(frozen=True, kw_only=True)
 class Recipe:
-    C: int  # components of every matrix
-    gate: GateConfig = GateConfig(kind="mlp", hidden=(16,))
+    """Components learn fast and gates slowly, under a strong minimality that counts only towards the end, as p falls to 1."""
+
+    C: int  # components of a matrix that reads features, and of its transpose
+    C_rest: int  # of every other
     minimality: float
-    p: float
+    p: tuple[float, float] = (2.0, 1.0)
     lr: float
+    gate_lr: float
     steps: int
-    batch: int
-    recon: tuple[Recon, ...] = (Recon(coefficient=1.0), Recon(coefficient=1.0, routing="layerwise"))
+    batch: int = 256  # draws in which some feature fires
 
 
-# Published: batch 4096 (TMS), 2048 (ResidMLP); steps 10k (TMS; 40-10+id 20k), 20k, 25k and 50k (ResidMLP).
-# resid_2 and resid_3 are made for an hour of a busy core each: published C is 400 and 500 per matrix, rates 3e-4 and
-# 1e-3 constant, resid_3's gates 128 wide. Here every rate falls by a cosine.
-TMS_5 = Recipe(C=20, minimality=3e-3, p=1.0, lr=1e-3, steps=8000, batch=1024)
-TMS_40 = Recipe(C=200, minimality=1e-4, p=2.0, lr=1e-3, steps=10_000, batch=1024)
+# Published: minimality 3e-3 (TMS 5-2), 1e-4 (40-10), 1e-5 (ResidMLP-1, 3) and 1e-4 (ResidMLP-2) at a constant p; one rate for
+# components and gates, 3e-4 to 2e-3; batches of 2,048 or 4,096, for 10k to 50k steps.
+TMS_5 = Recipe(C=20, C_rest=20, minimality=3e-3, p=(1.0, 1.0), lr=3e-3, gate_lr=3e-3, steps=2500, batch=512)
+TMS_40 = Recipe(C=500, C_rest=100, minimality=2e-4, lr=8e-3, gate_lr=4e-3, steps=2200)
 RECIPES = {
     "tms_5-2": TMS_5,
     "tms_5-2_id": TMS_5,
     "tms_40-10": TMS_40,
     "tms_40-10_id": TMS_40,
-    "resid_1": Recipe(C=100, minimality=1e-5, p=2.0, lr=2e-3, steps=20_000, batch=1024),
-    "resid_2": Recipe(
-        C=100, gate=GateConfig(kind="shared_mlp", hidden=(256,)), minimality=1e-4, p=2.0, lr=1e-3, steps=12_000,
-        batch=512, recon=(
-            Recon(coefficient=2.0, routing="subset"), Recon(coefficient=2.0, source="pgd", routing="subset"),
-        ),
-    ),
-    "resid_3": Recipe(C=100, minimality=1e-5, p=2.0, lr=2e-3, steps=12_000, batch=512),
-}  # fmt: skip
+    "resid_1": Recipe(C=300, C_rest=100, minimality=4e-5, lr=1.5e-2, gate_lr=3e-4, steps=3500),
+    "resid_2": Recipe(C=600, C_rest=50, minimality=4e-5, lr=1e-2, gate_lr=2e-3, steps=1500),
+    "resid_3": Recipe(C=600, C_rest=50, minimality=4e-5, lr=1e-2, gate_lr=2e-3, steps=1500),
+}
+GATE = GateConfig(kind="mlp", hidden=(8,))
+RECON = (Recon(coefficient=1.0), Recon(coefficient=1.0, routing="layerwise"))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,22 +87,25 @@ def decompose(name: str, toy: Toy, s: Settings) -> None:
     recipe, folder = RECIPES[name], CHECKPOINTS / f"toy_{name}_s{s.seed}"
     target = train_target(toy, s.seeds, s.seed)
     if toy.kind == "tms":
-        patterns = [("linear1", recipe.C), ("linear2", recipe.C)] + [("hidden_layers.*", recipe.C)] * (toy.layers > 0)
+        patterns = [("linear1", recipe.C), ("linear2", recipe.C)] + [("hidden_layers.*", recipe.C_rest)] * (
+            toy.layers > 0
+        )
         tied: tuple[tuple[str, str], ...] = (("linear1", "linear2"),)
     else:
-        patterns, tied = [("layers.*.mlp_in", recipe.C), ("layers.*.mlp_out", recipe.C)], ()
-    config = SPDConfig(components=tuple(patterns), gate=recipe.gate, tied=tied)
+        patterns, tied = [("layers.*.mlp_in", recipe.C), ("layers.*.mlp_out", recipe.C_rest)], ()
+    config = SPDConfig(components=tuple(patterns), gate=GATE, tied=tied)
     decomposition = ComponentModel if toy.kind == "tms" else FoldedDecomposition
     model, random = (decomposition(target, config, torch.Generator().manual_seed(s.seed + i)) for i in (1, 5))
-    if s.compile_gates and recipe.gate.kind == "mlp":
+    if s.compile_gates:
         model.importances.compile_gates()
     steps = round(recipe.steps * s.scale)
     train = SPDTrainConfig(
-        steps=steps, lr=recipe.lr, recon=recipe.recon,
-        minimality=Lp(coefficient=recipe.minimality, p=(recipe.p, recipe.p)),
+        steps=steps, lr=recipe.lr, gate_lr=recipe.gate_lr, recon=RECON,
+        minimality=Lp(coefficient=recipe.minimality, p=recipe.p, between=(0.3, 0.7)),
         schedule="cosine", seed=s.seed + 2,
     )  # fmt: skip
-    seconds = train_spd(model, ToyBatches(toy, s.seeds, recipe.batch, s.seed + 3), train, folder, f"spd_{name}")
+    batches = ToyBatches(toy, s.seeds, recipe.batch, s.seed + 3, active=True)
+    seconds = train_spd(model, batches, train, folder, f"spd_{name}")
     importances = importance_matrix(toy, model)
     scores = *recovery(toy, model, importances), *recovery(toy, random, None)
     mmcs, ml2r, mmcs_null, ml2r_null = (score.tolist() for score in scores)
@@ -114,7 +115,7 @@ def decompose(name: str, toy: Toy, s: Settings) -> None:
         l0 = torch.stack([(model.lower(logit) > 0.1).sum(-1).float().mean(-1) for logit in z.values()]).mean(0)
     errors = [importance_errors(toy, importances, tolerance) for tolerance in (0.1, 0.2)]
     rows = [
-        [name, i, *(round(v[i], 5) for v in (mmcs, mmcs_null, ml2r, ml2r_null)), errors[0][i], errors[1][i],
+        [name, s.seed + i, *(round(v[i], 5) for v in (mmcs, mmcs_null, ml2r, ml2r_null)), errors[0][i], errors[1][i],
          round(l0[i].item(), 3), steps, round(seconds, 1)]
         for i in range(s.seeds)
     ]  # fmt: skip
