@@ -58,7 +58,7 @@ class Recipe:
 
 # Published: minimality 3e-3 (TMS 5-2), 1e-4 (40-10), 1e-5 (ResidMLP-1, 3) and 1e-4 (ResidMLP-2) at a constant p; one rate for
 # components and gates, 3e-4 to 2e-3; batches of 2,048 or 4,096, for 10k to 50k steps.
-TMS_5 = Recipe(C=20, C_rest=20, minimality=3e-3, p=(1.0, 1.0), lr=3e-3, gate_lr=3e-3, steps=2500, batch=512)
+TMS_5 = Recipe(C=20, C_rest=20, minimality=3e-3, p=(1.0, 1.0), lr=3e-3, gate_lr=3e-3, steps=6000, batch=512)
 TMS_40 = Recipe(C=500, C_rest=100, minimality=2e-4, lr=8e-3, gate_lr=4e-3, steps=2200)
 RECIPES = {
     "tms_5-2": TMS_5,
