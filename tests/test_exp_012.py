@@ -26,7 +26,7 @@ def test_a_toy_is_decomposed_once(
         runpy.run_path(str(SCRIPT), run_name="__main__")
     assert "tms_5-2 is in" in capsys.readouterr().err
     rows = read_csv(output / "points.csv")
-    assert [(row["toy"], row["seed"], row["steps"]) for row in rows] == [("tms_5-2", "0", "4"), ("tms_5-2", "1", "4")]
+    assert [(row["toy"], row["seed"], row["steps"]) for row in rows] == [("tms_5-2", "0", "3"), ("tms_5-2", "1", "3")]
     assert all(0 <= float(row[score]) <= 1 for row in rows for score in ("mmcs", "mmcs_null"))
     assert all(float(row["mmcs_null"]) > 0.9 for row in rows)  # twenty directions in a plane
     names = {file.name for file in output.iterdir()}
