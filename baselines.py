@@ -270,7 +270,11 @@ def baselines(target: TargetModel, layers: Sequence[int], neurons: Sequence[int]
 
 def _thresholds(joint: Sequence[NeuronsReplacement]) -> dict[str, Tensor]:
     """What |h| of each layer's neurons has to exceed, by "k layer"."""
-    return {f"{own.k} {layer}": least for own in joint for layer, least in (own.least or {}).items()}
+    found = {}
+    for own in joint:
+        assert own.least is not None, f"{own.method} has no threshold"
+        found |= {f"{own.k} {layer}": least for layer, least in own.least.items()}
+    return found
 
 
 def training_batches(target: TargetModel, layers: Sequence[int]) -> Iterator[tuple[Tensor, Tensor]]:

@@ -66,6 +66,12 @@ def device_name(device: str) -> str:
     return f"{platform.machine()} CPU, {torch.get_num_threads()} threads"
 
 
+def processor_description() -> str:
+    """What the system says of the processor: in Linux its maker, model and instruction sets."""
+    file = Path("/proc/cpuinfo")
+    return file.read_text() if file.exists() else platform.processor()
+
+
 def bf16_is_fast(device: torch.device) -> bool:
     """Whether the device multiplies bf16 matrices faster than float32 ones; emulated bf16 products are slower.
 
@@ -85,8 +91,7 @@ def float32_through_onednn() -> bool:
     Torch asks oneDNN only where float32 products may be rounded to bf16. None is on a processor without AMX: that is tried, on
     products of every kind that transformers and coders make, and MKL goes on where one is further from float64 than float32 is.
     """
-    processor = Path("/proc/cpuinfo")
-    amd = processor.exists() and "AuthenticAMD" in processor.read_text()
+    amd = "AuthenticAMD" in processor_description()
     if not amd or torch.backends.cpu.get_cpu_capability() != "AVX512" or torch.cpu._is_amx_tile_supported():
         return False
     torch.backends.mkldnn.matmul.fp32_precision = "bf16"

@@ -286,6 +286,6 @@ def cache_folder() -> Path:
 def code_fingerprint() -> str:
     """16 hex digits that change with any module of the project: what a cache is named by that holds what they compute."""
     digest = hashlib.sha256()
-    for file in sorted(REPOSITORY.glob("*.py")):
+    for file in sorted([*REPOSITORY.glob("*.py"), *REPOSITORY.glob("*.c")]):
         digest.update(file.read_bytes())
     return digest.hexdigest()[:16]

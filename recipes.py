@@ -104,9 +104,8 @@ def train_coders(
         return train_on_output(starts, target, batch=batch, config=train, folder=folder)
     layers = tuple(sorted({layer for config in configs for layer in config.layers}))
     data = DataConfig(layers=layers, batch_tokens=batch, seed=seed)
-    train = TrainConfig(
-        tokens=tokens, dead_after=dead_after(tokens), calibration_tokens=min(65_536, max(batch, tokens // 4)), seed=seed
-    )
+    calibration = min(TrainConfig.calibration_tokens, max(batch, tokens // 4))
+    train = TrainConfig(tokens=tokens, dead_after=dead_after(tokens), calibration_tokens=calibration, seed=seed)
     return train_group(
         [new_coder(config, seed) for config in configs], target, data=data, config=train, folder=folder, harvest=harvest
     )

@@ -23,7 +23,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from devices import in_threads
+from devices import in_threads, processor_description
 from logs import atomic_path, cache_folder
 
 SOURCE = Path(__file__).with_name("sparse_kernels.c")
@@ -54,10 +54,9 @@ def _compiler() -> Path | None:
 
 def _identity(compiler: Path) -> str:
     """What the compiled file depends on: the source, the compiler and the processor, as sixteen digits."""
-    file, processor = compiler.stat(), Path("/proc/cpuinfo")
-    flags = [line for line in processor.read_text().splitlines() if line.startswith(("flags", "Features", "model name"))
-             ] if processor.exists() else [platform.processor()]  # fmt: skip
-    parts = [SOURCE.read_bytes(), repr((compiler, file.st_size, file.st_mtime_ns, FLAGS, WIDE, flags[:2])).encode()]
+    file, lines = compiler.stat(), processor_description().splitlines()
+    model = [line for line in lines if line.startswith(("flags", "Features", "model name"))][:2] or lines
+    parts = [SOURCE.read_bytes(), repr((compiler, file.st_size, file.st_mtime_ns, FLAGS, WIDE, model)).encode()]
     return hashlib.sha256(b"".join(parts)).hexdigest()[:16]
 
 

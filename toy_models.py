@@ -114,9 +114,8 @@ class ToyBatches:
         on = fires < self.toy.probability
         if self.active:
             i = torch.arange(self.toy.features)
-            share = (1 - (1 - self.toy.probability) ** (i + 1)).to(
-                fires
-            )  # of all draws: the first to fire is i or before
+            # of all draws: the first to fire is i or before
+            share = (1 - (1 - self.toy.probability) ** (i + 1)).to(fires)
             drawn = share[-1] * torch.rand(self.shape[:-1], generator=self.generator)
             first = torch.searchsorted(share, drawn).clamp_max(self.toy.features - 1)[..., None]
             on = (i == first) | ((i > first) & on)

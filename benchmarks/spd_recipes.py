@@ -6,8 +6,8 @@
 
 Variants train on equal tokens from equal seeds, and each is measured by the project's ruler on the tuning split: ΔCE and KL
 `frozen` and `free` with the masks of deployment (a component is on where its importance is positive; Δ off) at the L0
-that the variant reached, and the KL that 20 steps of PGD on shared sources find. `base` is how the shipped
-decomposition was trained; names with a number have that coefficient, so that variants can be compared at equal L0.
+that the variant reached, and the KL that 20 steps of PGD on shared sources find. `base` is how the first
+shipped decomposition was trained; names with a number have that coefficient, so that variants can be compared at equal L0.
 
 The goal was ΔCE 0.30 frozen and 0.60 free at L0 32, where 2 million tokens of `base` gave 0.62 and 1.19 at 36; what is shipped,
 `shipped-lr-4e-3-l0-30` after 10 million, has 0.19 and 0.31 at 30 and 25. What `all` is made of, and why:
@@ -159,7 +159,8 @@ VARIANTS = {
     ),
     "all-merged": ALL.but(recon=recon(Merged(coefficient=1.0), DEPLOYED, RUNNING)),
 }
-# One thing of the shipped recipe changed, at the L0 that it aims at. A transformer gate reads all modules at once, so none runs.
+# One thing changed of the recipe shipped before, at the L0 that it aims at, and what is shipped now. A transformer gate reads all
+# modules at once, so none runs.
 SHIPPED = VARIANTS["aimed-deployed"]
 ADVERSARY, *_ = SHIPPED.train.recon
 VARIANTS |= {
