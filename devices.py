@@ -27,6 +27,7 @@ import pickle
 import platform
 import threading
 import warnings
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from pathlib import Path
@@ -137,10 +138,15 @@ def sent(tensor: Tensor, device: torch.device) -> Tensor:
 
 
 class Aside:
-    """Work that is wanted later only: on CUDA a stream of its own, beside what is queued after it; elsewhere done at once."""
+    """Work that is wanted later only: on CUDA a stream of its own, beside what is queued after it; elsewhere done at once.
+
+    Whoever drops it drops what the work reads and writes, which is then given to others: they come after the work.
+    """
 
     def __init__(self, device: torch.device) -> None:
         self.stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+        if self.stream is not None:
+            weakref.finalize(self, _join, self.stream).atexit = False
 
     @contextlib.contextmanager
     def begun(self) -> Iterator[None]:
@@ -154,7 +160,11 @@ class Aside:
     def join(self) -> None:
         """What is queued from now on comes after the work aside; the host does not wait."""
         if self.stream is not None:
-            torch.cuda.current_stream(self.stream.device).wait_stream(self.stream)
+            _join(self.stream)
+
+
+def _join(stream: torch.cuda.Stream) -> None:
+    torch.cuda.current_stream(stream.device).wait_stream(stream)
 
 
 TRIM_THRESHOLD, MMAP_THRESHOLD, ARENA_MAX = -1, -3, -8  # mallopt's names for its parameters

@@ -4,6 +4,7 @@ Without one `test_emulated_cuda.py` runs these tests too, on emulated devices: n
 """
 
 import contextlib
+import gc
 from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -252,6 +253,23 @@ def large_steps(kind: str, rule: str, device: str, folder: Path) -> list[Tensor]
         run.coder.count_dead(1)
         group_step([run], ActivationBatch(*random(device, (2, n, d), (2, n, d))), config=TRAIN, factor=0.5)
     return list(run.coder.state_dict().values())
+
+
+def test_what_was_dropped_is_not_written_to(cpu: TargetModel, device: str) -> None:
+    """A forward still runs beside the steps when its store goes, and whoever comes next is given the store's memory."""
+    store = ActivationsStore(on(cpu, device), DATA)
+    torch.cuda.synchronize()
+    with store.aside.begun():
+        torch.cuda._sleep(10**9)  # half a second
+        store.buffer.fill_(1)
+    place, like = store.buffer.data_ptr(), {"dtype": store.buffer.dtype, "device": device}
+    shape = store.buffer.shape
+    del store
+    gc.collect()
+    zeros = torch.zeros(shape, **like)
+    assert zeros.data_ptr() == place or not N_DEVICES, "the test shows nothing: other memory was given"
+    torch.cuda.synchronize()
+    assert not zeros.any()
 
 
 @every_kind
