@@ -23,12 +23,12 @@ from torch import Tensor
 
 ENTRIES = 16  # active entries a program reads at a time
 COLUMNS = 256  # columns of a table a program reads at a time; both untuned
-TILE = 4096  # bounds that a program numbers at a time; below 2¹⁵, for two counts share an int32
+TILE = 4096  # bounds that a program counts at a time
+NUMBERED, WIDTH = 4096, 32  # bounds that a program writes candidates of at a time, and those of a segment of them
+SLOTS = tl.constexpr(32)  # candidates that it writes at a time
 HELD = 32_768  # bounds of a token that a program can hold while it searches; of more it reads tiles of so many again
-MEMBERS, GROUPS = (
-    32,
-    256,
-)  # the floor of a batch's candidates is sought among maxima of so many bounds, so many at a time
+MEMBERS = 32  # the floor of a batch's candidates is sought among maxima of so many bounds or more,
+MAXIMA = 8192  # of so many bounds at a time
 COPIES = 64  # of a histogram, so that few programs add to one counter at once
 KEYS = 65_536
 NONE = tl.constexpr(-40_000)  # below every key
@@ -146,54 +146,67 @@ def _bound_of(key):
 
 @triton.jit
 def _write_candidates(
-    rows, cols, t, row, d_dict, threshold, above, equal, room, TILE: tl.constexpr
+    rows, cols, t, row, d_dict, threshold, above, equal, room, SEGMENTS: tl.constexpr, WIDTH: tl.constexpr
 ):  # fmt: skip
-    rest = threshold * 0 + NONE
-    for begin in range(0, d_dict, TILE):
-        column = begin + tl.arange(0, TILE)
-        key = _keys(row, column, d_dict)
-        both = (key >= threshold).to(tl.int32) + ((key == threshold - 1).to(tl.int32) << 16)
-        so_far = tl.cumsum(both, 0)
-        n_above, n_equal = above + (so_far & 0xFFFF), equal + (so_far >> 16)
-        taken = (key >= threshold) | ((key == threshold - 1) & (n_equal <= room))
-        place = n_above + tl.minimum(n_equal, room) - 1
-        tl.store(cols + place, column.to(tl.int64), mask=taken)
-        tl.store(rows + place, tl.zeros((TILE,), tl.int64) + t, mask=taken)
-        rest = tl.maximum(rest, tl.max(tl.where(taken, NONE, key), 0))
-        found = tl.sum(both, 0)
-        above += found & 0xFFFF
-        equal += found >> 16
-    return rest
+    rest, given = threshold * 0 + NONE, equal
+    for begin in range(0, d_dict, SEGMENTS * WIDTH):
+        columns = begin + tl.arange(0, SEGMENTS)[:, None] * WIDTH + tl.arange(0, WIDTH)[None, :]
+        keys = _keys(row, columns, d_dict)
+        rest = tl.maximum(rest, tl.max(tl.where(keys < threshold - 1, keys, NONE)))
+        n_equal = tl.sum((keys == threshold - 1).to(tl.int32), 1)
+        n_above = tl.sum((keys >= threshold).to(tl.int32), 1)
+        fit = tl.minimum(n_equal, tl.maximum(room - equal - tl.cumsum(n_equal, 0) + n_equal, 0))
+        ends, total = tl.cumsum(n_above + fit, 0), tl.sum(n_above + fit, 0)
+        first = above + tl.minimum(equal, room)
+        for done in range(0, total, SLOTS):  # each place looks for its segment, and there for its column
+            place = done + tl.arange(0, SLOTS)
+            before = ends[:, None] <= place[None, :]
+            segment = tl.sum(before.to(tl.int32), 0)
+            nth = place - tl.max(tl.where(before, ends[:, None], 0), 0)
+            room_here = room - equal - tl.sum(tl.where(before, n_equal[:, None], 0), 0)
+            column = begin + segment[:, None] * WIDTH + tl.arange(0, WIDTH)[None, :]
+            key = _keys(row, column, d_dict)
+            equals = (key == threshold - 1).to(tl.int32)
+            fits = (equals > 0) & (tl.cumsum(equals, 1) <= room_here[:, None])
+            taken = ((key >= threshold) | fits).to(tl.int32)
+            own = (taken > 0) & (tl.cumsum(taken, 1) == nth[:, None] + 1)
+            exists = place < total
+            tl.store(cols + first + place, tl.sum(tl.where(own, column, 0), 1).to(tl.int64), mask=exists)
+            tl.store(rows + first + place, tl.zeros((SLOTS,), tl.int64) + t, mask=exists)
+        above += tl.sum(n_above, 0)
+        equal += tl.sum(n_equal, 0)
+    return tl.where((equal > given) & (equal > room), tl.maximum(rest, threshold - 1), rest)
 
 
 @triton.jit
 def _candidates_by_token(
     rows, cols, rest, bounds, d_dict, CAPACITY: tl.constexpr, BLOCK: tl.constexpr, HOLDS: tl.constexpr,
-    TILE: tl.constexpr,
+    SEGMENTS: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
     t = tl.program_id(0).to(tl.int64)
     row = bounds + t * d_dict
-    column = tl.arange(0, BLOCK)
+    column = tl.arange(0, BLOCK // CAPACITY)[:, None] * CAPACITY + tl.arange(0, CAPACITY)[None, :]
     keys = _keys(row, column, d_dict)
-    high = tl.max(keys, 0) + 1  # fewer than CAPACITY keys reach `high`, more reach `low`
+    largest = tl.max(keys, 0)  # of as many groups as there is room for
     if not HOLDS:
         for begin in range(BLOCK, d_dict, BLOCK):
-            high = tl.maximum(high, tl.max(_keys(row, begin + column, d_dict), 0) + 1)
-    low = high * 0 - 32769
+            largest = tl.maximum(largest, tl.max(_keys(row, begin + column, d_dict), 0))
+    high = tl.max(largest, 0) + 1  # at most CAPACITY keys reach `high`, at least as many reach `low`
+    low = tl.maximum(tl.min(largest, 0), -32768)
     found = high * 0
     while (high - low > 1) & (found < CAPACITY):
         middle = (low + high) >> 1
-        n = tl.sum((keys >= middle).to(tl.int32), 0)
+        n = tl.sum((keys >= middle).to(tl.int32))
         if not HOLDS:
             for begin in range(BLOCK, d_dict, BLOCK):
-                n += tl.sum((_keys(row, begin + column, d_dict) >= middle).to(tl.int32), 0)
+                n += tl.sum((_keys(row, begin + column, d_dict) >= middle).to(tl.int32))
         fits = n <= CAPACITY
         found = tl.where(fits, n, found)
         high = tl.where(fits, middle, high)
         low = tl.where(fits, low, middle)
     own = t * CAPACITY
     left = _write_candidates(
-        rows + own, cols + own, t, row, d_dict, high, high * 0, high * 0, CAPACITY - found, TILE
+        rows + own, cols + own, t, row, d_dict, high, high * 0, high * 0, CAPACITY - found, SEGMENTS, WIDTH
     )  # fmt: skip
     tl.store(rest + t, _bound_of(left))
 
@@ -252,13 +265,17 @@ def _count_candidates(above, equal, bounds, cut, last, d_dict, TILE: tl.constexp
 
 @triton.jit
 def _candidates_in_batch(
-    rows, cols, rest, bounds, cut, last, above, equal, above_ends, equal_ends, n, d_dict, capacity, TILE: tl.constexpr
+    rows, cols, rest, bounds, cut, last, above, equal, above_ends, equal_ends, n, d_dict, capacity,
+    SEGMENTS: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
     t = tl.program_id(0).to(tl.int64)
     threshold = 32768 - tl.minimum(tl.load(cut), tl.load(last) + 1)
     before, equal_before = tl.load(above_ends + t) - tl.load(above + t), tl.load(equal_ends + t) - tl.load(equal + t)
     room = capacity - tl.load(above_ends + n - 1)
-    left = _write_candidates(rows, cols, t, bounds + t * d_dict, d_dict, threshold, before, equal_before, room, TILE)
+    row = bounds + t * d_dict
+    left = _write_candidates(
+        rows, cols, t, row, d_dict, threshold, before, equal_before, room, SEGMENTS, WIDTH
+    )  # fmt: skip
     tl.store(rest + t, _bound_of(left))
 
 
@@ -333,7 +350,7 @@ def triton_candidates_by_token(bounds: Shaped[Tensor, "batch d_dict"], k: int) -
     with torch.cuda.device_of(bounds):
         _candidates_by_token[(n,)](
             rows, cols, rest, bounds.view(torch.int16), d_dict, CAPACITY=capacity, BLOCK=block, HOLDS=d_dict <= block,
-            TILE=min(TILE, block), num_warps=max(4, block // 2048),
+            **_segments(d_dict), num_warps=max(4, block // 2048),
         )  # fmt: skip
     return Candidates(rows, cols, rest)
 
@@ -347,6 +364,9 @@ def triton_candidates_in_batch(bounds: Shaped[Tensor, "batch d_dict"], k: int) -
     (n, d_dict), device = bounds.shape, bounds.device
     capacity = 2 * k * n
     assert capacity <= n * d_dict // MEMBERS, f"{k=} {d_dict=}: there are fewer than 2k·B maxima"
+    members = MEMBERS  # twice and four times as many halve and quarter what is counted, and find nearly the same floor
+    while members < 4 * MEMBERS and 2 * capacity <= n * d_dict // (2 * members):
+        members *= 2
     rows = torch.empty(capacity, dtype=torch.int64, device=device)
     cols, rest = torch.full_like(rows, -1), torch.empty(n, device=device)
     counts = torch.empty(2, n, dtype=torch.int32, device=device)
@@ -355,16 +375,23 @@ def triton_candidates_in_batch(bounds: Shaped[Tensor, "batch d_dict"], k: int) -
         histogram = torch.zeros(2, COPIES, KEYS, dtype=torch.int32, device=device)
         everything = torch.full((), KEYS - 1, dtype=torch.int32, device=device)
         sizes = {"COPIES": COPIES, "KEYS": KEYS, "num_warps": 8}
-        _histogram[(n,)](histogram[0], bits, everything, d_dict, **sizes, MEMBERS=MEMBERS, GROUPS=GROUPS)
+        _histogram[(n,)](histogram[0], bits, everything, d_dict, **sizes, MEMBERS=members, GROUPS=MAXIMA // members)
         last = (_totals(histogram[0]) < capacity).sum(dtype=torch.int32)  # from this key up are at least `capacity`
         _histogram[(n,)](histogram[1], bits, last, d_dict, **sizes, MEMBERS=1, GROUPS=TILE)
         cut = (_totals(histogram[1]) <= capacity).sum(dtype=torch.int32)  # above this key are at most `capacity`
         _count_candidates[(n,)](counts[0], counts[1], bits, cut, last, d_dict, TILE=TILE, num_warps=8)
         ends = counts.cumsum(1, dtype=torch.int32)
         _candidates_in_batch[(n,)](
-            rows, cols, rest, bits, cut, last, *counts, *ends, n, d_dict, capacity, TILE=TILE, num_warps=8
+            rows, cols, rest, bits, cut, last, *counts, *ends, n, d_dict, capacity, **_segments(d_dict), num_warps=8
         )  # fmt: skip
     return Candidates(rows, cols, rest)
+
+
+def _segments(d_dict: int) -> dict[str, int]:
+    """How a program cuts what it writes candidates of."""
+    numbered = min(NUMBERED, triton.next_power_of_2(d_dict))
+    width = min(WIDTH, numbered // 2)
+    return {"SEGMENTS": numbered // width, "WIDTH": width}
 
 
 def _totals(histogram: Int[Tensor, "copy key"]) -> Int[Tensor, "key"]:

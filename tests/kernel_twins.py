@@ -85,7 +85,8 @@ def _bound_of(key: Any) -> Any:
 
 
 def _candidates_by_token(
-    rows: Any, cols: Any, rest: Any, bounds: Any, d_dict: int, CAPACITY: int, BLOCK: int, HOLDS: bool, TILE: int,
+    rows: Any, cols: Any, rest: Any, bounds: Any, d_dict: int, CAPACITY: int, BLOCK: int, HOLDS: bool,
+    SEGMENTS: int, WIDTH: int,
 ) -> None:  # fmt: skip
     """The CAPACITY largest keys of each token in order of their latents, ties to the lowest; the largest left out."""
     assert bounds.shape[1] == d_dict > CAPACITY and (d_dict <= BLOCK or not HOLDS)
@@ -130,7 +131,7 @@ def _count_candidates(above: Any, equal: Any, bounds: Any, cut: Any, last: Any, 
 
 def _candidates_in_batch(
     rows: Any, cols: Any, rest: Any, bounds: Any, cut: Any, last: Any, above: Any, equal: Any, above_ends: Any,
-    equal_ends: Any, n: int, d_dict: int, capacity: int, TILE: int,
+    equal_ends: Any, n: int, d_dict: int, capacity: int, SEGMENTS: int, WIDTH: int,
 ) -> None:  # fmt: skip
     """All keys above the cut, and of the next smaller one as many as there is room for, in row-major order."""
     assert bounds.shape == (n, d_dict) and rows.shape == cols.shape == (capacity,)

@@ -539,8 +539,20 @@ SELECTION = [
         KERNELS,
     ),
     Mutation(
-        "ties of candidates dropped", "sparse_triton.py", "high * 0, high * 0, CAPACITY - found, TILE",
-        "high * 0, high * 0, high * 0, TILE", KERNELS,
+        "ties of candidates dropped", "sparse_triton.py", "high * 0, high * 0, CAPACITY - found, SEGMENTS",
+        "high * 0, high * 0, high * 0, SEGMENTS", KERNELS,
+    ),
+    Mutation(
+        "a search that begins above what it seeks", "sparse_triton.py", "tl.maximum(tl.min(largest, 0), -32768)",
+        "tl.maximum(tl.max(largest, 0), -32768)", KERNELS,
+    ),
+    Mutation(
+        "ties counted anew in every segment", "sparse_triton.py", "room - equal - tl.cumsum(n_equal, 0) + n_equal",
+        "room - equal", KERNELS,
+    ),
+    Mutation(
+        "the largest tie left out forgotten", "sparse_triton.py", "tl.maximum(rest, threshold - 1), rest)", "rest, rest)",
+        KERNELS,
     ),
 ]  # fmt: skip
 

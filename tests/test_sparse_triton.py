@@ -142,11 +142,16 @@ x[3] = 0.0
 compare(x, W, b, K)
 assert sparse_encode._select_by_bounds(x, W, b, 16, flat=True)[0].rows.bincount(minlength=N)[1] > 3 * 16
 
-# more latents than a program holds, and than it numbers at a time
-held, tile = kernels.HELD, kernels.TILE
-kernels.HELD, kernels.TILE = 256, 64
+# more latents than a program holds, counts and numbers at a time; more candidates than it writes at a time
+sizes = {name: getattr(kernels, name) for name in ("HELD", "TILE", "NUMBERED", "WIDTH")}
+for name, size in (("HELD", 256), ("TILE", 64), ("NUMBERED", 128), ("WIDTH", 16)):
+    setattr(kernels, name, size)
 compare(*problem(2, 1100), 17, proven=True)
-kernels.HELD, kernels.TILE = held, tile
+x, W, b = (t.mul(2).round().clamp(-2, 2) for t in problem(2, 2100))
+compare(x, W, b, 20)
+for name, size in sizes.items():
+    setattr(kernels, name, size)
+compare(*problem(1, 4500), 70, proven=True)
 
 # ties, of exact products: the lowest latent wins, and where bounds cannot tell them apart it is said
 x, W, b = (t.mul(2).round().clamp(-2, 2) for t in problem())
