@@ -24,7 +24,7 @@ from torch import Tensor
 ENTRIES = 16  # active entries a program reads at a time
 COLUMNS = 256  # columns of a table a program reads at a time; both untuned
 TILE = 4096  # bounds that a program counts at a time
-NUMBERED, WIDTH = 4096, 32  # bounds that a program writes candidates of at a time, and those of a segment of them
+NUMBERED, WIDTH = 8192, 64  # bounds that a program writes candidates of at a time, and those of a segment of them
 SLOTS = tl.constexpr(32)  # candidates that it writes at a time
 HELD = 32_768  # bounds of a token that a program can hold while it searches; of more it reads tiles of so many again
 MEMBERS = 32  # the floor of a batch's candidates is sought among maxima of so many bounds or more,

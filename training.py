@@ -55,7 +55,7 @@ from parallel import ALONE, averaged, check_dealt, dealt, decided, own_state, ra
 from step_graphs import RecordedStep, records_graphs
 from target_models import TargetModel
 
-RECORDED_UP_TO = 1 << 26  # pre-activations of an encoder in a batch: a recording holds the memory of its own step
+RECORDED_UP_TO = 1 << 28  # pre-activations of an encoder in a batch: a recording holds the memory of its own step
 ANNEAL_FROM = 4  # times k; the field starts at 10k, whose first steps cost more than all the others together
 
 

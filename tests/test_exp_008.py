@@ -216,18 +216,22 @@ def test_jacobian_of_a_linear_map_is_its_matrix(module: Any) -> None:
 
 def test_identity_replacement_is_faithful_and_mean_ablation_is_not(module: Any) -> None:
     from baselines import MeanReplacement, NeuronsReplacement
+    from spd_replacement import SPDReplacement
+    from spd_runs import find_spd
     from target_models import load_target
 
     target = load_target("tiny", "cpu")
     tokens = torch.randint(4096, (3, 12), generator=generator())
+    model = find_spd(target, (2,)).model
     methods = {
         "all": NeuronsReplacement(target, (2,), target.d_mlp),
+        "spd, all": SPDReplacement(target, model, top_k=min(model.sizes.values()), layers=(2,), delta=True),
         "mean": MeanReplacement((2,), torch.zeros(1, target.d_model)),
     }
     rows = module("faithfulness").measure(target, methods, tokens, layer=2)
     for row in rows:
-        if row.method in ("all", "mean"):
-            assert row.cosine == pytest.approx(float(row.method == "all"), abs=2e-2), row
+        if row.method in ("all", "spd, all", "mean"):
+            assert row.cosine == pytest.approx(float(row.method != "mean"), abs=2e-2), row
 
 
 def test_latents_without_active_or_silent_examples_are_not_drawn(module: Any, capsys: pytest.CaptureFixture) -> None:

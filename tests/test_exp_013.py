@@ -5,7 +5,9 @@ import runpy
 import sys
 from pathlib import Path
 
+import probes
 import pytest
+import torch
 from small import make_small_target, write_corpus
 
 import checkpoints
@@ -15,6 +17,22 @@ from recipes import SPDRecipe, train_decomposition
 
 SCRIPT = Path(__file__).parents[1] / "experiments" / "exp_013_spd_mask_leak" / "spd_mask_leak.py"
 SMALL = "--eval-tokens 1600 --classes 32 --probe-rounds 60 --gate-steps 1".split()
+
+
+def test_the_probe_learns_a_table_of_pairs() -> None:
+    """What follows each of 40 tokens, some of them rare: the entropy of the next one given this one, and nothing of noise."""
+    g, n = torch.Generator().manual_seed(0), 30_000
+    table = (2 * torch.randn(40, 16, generator=g)).softmax(1)
+    current = (torch.rand(n, generator=g).square() * 40).long()
+    y = torch.multinomial(table[current], 1, generator=g)[:, 0]
+    part = torch.randint(3, (n,), generator=g)
+    positions = probes.Positions(y, part == 0, part == 1, part == 2)
+    nothing, noise = torch.zeros(n, 16), torch.rand(n, 300, generator=g) < 0.1
+    entropy = -(table * table.log()).sum(1)[current[positions.test]].mean()
+    learnt = probes.probe(positions, current[:, None] == torch.arange(40), nothing, rounds=200).mean()
+    assert entropy * 0.98 < learnt < entropy * 1.03
+    least = probes.probe(positions, probes.no_features(positions), nothing, rounds=0).mean()
+    assert abs(probes.probe(positions, noise, nothing, rounds=200).mean() - least) < 0.01 < least - learnt
 
 
 @pytest.mark.slow

@@ -60,12 +60,13 @@ class Result(NamedTuple):
 
 
 def open_pass(replacement: Coded | SPDReplacement, clean: Captured, layer: int) -> Pass:
-    """A pass over single tokens; `clean` spans all layers. Only the codes of `layer` follow its input."""
-    if isinstance(
-        replacement, SPDReplacement
-    ):  # masks are steps: their derivative is zero, so a clean pass's are the same
+    """A pass over single tokens; `clean` spans all layers. Only the codes of `layer` follow its input.
+
+    Masks are steps, whose derivative is zero: those of a clean pass are as good.
+    """
+    if isinstance(replacement, SPDReplacement):
         rows = list(replacement.layers)
-        return replacement.frozen(Captured(clean.inputs[rows], clean.outputs[rows]))
+        return replacement.gated(Captured(clean.inputs[rows], clean.outputs[rows]))
     pass_ = replacement.begin()
     for source in replacement.layers if isinstance(replacement, CLTReplacement) else ():
         if source < layer:

@@ -84,5 +84,6 @@ def draw(rows: Sequence[dict[str, str]], path: Path) -> None:
         panel.set_xticklabels(map(str, steps))
         panel.grid(True, color="#e4e4e4", linewidth=0.7)
     panels[0].set_ylabel("ΔCE on the attacked text (nats per token)")
-    panels[0].legend(fontsize=8, frameon=False, title="own gates; dotted: dealt at random", title_fontsize=8)
+    names = panels[0].get_legend_handles_labels()
+    panels[1].legend(*names, fontsize=8, frameon=False, title="own gates; dotted: dealt at random", title_fontsize=8)
     save_figure(figure, path)
