@@ -16,6 +16,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from config import Lp, SmoothL0
+from sparse_c import c_squared_residuals
 
 
 def wide(x: Tensor) -> Tensor:
@@ -32,6 +33,8 @@ def fvu(
     variance: Float[Tensor, "*layer"],
 ) -> Float[Tensor, "*layer"]:
     """Fraction of variance unexplained, per layer. `variance` = E‖y − ȳ‖² per token, from a large sample."""
+    if (squares := c_squared_residuals(y, y_hat)) is not None:
+        return squares.sum(-1) / (y.shape[-2] * variance)
     errors = F.mse_loss(wide(y_hat), wide(y), reduction="none")  # one pass over memory, and one in its gradient
     return errors.sum((-1, -2)) / (y.shape[-2] * variance)
 
@@ -50,6 +53,8 @@ def auxk(
     The idea is OpenAI's (arXiv 2406.04093), where α = 1 and ê, unbounded, can be many times e. With the best α the term is
     at most the FVU, and its gradient at a token of ê, −2α(e − αê), at most as long as the FVU's at that token of ŷ, 2e.
     """
+    if (squares := c_squared_residuals(y, e_hat, y_hat)) is not None:
+        return squares.sum(-1) / (y.shape[-2] * variance)
     e = (y - y_hat).detach()
     along, square = (e * e_hat.detach()).sum(-1, keepdim=True), e_hat.detach().square().sum(-1, keepdim=True)
     alpha = torch.where(along < square, along.clamp_min(0) / square, 1.0)  # 1 at ê = 0, so that it can grow

@@ -1,10 +1,10 @@
 """The kernels of `sparse_kernels.c` for processors: compiled when they are first asked for, called on tensors.
 
 They do in one pass what torch and numpy do in several: at d 192 and 2,048 tokens a step of a coder is many small operations,
-and its products are a third of it (benchmarks/README.md). Their twins stand in `sparse_encode.py` and `sparse_ops.py`, and
-serve wherever `takes` says no: where no C compiler is found ($CC, else cc, gcc or clang; CC=none switches the kernels off),
-of other tensors than float32 ones on a CPU, and of such whose rows do not lie together. A call holds no lock of Python's, so
-that coders that step side by side do not wait for each other.
+and its products are a third of it (benchmarks/README.md). Their twins stand in `sparse_encode.py`, `sparse_ops.py` and
+`losses.py`, and serve wherever `takes` says no: where no C compiler is found ($CC, else cc, gcc or clang; CC=none switches
+the kernels off), of other tensors than float32 ones on a CPU, and of such whose rows do not lie together. A call holds no
+lock of Python's, so that coders that step side by side do not wait for each other.
 """
 
 import ctypes
@@ -22,6 +22,7 @@ from typing import Any
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from devices import in_threads, processor_description
 from logs import atomic_path, cache_folder
@@ -39,6 +40,8 @@ SIGNATURES: dict[str, tuple[Any, str]] = {  # result, and arguments: n a number,
     "winners_by_token": (NUMBER, "*nnnnf*n*n*nnn**"),
     "locate": (NOTHING, "*nnn***"),
     "order_by_latent": (NOTHING, "*nn**"),
+    "residuals": (NOTHING, "nn*****"),
+    "residuals_backward": (NOTHING, "nn******"),
 }
 SHARED_ABOVE = 1 << 26  # multiply-adds of dots from which on they are shared out to threads
 
@@ -187,3 +190,37 @@ def c_pair_dots(
 
     in_threads(some, range(parts))
     return out
+
+
+# -------------------------------------------------------------------------------------------------------------- errors
+
+
+class _SquaredResiduals(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, e_hat: Tensor, y: Tensor, y_hat: Tensor | None) -> Tensor:
+        error = y.new_empty(y.shape[:-1])
+        alpha = None if y_hat is None else torch.empty_like(error)
+        _call("residuals", error.numel(), y.shape[-1], y, y_hat, e_hat, alpha, error)
+        ctx.save_for_backward(e_hat, y, y_hat, alpha)
+        return error
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]
+        (e_hat, y, y_hat, alpha), out = ctx.saved_tensors, torch.empty_like(ctx.saved_tensors[0])
+        _call("residuals_backward", grad.numel(), y.shape[-1], y, y_hat, e_hat, alpha, grad.contiguous(), out)
+        return out, None, None
+
+
+def c_squared_residuals(
+    y: Float[Tensor, "*layer batch d"], e_hat: Float[Tensor, "*layer batch d"],
+    y_hat: Float[Tensor, "*layer batch d"] | None = None,
+) -> Float[Tensor, "*layer batch"] | None:  # fmt: skip
+    """‖y − ê‖² of each token, or with ŷ the least ‖y − ŷ − αê‖², 0 ≤ α ≤ 1; gradient in ê alone, α a constant.
+
+    None where the kernels cannot be called on these, or y wants a gradient.
+    """
+    given = [y, e_hat] if y_hat is None else [y, e_hat, y_hat]
+    if y.requires_grad or not takes(*given) or any(t.shape != y.shape or not t.is_contiguous() for t in given):
+        return None
+    return _SquaredResiduals.apply(e_hat, y, None if y_hat is None else y_hat.detach())  # type: ignore[no-any-return]

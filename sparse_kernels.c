@@ -1,4 +1,4 @@
-/* Selection and sums over the active entries of a batch, for processors: what `sparse_encode.py` and `sparse_ops.py` compute.
+/* Selection, layouts, dots and errors of a batch, for processors: what `sparse_encode.py`, `sparse_ops.py`, `losses.py` compute.
 
    `sparse_c.py` compiles and calls it. Every function has a twin there in torch and numpy, which says the same; order of sums
    and ties depend on the data alone. Rows of a matrix may lie apart (`*_stride`, in floats), a row itself lies together.
@@ -322,4 +322,38 @@ void order_by_latent(const int64_t *cols, int64_t active, int64_t d_dict, int64_
     for (int64_t e = 0; e < active; e++)
         order[next[cols[e]]++] = e;
     free(next);
+}
+
+/* -------------------------------------------------------------------------------------------------------------- errors */
+
+/* error[t] = sum over a row of (e - a e_hat)^2, e = y - y_hat (y where there is no y_hat), a = 1; where there is an `alpha`,
+   a = alpha[t], set to what in [0, 1] makes the error least, and to 1 where e_hat is zero. */
+void residuals(int64_t n, int64_t d, const float *y, const float *y_hat, const float *e_hat, float *alpha, float *error)
+{
+    for (int64_t t = 0; t < n; t++, y += d, e_hat += d, y_hat = y_hat ? y_hat + d : NULL) {
+        float along = 0, square = 0, sum = 0, a = 1;
+        if (alpha) {
+            for (int64_t i = 0; i < d; i++) {
+                along += (y_hat ? y[i] - y_hat[i] : y[i]) * e_hat[i];
+                square += e_hat[i] * e_hat[i];
+            }
+            a = alpha[t] = along < square ? (along > 0 ? along : 0) / square : 1;
+        }
+        for (int64_t i = 0; i < d; i++) {
+            float left = (y_hat ? y[i] - y_hat[i] : y[i]) - a * e_hat[i];
+            sum += left * left;
+        }
+        error[t] = sum;
+    }
+}
+
+/* out = grad[t] d error[t] / d e_hat, a constant. */
+void residuals_backward(int64_t n, int64_t d, const float *y, const float *y_hat, const float *e_hat, const float *alpha,
+                        const float *grad, float *out)
+{
+    for (int64_t t = 0; t < n; t++, y += d, e_hat += d, out += d, y_hat = y_hat ? y_hat + d : NULL) {
+        float a = alpha ? alpha[t] : 1, factor = 2 * a * grad[t];
+        for (int64_t i = 0; i < d; i++)
+            out[i] = factor * (a * e_hat[i] - (y_hat ? y[i] - y_hat[i] : y[i]));
+    }
 }

@@ -13,6 +13,7 @@ from torch import Tensor
 import sparse_c
 import sparse_encode
 import sparse_ops as ops
+from losses import auxk, fvu
 
 REPOSITORY = Path(__file__).parents[1]
 quick = settings(max_examples=60, deadline=None)
@@ -127,6 +128,31 @@ def test_a_layout_is_that_of_sorting_and_searching(n: int, d_dict: int, data: st
         twin = ops.layout_of(flat, n, d_dict)
         for name in ("rows", "cols", "row_starts", "by_latent", "latent_starts", "rows_by_latent", "cols_by_latent"):
             assert torch.equal(getattr(compiled, name), getattr(twin, name)), name
+
+
+@needs_compiler
+@pytest.mark.parametrize("layers", [(), (3,)])
+@pytest.mark.parametrize("d", [1, 13, 192])
+def test_errors_and_their_gradients_are_those_of_their_twins(
+    layers: tuple[int, ...], d: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of what helps, what is too long, what points away, and what writes nothing."""
+    y, y_hat, noise = normal(*layers, 40, d), normal(*layers, 40, d, seed=1), normal(*layers, 40, d, seed=2)
+    e_hat = noise + (y - y_hat) * torch.tensor([0.5, 4.0, -1.0, 0.0]).repeat(10)[:, None]
+    e_hat[..., ::5, :] = 0
+    variance, found = torch.rand(layers, generator=torch.Generator().manual_seed(3)) + 1, []
+    for compiled in (True, False):
+        monkeypatch.setattr(sparse_c, "switched_on", compiled)
+        one, other = y_hat.clone().requires_grad_(), e_hat.clone().requires_grad_()
+        losses = fvu(y, one, variance), auxk(y, one, e_hat=other, variance=variance)
+        (losses[0].sum() + 3 * losses[1].mean()).backward()
+        found.append((*losses, one.grad, other.grad))
+    for compiled, twin in zip(*found):
+        torch.testing.assert_close(compiled, twin, rtol=1e-5, atol=1e-7)
+    y[..., 7, 0] = torch.nan
+    monkeypatch.setattr(sparse_c, "switched_on", True)
+    assert fvu(y, y_hat, variance).isnan().all() and auxk(y, y_hat, e_hat=e_hat, variance=variance).isnan().all()
+    assert sparse_c.c_squared_residuals(y.requires_grad_(), y_hat) is None
 
 
 # ------------------------------------------------------------------------------------------------------ what is taken
