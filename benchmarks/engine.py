@@ -1,10 +1,11 @@
 """What one optimiser step costs: ours, other libraries', dense twins', and the encoder product no coder can avoid.
 
 A step is forward, backward, clipping and fused Adam on Gaussian activations. All trainers of a size are in one process
-and take turns; medians count. `peers` needs the environment that requirements.txt speaks of; `group` and `main_job`
-run on activations of the embedded model.
+and take turns; medians count. `peers` needs the other libraries, in an environment of their own; `group` and `main_job`
+run on activations of the embedded model. Minutes; two threads.
 
-    python benchmarks/engine.py --parts peers memory clt clt_growth group main_job draw  # minutes; two threads
+    bash .ci/interop python benchmarks/engine.py --parts peers
+    python benchmarks/engine.py --parts memory clt clt_growth group main_job draw
 
 results/engine.csv holds ratios alone: `speed` is tokens/s over those of one float32 encoder product, `ours` how many
 times our step is faster. What sparsify trains is a TopK transcoder; SAELens and dictionary_learning train
@@ -20,6 +21,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, NamedTuple
+
+sys.path.insert(0, str(Path(__file__).parents[1]))  # the peers' environment does not hold this project
 
 import torch
 import tyro
