@@ -218,7 +218,7 @@ def importance_cost(
     goodfire-ai/param-decomp, docs/smooth_l0_importance_minimality.md.
     """
     if isinstance(minimality, Lp):
-        return (g_up.clamp_min(0) + 1e-12).pow(annealed(minimality.p, minimality.between, progress))
+        return (g_up + 1e-12).pow(annealed(minimality.p, minimality.between, progress))
     square, width = g_up.square(), annealed(minimality.gamma, minimality.between, progress) ** 2
     return square / (square + width) * (1 + width if minimality.normalise_at_one else 1.0)
 

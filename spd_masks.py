@@ -43,7 +43,7 @@ def source_masks(
 
 
 def _blend(g: Tensor, r: Tensor) -> Tensor:
-    return torch.lerp(g, torch.ones_like(g), r.to(g.dtype)) if r.shape == g.shape else g + (1 - g) * r
+    return torch.lerp(g, g.new_ones(()), r.to(g.dtype)) if r.shape == g.shape else g + (1 - g) * r
 
 
 Routing = dict[str, Float[Tensor, "*batch"]]  # 1 where a position of a module goes through the decomposition

@@ -182,8 +182,9 @@ class SPDTrainer:
         assert len(batch) >= n, f"{len(batch)} sequences cannot be shared out to {n} terms"
         shares = [
             ({path: g[i % n :: n] for path, g in g_lo.items()}, clean[i % n :: n], batch[i % n :: n])
+            if c.split else (g_lo, clean, batch)
             for i in range(len(c.recon))
-        ]
+        ]  # fmt: skip
         recon = torch.stack([t.coefficient * self.recon(i, t, *shares[i]) for i, t in enumerate(c.recon)]).sum()
         of_each = [self.costs(own) for own in (z, *self.followed)]
         costs = {path: torch.stack([own[path] for own in of_each]).mean(0) for path in z}
@@ -210,7 +211,7 @@ class SPDTrainer:
             optimiser.zero_grad(set_to_none=True)
         self.steps_done += 1
         with torch.no_grad():
-            l0 = torch.stack([(g > 0).sum() / (g.numel() / g.shape[-1]) for g in g_lo.values()])
+            l0 = torch.stack([g.sign().sum(-1).mean() for g in g_lo.values()])
             if c.aim is not None:
                 self.pull.mul_(((l0.mean().log() - self.aimed(progress)).clamp(-1, 1) * AIM / c.steps).exp())
         return torch.cat([torch.stack([loss, recon, minimality]).detach(), l0])

@@ -109,10 +109,13 @@ def test_lower_sigmoid_gradients_are_those_of_the_table() -> None:
     g.backward(torch.tensor([3.0, -3.0, 3.0, -3.0, 3.0, -3.0]))
     assert g.tolist() == [0, 0, 0.5, 0.5, 1, 1]
     torch.testing.assert_close(z.grad, torch.tensor([0.0, -0.03, 3.0, -3.0, 0.0, 0.0]))
-    z = torch.tensor([-1.0, 0.5, 2.0], requires_grad=True)
+    z = torch.tensor([-1.0, 0.0, 0.5, 1.0, 2.0], requires_grad=True)
     upper(z).sum().backward()
-    torch.testing.assert_close(upper(z).detach(), torch.tensor([0.0, 0.5, 1.01]))
-    torch.testing.assert_close(z.grad, torch.tensor([0.0, 1.0, 0.01]))
+    torch.testing.assert_close(upper(z).detach(), torch.tensor([0.0, 0.0, 0.5, 1.0, 1.01]))
+    torch.testing.assert_close(z.grad, torch.tensor([0.0, 1.0, 1.0, 1.0, 0.01]))
+    z = torch.tensor([0.0, 0.0, 1.0, 1.0], requires_grad=True)
+    lower(z).backward(torch.tensor([3.0, -3.0, 3.0, -3.0]))
+    torch.testing.assert_close(z.grad, torch.tensor([0.0, -0.03, 3.0, -3.0]))
 
 
 def test_masks_stay_between_importance_and_one_and_follow_their_generator() -> None:
