@@ -60,8 +60,8 @@ RECIPES = {
     "tms_40-10": TMS_40,
     "tms_40-10_id": TMS_40,
     "resid_1": Recipe(C=300, C_rest=75, minimality=4e-5, lr=1.5e-2, gate_lr=3e-4, steps=3500),
-    "resid_2": Recipe(C=600, C_rest=50, minimality=4e-5, lr=1e-2, gate_lr=2e-3, steps=1500),
-    "resid_3": Recipe(C=600, C_rest=50, minimality=4e-5, lr=1e-2, gate_lr=2e-3, steps=1500),
+    "resid_2": Recipe(C=600, C_rest=50, minimality=1.5e-5, lr=1e-2, gate_lr=7e-4, steps=1400, batch=512),
+    "resid_3": Recipe(C=600, C_rest=50, minimality=1.5e-5, lr=1e-2, gate_lr=7e-4, steps=1400, batch=512),
 }
 GATE = GateConfig(kind="mlp", hidden=(8,))
 RECON = (Recon(coefficient=1.0), Recon(coefficient=1.0, routing="layerwise"))
