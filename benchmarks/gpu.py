@@ -352,9 +352,9 @@ def spd(bench: Bench) -> None:
     if text(bench)[1]:
         return bench.row("tiny", note=f"skipped: no token folder {bench.args.tokens}: call with --prepare first")
     table, out = bench.output / "spd.csv", {"stdout": bench.log, "stderr": subprocess.STDOUT}
-    size = "--batch 3 --tokens 1536 --eval-tokens 512" if bench.mini else f"--batch 96 --tokens {10**9}"
+    size = "--batch 3 --tokens 1536 --eval-tokens 512" if bench.mini else f"--batch 32 --tokens {10**9}"
     command = [
-        sys.executable, str(HERE / "spd_recipes.py"), "--train", "aimed", *size.split(), "--device", bench.device,
+        sys.executable, str(HERE / "spd_recipes.py"), "--train", "best", *size.split(), "--device", bench.device,
         "--minutes", f"{(bench.seconds_left - MARGIN) / 60:.2f}", "--text", str(bench.args.tokens), "--table", str(table),
         "--output", str(bench.output / "spd"),
     ]  # fmt: skip

@@ -2,7 +2,7 @@
 
     python benchmarks/gpu.py --prepare 6000000                   # beforehand, on any machine: the token folder
     python benchmarks/spd_recipes.py --steps 400 --batch 32      # every variant; --only NAME… for some: processes share a table
-    python benchmarks/spd_recipes.py --train all --tokens 50000000 --minutes 20 --batch 32 --output RESULTS
+    python benchmarks/spd_recipes.py --train best --tokens 50000000 --minutes 20 --batch 32 --output RESULTS
 
 Variants train on equal tokens from equal seeds, and each is measured by the project's ruler on the tuning split: ΔCE and KL
 `frozen` and `free` with the masks of deployment (a component is on where its importance is positive; Δ off) at the L0
