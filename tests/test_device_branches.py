@@ -15,7 +15,7 @@ COVERED = {  # function → the test that runs it on a (real or emulated) CUDA d
     "baselines.baselines": "test_the_main_job_on_the_device_gives_the_cpus_table",
     "devices.Aside.__init__": "test_forwards_beside_the_steps_change_nothing",
     "devices.Aside.begun": "test_forwards_beside_the_steps_change_nothing",
-    "devices.Aside.join": "test_forwards_beside_the_steps_change_nothing",
+    "devices._join": "test_forwards_beside_the_steps_change_nothing",
     "activation_store.ActivationsStore._refill": "test_a_group_trains_on_the_device_as_on_the_cpu",
     "activation_store.ActivationsStore.load_state_dict": "test_an_interrupted_run_ends_on_the_device_as_if_it_had_not_been",
     "devices.bf16_is_fast": "test_activations_are_harvested_in_bf16_where_it_is_fast",
