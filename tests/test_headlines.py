@@ -86,6 +86,17 @@ def test_committed_outputs_are_of_committed_code() -> None:
             assert str(table.with_name("settings.json").relative_to(REPOSITORY)) in HEADLINES["dirty"], table
 
 
+def test_committed_outputs_name_no_path_of_a_machine() -> None:
+    listed = subprocess.run(
+        ["git", "ls-files", "*output/*.csv", "*output/*.json"], cwd=REPOSITORY, capture_output=True, text=True, check=True
+    )
+    found = {
+        file: place.group() for file in listed.stdout.split()
+        if (place := re.search(r'(?<![^\s",])/(tmp|home|root|work|Users)/[^",\s]*', (REPOSITORY / file).read_text()))
+    }  # fmt: skip
+    assert not found and listed.stdout
+
+
 def test_a_figure_is_the_rounded_value_of_the_one_row_that_is_named(tmp_path: Path) -> None:
     (tmp_path / "points.csv").write_text(
         "method,k,protocol,layers,ce_degradation,ce_low,ce_high\n"
