@@ -88,7 +88,11 @@ def test_committed_outputs_are_of_committed_code() -> None:
 
 def test_committed_outputs_name_no_path_of_a_machine() -> None:
     listed = subprocess.run(
-        ["git", "ls-files", "*output/*.csv", "*output/*.json"], cwd=REPOSITORY, capture_output=True, text=True, check=True
+        ["git", "ls-files", "*output/*.csv", "*output/*.json"],
+        cwd=REPOSITORY,
+        capture_output=True,
+        text=True,
+        check=True,
     )
     found = {
         file: place.group() for file in listed.stdout.split()
