@@ -159,7 +159,7 @@ VARIANTS = {
     ),
     "all-merged": ALL.but(recon=recon(Merged(coefficient=1.0), DEPLOYED, RUNNING)),
 }
-# One thing changed of the recipe that was shipped before today's: peak rates.
+# Peak rates, of the recipe that was shipped before the best one.
 BEFORE = VARIANTS["aimed-deployed"]
 VARIANTS |= {
     "shipped-lr-5e-4": BEFORE.but(lr=5e-4, gate_lr=1e-3),

@@ -40,9 +40,8 @@ def probe(
     """Cross-entropy (nats) of each test position."""
     y, train, stop, test = positions
     logits = calibrated(positions, known)
-    x = x.float()
-    assert ((x == 0) | (x == 1)).all(), "features are active or not"
-    of_train = x[train].T.contiguous()
+    of_train = x[train].T.float().contiguous()
+    assert ((of_train == 0) | (of_train == 1)).all(), "features are active or not"
     n, counted = of_train.sum(1, keepdim=True), of_train @ F.one_hot(y[train], logits.shape[1]).float()
     best, measured, waited = torch.inf, torch.empty(0), 0
     for _ in range(rounds + 1):
@@ -55,7 +54,7 @@ def probe(
         predicted = of_train @ logits[train].softmax(-1)
         step = ((n * counted / predicted.clamp_min(1e-12) + PRIOR) / (n + PRIOR)).log()
         chosen = (counted * step).sum(1).argmax()
-        logits += x[:, chosen, None] * step[chosen]
+        logits += x[:, chosen, None].float() * step[chosen]
     return measured
 
 
